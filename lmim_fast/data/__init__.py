@@ -1,0 +1,1 @@
+"""Records, sample order, guidance views and the input pipeline. Knows no model."""

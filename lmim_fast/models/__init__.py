@@ -1,0 +1,1 @@
+"""Models on the fast operations, and released weights in and out."""

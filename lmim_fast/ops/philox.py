@@ -1,0 +1,74 @@
+"""Counter-based uniform numbers: every draw is a function of (seed, epoch, sample index), nothing else.
+
+Philox4x32-10 of Salmon et al. 2011, the generator of CUDA torch and of `tl.rand`: kernels and this form agree.
+The counter is (block, sample index, epoch, stream), the key is the seed; block j yields values 4j .. 4j + 3.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor
+
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for; two streams never share a number."""
+
+    MASK = 0
+    GUIDANCE = 1
+    ORDER = 2
+    MAE_MASK = 3
+
+
+def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of constant x value (both below 2^32), without leaving int64."""
+    low = constant * (value & 0xFFFF)  # below 2^48
+    high = constant * (value >> 16) + (low >> 16)  # below 2^49
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def uint32(seed: int, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
+    """Random 32-bit integers for each sample.
+
+    Args:
+        seed:   key, 64 bits are used.
+        epoch:  below 2^32; one number, or (B,) int64, one for each sample.
+        index:  (B,) int64 sample indices, 0 <= index < 2^32.
+        count:  numbers per sample.
+        stream: a `Stream`.
+    Returns:
+        (B, count) int64 in [0, 2^32), on the device of `index`.
+    Raises:
+        ValueError: `index` is not a 1-d int64 tensor, or epoch is out of range.
+    """
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"index must be a 1-d int64 tensor, got {index.dtype} of shape {tuple(index.shape)}")
+    if isinstance(epoch, int) and not 0 <= epoch <= _LOW:
+        raise ValueError(f"epoch must be in [0, 2^32), got {epoch}")
+    blocks = -(-count // 4)
+    shape = (index.shape[0], blocks)
+    c0 = torch.arange(blocks, device=index.device).expand(shape)
+    c1 = (index & _LOW)[:, None].expand(shape)
+    c2 = torch.as_tensor(epoch, device=index.device).reshape(-1, 1).expand(shape)
+    c3 = torch.full(shape, int(stream), device=index.device)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        high0, low0 = _multiply(_ROUND_A, c0)
+        high1, low1 = _multiply(_ROUND_B, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
+    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
+
+
+def uniform(seed: int, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
+    """Uniform fp32 numbers in [0, 1) with 24 random bits; arguments and errors as `uint32`.
+
+    Returns:
+        (B, count) float32, on the device of `index`.
+    """
+    return (uint32(seed, epoch, index, count, stream) >> 8).float() * 2.0**-24

@@ -1,0 +1,13 @@
+"""Packages `kernels/` as `lmim_fast.kernels`, builds `csrc/` as `lmim_fast._C`; the rest is in pyproject.toml."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["lmim_fast", "lmim_fast.*"]), "lmim_fast.kernels"],
+    package_dir={"lmim_fast": "lmim_fast", "lmim_fast.kernels": "kernels"},
+    package_data={"lmim_fast": ["py.typed"]},
+    ext_modules=[Pybind11Extension("lmim_fast._C", sorted(glob("csrc/*.cpp")), cxx_std=17, optional=True)],
+)
