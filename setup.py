@@ -9,5 +9,13 @@ setup(
     packages=[*find_packages(include=["lmim_fast", "lmim_fast.*"]), "lmim_fast.kernels"],
     package_dir={"lmim_fast": "lmim_fast", "lmim_fast.kernels": "kernels"},
     package_data={"lmim_fast": ["py.typed"]},
-    ext_modules=[Pybind11Extension("lmim_fast._C", sorted(glob("csrc/*.cpp")), cxx_std=17, optional=True)],
+    ext_modules=[
+        Pybind11Extension(
+            "lmim_fast._C",
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            cxx_std=17,
+            optional=True,  # without a compiler the Python form runs, with a warning
+        )
+    ],
 )

@@ -59,6 +59,8 @@ class ModelConfig:
     """What LMIM reconstructs: teacher features, pixels, or per-patch normalised pixels."""
     guidance: bool = True
     """False: the decoder cross-attends to the masked branch's own latent and there is no alignment loss."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Type of the encoder's residual stream when products run in bf16."""
     mae_mask_ratio: float = 0.75
     """MAE stage: share of the patches that is masked."""
     mae_decoder_depth: int = 8
@@ -304,8 +306,8 @@ class PretrainConfig:
     """Length of the run in optimiser steps."""
     seed: int = 0
     """Governs the weights' start, sample order, masks, views and dropout."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute type; weights, optimiser, statistics and losses are fp32 in both."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of the products: auto is bf16 on CUDA, fp32 on a CPU; weights, statistics and losses stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
     resume: bool = True

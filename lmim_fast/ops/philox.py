@@ -1,6 +1,6 @@
 """Counter-based uniform numbers: every draw is a function of (seed, epoch, sample index), nothing else.
 
-Philox4x32-10 of Salmon et al. 2011, the generator of CUDA torch and of `tl.rand`: kernels and this form agree.
+Philox4x32-10 of Salmon et al. 2011, the generator of CUDA torch and of `tl.rand`: kernels agree with it.
 The counter is (block, sample index, epoch, stream), the key is the seed; block j yields values 4j .. 4j + 3.
 """
 

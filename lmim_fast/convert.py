@@ -1,0 +1,92 @@
+"""Weights from one file layout into another: `lmim convert`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.errors import UsageError
+from lmim_fast.models import weights
+from lmim_fast.train import checkpoint
+from lmim_fast.train.files import write_file
+
+Layout = Literal["released", "encoder"]
+_LAYOUT_OF_SUFFIX: dict[str, Layout] = {".pth": "released", ".pt": "released", ".safetensors": "encoder"}
+
+
+def convert(
+    source: str | Path, target: str | Path, *, to: Layout | None = None, step: int | None = None
+) -> Path:
+    """Write the weights of `source` to the file `target`.
+
+    Args:
+        source: run folder, one of its checkpoint folders, or a file: released LMIM, MAERec, or ours.
+        target: file to write; it must not exist.
+        to:     "released": `{"model": state_dict}` by `torch.save`, teacher included, under the names of the
+                released LMIM (of an MAE run: MAERec's); "encoder": the student encoder as plain
+                safetensors; None: by the suffix of `target`.
+        step:   checkpoint of a run folder; None: the newest whole one.
+    Returns:
+        The file written.
+    Raises:
+        UsageError: a path that does not fit, or a layout that `source` does not hold enough for.
+        CheckpointError, WeightsError: the source is damaged or its weights are not finite.
+    """
+    source, target = Path(source), Path(target)
+    layout = to or _LAYOUT_OF_SUFFIX.get(target.suffix)
+    if layout is None:
+        raise UsageError(f"{target}: pass --to released or --to encoder, the suffix names neither")
+    if target.exists():
+        raise UsageError(f"{target} exists; choose another name")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder")
+    if not source.exists():
+        raise UsageError(f"{source} does not exist; it should be a run folder or a checkpoint file")
+    state = _state_of_run(source, step) if source.is_dir() else _state_of_file(source, step)
+    if layout == "encoder":
+        write_file(target, _encoder_bytes(state))
+        return target
+    if not any(name.startswith("decoder") for name in state):
+        raise UsageError(f"{source} holds an encoder only; the released layout needs a whole model")
+    buffer = io.BytesIO()
+    torch.save({"model": state}, buffer)
+    write_file(target, buffer.getvalue())
+    return target
+
+
+def write_encoder(model: nn.Module, path: Path) -> None:
+    """Write a model's student encoder as plain safetensors, whole or not at all.
+
+    Raises:
+        WeightsError: a weight is not finite.
+        LmimError: the disk is full or the path cannot be written.
+    """
+    write_file(path, _encoder_bytes(weights.to_released(model)))
+
+
+def _encoder_bytes(state: dict[str, Tensor]) -> bytes:
+    _, encoder, _ = weights.encoder_state(state)
+    tensors = {name: value.contiguous() for name, value in encoder.items()}
+    content: bytes = safetensors.torch.save(tensors, {"format": "pt"})
+    return content
+
+
+def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:
+    if source.parent.name == "checkpoints" and source.name.startswith("step-"):
+        number = source.name.removeprefix("step-")
+        if step is not None or not number.isdigit():
+            raise UsageError(f"{source}: name the run folder and --step, or a finished checkpoint folder")
+        source, step = source.parent.parent, int(number)
+    model, _ = checkpoint.load_model(source, step)
+    return weights.to_released(model)
+
+
+def _state_of_file(source: Path, step: int | None) -> dict[str, Tensor]:
+    if step is not None:
+        raise UsageError(f"--step {step} is for run folders, {source} is a file")
+    return weights.read_state_dict(source)

@@ -1,0 +1,189 @@
+"""Writes an LMDB in the field's layout so that it exists completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from lmim_fast.data.databases import COUNT_KEY, image_key, label_key, lmdb
+from lmim_fast.errors import LmimError, UsageError
+
+RECORDS_PER_COMMIT = 1000
+BYTES_PER_RECORD = 2**18  # bound of the map, not of the file: far above any crop's size
+BYTES_AT_LEAST = 2**26
+_PARTIAL_FILE = "records.partial"
+_DISK_IS_FULL_BELOW = 2**20  # bytes free; a failed write is then reported as a full disk
+
+
+class LmdbWriter:
+    """Context manager: `put` records, and the database appears under `output` when the block ends well.
+
+    Until then it is the file `records.partial` in the folder `OUTPUT.partial`, which no reader takes for a
+    database. An exception removes it; what a killed process left, the next writer of this output removes.
+
+    Args:
+        output:  folder of the new LMDB (`data.mdb`); its parents are made.
+        count:   records that will be put, a bound for the size of the memory map.
+    Raises:
+        UsageError: the output exists and is not an empty folder, cannot be made, or is being written already.
+        LmimError:  a write failed, for one because the disk is full.
+    """
+
+    def __init__(self, output: str | Path, count: int) -> None:
+        self.output = Path(os.path.abspath(output))
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.written = 0
+        self._ours = False  # whether the partial folder is locked by this writer
+        self._map_size = BYTES_AT_LEAST + count * BYTES_PER_RECORD
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> LmdbWriter:
+        check_output_is_free(self.output)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_folder()
+            self._remove_leftovers()
+            self._environment = lmdb.open(
+                str(self.folder / _PARTIAL_FILE),
+                map_size=self._map_size,
+                subdir=False,
+                lock=False,
+                sync=False,
+                meminit=False,
+            )
+        except (OSError, lmdb.Error) as error:
+            self._abandon()
+            raise UsageError(f"cannot write the LMDB {self.output}: {_reason(error)}") from error
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def put(self, image: bytes, label: str | None) -> None:
+        """Append one record.
+
+        Raises:
+            LmimError: the write failed.
+        """
+        self.written += 1
+        self._pending.append((image_key(self.written), image))
+        if label is not None:
+            self._pending.append((label_key(self.written), label.encode()))
+        if self.written % RECORDS_PER_COMMIT == 0:
+            self._commit()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            self._pending.append((COUNT_KEY, b"%d" % self.written))
+            self._commit()
+            self._finish()
+        except BaseException:
+            self._abandon()
+            raise
+        self._cleanup.close()
+
+    def _lock_folder(self) -> None:
+        """Hold the partial folder, so that two writers of one output cannot mix."""
+        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._cleanup.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is writing the LMDB {self.output}") from None
+        if not self.folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(self.folder)):
+            raise UsageError(f"another process has just written the LMDB {self.output}")
+        self._ours = True
+
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed writer left, and nothing else."""
+        foreign = [
+            path.name for path in self.folder.iterdir() if path.name not in (_PARTIAL_FILE, "data.mdb")
+        ]
+        if foreign:
+            self._ours = False
+            raise UsageError(
+                f"{self.folder} is needed for the unfinished LMDB but holds {foreign[0]}; remove it"
+            )
+        for name in (_PARTIAL_FILE, "data.mdb"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        try:
+            with self._environment.begin(write=True) as transaction:
+                for key, value in self._pending:
+                    transaction.put(key, value)
+        except (OSError, lmdb.Error) as error:
+            raise LmimError(self._failure(error)) from error
+        self._pending.clear()
+
+    def _finish(self) -> None:
+        """Everything onto the disk, and only then the names that readers look for."""
+        try:
+            self._environment.sync(True)
+            self._environment.close()
+            os.rename(self.folder / _PARTIAL_FILE, self.folder / "data.mdb")
+            _sync_folder(self.folder)
+            os.rename(self.folder, self.output)
+        except (OSError, lmdb.Error) as error:
+            raise LmimError(self._failure(error)) from error
+        _sync_folder(self.output.parent)
+
+    def _abandon(self) -> None:
+        if hasattr(self, "_environment"):
+            self._environment.close()
+        if self._ours:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._cleanup.close()
+
+    def _failure(self, error: Exception) -> str:
+        free = shutil.disk_usage(self.folder).free
+        if isinstance(error, lmdb.MapFullError):
+            reason = f"the records are larger than {self._map_size} bytes in all"
+        elif free < _DISK_IS_FULL_BELOW:
+            reason = f"the disk is full ({free} bytes free)"
+        else:
+            reason = _reason(error)
+        return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; nothing was kept"
+
+
+def check_output_is_free(output: Path) -> None:
+    """Refuse a path that holds anything.
+
+    Raises:
+        UsageError: `output` is a file or a folder with something in it.
+    """
+    try:
+        if (output / "data.mdb").exists():
+            raise UsageError(f"{output} holds an LMDB already; choose another output or remove it first")
+        if output.is_dir() and any(output.iterdir()):
+            raise UsageError(f"{output} is not empty; choose another output or empty it first")
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{output} is a file; the output must be a new folder")
+    except OSError as error:
+        raise UsageError(f"cannot write the LMDB {output}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; file systems that cannot do that for folders say EINVAL."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)

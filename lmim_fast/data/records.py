@@ -1,0 +1,183 @@
+"""Records of one or more LMDBs as one sequence: index in, encoded image and label out."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmim_fast.data.databases import (
+    Database,
+    check_database,
+    find_databases,
+    image_key,
+    label_key,
+    lmdb,
+    open_environment,
+)
+from lmim_fast.errors import DataError
+
+__all__ = ["Database", "Record", "RecordStore"]
+
+_FINGERPRINT_RECORDS = 64  # per database: bounded, so that ten million records cost what a hundred do
+
+
+@dataclass(frozen=True)
+class Record:
+    """One crop: its encoded image (b"" when the key is missing) and where it lies."""
+
+    index: int
+    image: bytes
+    label: str | None
+    database: str
+    key: str
+
+
+class RecordStore:
+    """Read-only records of LMDB folders, numbered 0 .. len - 1 through the databases in order.
+
+    Databases are opened at the first read of each process, so a store may cross a fork, and it pickles (paths
+    and counts only). Reads from several threads are safe.
+
+    Args:
+        paths:      LMDB folders, or folders that hold LMDB folders at any depth (sorted).
+        max_pixels: the limit that readers of this store pass to `probe`.
+    Raises:
+        DataError: a path without a database, a database twice, or one that fails `check_database`.
+    """
+
+    databases: tuple[Database, ...]
+    max_pixels: int
+
+    def __init__(self, paths: Sequence[str | Path], *, max_pixels: int = 2**26) -> None:
+        databases: list[Database] = []
+        count = 0
+        for path in find_databases([paths] if isinstance(paths, str | Path) else paths):
+            databases.append(check_database(path, count))
+            count += databases[-1].count
+        self._restore(tuple(databases), max_pixels)
+
+    def _restore(self, databases: tuple[Database, ...], max_pixels: int) -> None:
+        self.databases = databases
+        self.max_pixels = max_pixels
+        self._starts = [database.first_index for database in databases]
+        self._count = databases[-1].first_index + databases[-1].count
+        self._environments: list[lmdb.Environment] = []
+        self._process = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"databases": self.databases, "max_pixels": self.max_pixels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(**state)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def record(self, index: int) -> Record:
+        """The record at `index`; IndexError outside 0 .. len - 1."""
+        path, key = self.locate(index)
+        return Record(int(index), self.images([index])[0], self.label(index), path, key)
+
+    def images(self, indices: Sequence[int]) -> list[bytes]:
+        """Encoded images in the order of `indices`, b"" for a missing key.
+
+        Raises:
+            IndexError: an index outside 0 .. len - 1.
+            DataError:  a database is damaged.
+        """
+        images: list[bytes] = [b""] * len(indices)
+        places: dict[int, list[tuple[int, int]]] = {}  # database -> (position in the batch, number)
+        for position, index in enumerate(indices):
+            which, number = self._place(index)
+            places.setdefault(which, []).append((position, number))
+        for which, wanted in places.items():
+            keys = [image_key(number) for _, number in wanted]
+            for (position, _), value in zip(wanted, self._read(which, keys), strict=True):
+                images[position] = value or b""
+        return images
+
+    def label(self, index: int) -> str | None:
+        """The label at `index`, None when absent; bytes that are not UTF-8 become U+FFFD."""
+        which, number = self._place(index)
+        if not self.databases[which].has_labels:
+            return None
+        value = self._read(which, [label_key(number)])[0]
+        return None if value is None else value.decode("utf-8", errors="replace")
+
+    def locate(self, index: int) -> tuple[str, str]:
+        """Database path and image key of `index`."""
+        which, number = self._place(index)
+        return self.databases[which].path, image_key(number).decode()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the data is, JSON-ready: the same on any machine and path, different when the data differs.
+
+        The hash of a database covers its count and 64 evenly spread records (image and label bytes).
+        """
+        databases = [
+            {
+                "name": os.path.basename(database.path),
+                "count": database.count,
+                "has_labels": database.has_labels,
+                "hash": self._hash(which),
+            }
+            for which, database in enumerate(self.databases)
+        ]
+        return {"count": len(self), "databases": databases}
+
+    def close(self) -> None:
+        """Let go of this process's databases; a later read opens them again."""
+        self._environments = []
+        self._process = -1
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the database, and 1-based number of the record in it."""
+        if not 0 <= index < self._count:
+            raise IndexError(f"record index {index} is outside 0 .. {self._count - 1}")
+        which = bisect.bisect_right(self._starts, index) - 1
+        return which, int(index) - self._starts[which] + 1
+
+    def _read(self, which: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values of the keys in one database, None where absent, from one read transaction."""
+        key = b""
+        try:
+            with self._opened()[which].begin() as transaction:
+                values: list[bytes | None] = []
+                for key in keys:
+                    values.append(transaction.get(key))
+                return values
+        except lmdb.Error as error:
+            raise DataError(
+                f"{self.databases[which].path}: {key.decode() or 'the database'} cannot be read ({error});"
+                " copy or write the database again"
+            ) from error
+
+    def _opened(self) -> list[lmdb.Environment]:
+        if self._process != os.getpid():
+            paths = [database.path for database in self.databases]
+            readahead = _fits_in_memory(paths)
+            self._environments = [open_environment(path, readahead=readahead) for path in paths]
+            self._process = os.getpid()
+        return self._environments
+
+    def _hash(self, which: int) -> str:
+        count = self.databases[which].count
+        last = _FINGERPRINT_RECORDS - 1
+        numbers = sorted({1 + step * (count - 1) // last for step in range(_FINGERPRINT_RECORDS)})
+        keys = [key for number in numbers for key in (image_key(number), label_key(number))]
+        digest = hashlib.blake2b(str(count).encode(), digest_size=16)
+        for key, value in zip(keys, self._read(which, keys), strict=True):
+            digest.update(b"%s %d " % (key, -1 if value is None else len(value)))
+            digest.update(value or b"")
+        return digest.hexdigest()
+
+
+def _fits_in_memory(paths: Sequence[str]) -> bool:
+    """Whether reading ahead helps: beyond half of the memory it only evicts pages that were wanted."""
+    size = sum(os.path.getsize(os.path.join(path, "data.mdb")) for path in paths)
+    return size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,92 @@
+"""Attention weights for pictures: fast models never write them, so they are made again for a few crops."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.models.decoder import DecoderLayer, PlainRows
+from lmim_fast.models.encoder import Block
+from lmim_fast.models.lmim import LMIM
+from lmim_fast.models.mae import MAE
+from lmim_fast.ops.attention import attention_weights
+from lmim_fast.ops.masking import select_patches
+
+
+def _first_inputs(module: nn.Module, run: Any) -> tuple[Any, ...]:
+    """Positional inputs that `module` gets while `run()` runs the model."""
+    seen: list[tuple[Any, ...]] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def encoder_cls_attention(model: LMIM | MAE, images: Tensor) -> Tensor:
+    """Where the cls token of the (student) encoder's last block looks.
+
+    Args:
+        model:  LMIM or MAE.
+        images: (B, 3, height, width) float or (B, height, width, 3) uint8, unmasked.
+    Returns:
+        (B, heads, rows, columns) fp32; a map sums to 1 minus what cls gives itself.
+    """
+    encoder = model.model_maeenc if isinstance(model, LMIM) else model
+    attention = cast(Block, encoder.blocks[-1]).attn
+    qkv = _first_inputs(attention, lambda: encoder.encode(images))[0]
+    q, k, _ = (
+        (qkv + attention.qkv.bias)
+        .unflatten(1, (3, attention.heads, -1))
+        .unflatten(0, (len(images), -1))
+        .unbind(2)
+    )
+    weights = attention_weights(q[:, :1], k)[:, :, 0, 1:]
+    return weights.unflatten(2, model.config.grid)
+
+
+@torch.no_grad()
+def decoder_cross_attention(
+    model: LMIM, images: Tensor, guidance: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the masked patches look in the guidance view, in the last decoder layer.
+
+    Args:
+        model:    LMIM with config.guidance on; run in eval mode, its mode is put back.
+        images:   plain views, as LMIM takes them.
+        guidance: guidance views.
+        noise:    (B, L) that ranks the patches for masking.
+    Returns:
+        ids_masked (B, M) and weights (B, heads, M, rows, columns) fp32, without the guidance cls.
+    Raises:
+        ValueError: the model was built without guidance.
+    """
+    if not model.config.guidance:
+        raise ValueError(
+            "this model was built with guidance off: its decoder does not look at a guidance view"
+        )
+    training = model.training
+    model.eval()
+    try:
+        ids_visible, ids_masked = select_patches(noise, model.config.num_visible)
+        latent, memory = model.encode_views(images, guidance, ids_visible)
+        layer = cast(DecoderLayer, model.decoder_blocks[-1])
+        x, kv, kv_bias = _first_inputs(
+            layer, lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)
+        )
+        if layer.order == "sa_ca":
+            x = PlainRows(layer.attend_self(x, masked_only=True), 0)
+        width, heads = x.rows.shape[2], layer.heads
+        attention = layer.multihead_attn
+        q = x.project(attention.in_proj_weight[:width]) + attention.in_proj_bias[:width]
+        k = (kv + kv_bias)[..., :width]
+        weights = attention_weights(
+            q[:, -ids_masked.shape[1] :].unflatten(2, (heads, -1)), k.unflatten(2, (heads, -1))
+        )
+    finally:
+        model.train(training)
+    return ids_masked, weights[..., 1:].unflatten(3, model.config.grid)

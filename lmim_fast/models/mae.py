@@ -1,0 +1,66 @@
+"""MAE pre-training on the fast ops: the stage that makes LMIM's teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.config import ModelConfig
+from lmim_fast.models.encoder import LAYER_NORM_EPS, Block, Encoder, initialise, run_blocks
+from lmim_fast.models.lmim import LMIMOutput
+from lmim_fast.models.positions import position_table
+from lmim_fast.ops.feature_loss import masked_mse, masked_pixel_target
+from lmim_fast.ops.linear import compute_dtype, linear
+from lmim_fast.ops.masking import select_patches
+from lmim_fast.ops.tokens import decoder_tokens
+
+
+class MAE(Encoder):
+    """Encoder of the visible patches and a ViT decoder that predicts normalised pixels.
+
+    Encoder names have no prefix, decoder names begin with `decoder`, as in MAERec's files.
+    Source: MAE (arXiv 2111.06377) as used by MAERec.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.num_visible = int(config.num_patches * (1 - config.mae_mask_ratio))
+        width = config.decoder_width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
+        self.decoder_embed = nn.Linear(config.width, width)
+        depth, heads = config.mae_decoder_depth, config.decoder_heads
+        self.decoder_blocks = nn.ModuleList([Block(width, heads, config.mlp_ratio) for _ in range(depth)])
+        self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, config.patch_pixels)
+        self.apply(initialise)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> LMIMOutput:
+        """Losses of a batch; loss_align is 0.
+
+        Args:
+            images: float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3).
+            noise:  (B, L) that ranks the patches for masking; None draws it.
+        """
+        if noise is None:
+            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
+        ids_visible, ids_masked = select_patches(noise, self.num_visible)
+        latent = self.encode(images, ids_visible)
+        pred = self.decode(latent, ids_visible, ids_masked)
+        target = masked_pixel_target(images, ids_masked, self.config.patch_size, normalise=True)
+        loss = masked_mse(pred, target)
+        zero = loss.new_zeros(())
+        return LMIMOutput(loss, loss, zero, pred, target, latent, None, ids_visible, ids_masked)
+
+    def decode(self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
+        """Predicted pixels (B, M, P) of the masked patches from latent (B, 1 + K, D)."""
+        shown = linear(latent, self.decoder_embed.weight)
+        tokens = decoder_tokens(
+            shown, self.decoder_embed.bias, self.mask_token, self.decoder_pos_embed, ids_visible, ids_masked
+        )
+        segments = [(tokens.shape[0], tokens.shape[1])]
+        dtype = compute_dtype(self.decoder_pred.weight)
+        rows = run_blocks(self.decoder_blocks, self.decoder_norm, tokens.flatten(0, 1), segments, dtype)
+        masked = rows.view_as(tokens)[:, shown.shape[1] :]
+        return linear(masked, self.decoder_pred.weight) + self.decoder_pred.bias.to(masked.dtype)

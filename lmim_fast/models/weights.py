@@ -1,0 +1,183 @@
+"""Released weights in and out. Nothing but tensors and argparse.Namespace is ever unpickled.
+
+Encoder files may be a released LMIM checkpoint (`model_maeenc.*`), a MAERec or MAE one (names without prefix,
+`decoder*` beside them) or a plain encoder safetensors file as `save_encoder` writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.errors import WeightsError
+
+STUDENT, TEACHER = "model_maeenc.", "model_maeenc_momentum."
+MAX_NAMED = 12  # entries of one kind that an error spells out
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file gave: its kind, the tensors that were loaded and those of the file that were not wanted."""
+
+    kind: str
+    loaded: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file: `{"model": ...}`, `{"module": ...}`, a bare state dict, or safetensors.
+
+    Raises:
+        WeightsError: no such file, not a checkpoint, or one with objects other than tensors and a Namespace.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no checkpoint file {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} holds more than tensors and was not read: {reason}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    for key in ("model", "module", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightsError(
+            f"{path} holds no tensors; its keys are {', '.join(map(str, list(content)[:MAX_NAMED]))}"
+        )
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def load_released(source: str | os.PathLike[str] | Mapping[str, Tensor], model: nn.Module) -> LoadReport:
+    """Load a whole LMIM or MAE state dict under its released names.
+
+    Args:
+        source: checkpoint file or state dict.
+        model:  `LMIM`, `MAE` or their references; changed in place, only when everything fits.
+    Raises:
+        WeightsError: tensors are missing, left over or misshaped; the message lists names and shapes.
+    """
+    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+    _load(state, model, "state dict" if isinstance(source, Mapping) else str(source))
+    return LoadReport("released", tuple(state), ())
+
+
+def to_released(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under the released names, detached, on the CPU, contiguous.
+
+    Raises:
+        WeightsError: a tensor holds a value that is not finite.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    broken = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise WeightsError(f"not exported: non-finite values in {_names(broken)}")
+    return state
+
+
+def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    """Kind of a state dict, its encoder tensors without prefix, and the names left aside.
+
+    Raises:
+        WeightsError: no encoder is in it.
+    """
+    if STUDENT + "cls_token" in state:
+        kind, prefix = "LMIM", STUDENT
+    elif "cls_token" in state:
+        kind, prefix = ("MAE" if any(name.startswith("decoder") for name in state) else "encoder"), ""
+    else:
+        raise WeightsError(f"no encoder (cls_token) among its tensors: {_names(list(state))}")
+    foreign = ("decoder", "mask_token")
+    chosen = {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(foreign)
+    }
+    used = {prefix + name for name in chosen}
+    return kind, chosen, tuple(name for name in state if name not in used)
+
+
+def load_encoder(path: str | os.PathLike[str], encoder: nn.Module) -> LoadReport:
+    """Load the encoder of a released LMIM, a MAERec/MAE or a plain encoder file.
+
+    Args:
+        path:    checkpoint file; of an LMIM file the student is taken.
+        encoder: `Encoder` (such as `model.model_maeenc_momentum`) or `MAE`, whose decoder is left as it is.
+    Raises:
+        WeightsError: unreadable file, or missing, extra or misshaped tensors, with names and shapes.
+    """
+    kind, state, ignored = encoder_state(read_state_dict(path))
+    _load(state, encoder, str(path), only=set(_encoder_names(encoder)))
+    return LoadReport(kind, tuple(state), ignored)
+
+
+def save_encoder(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the (student) encoder of `model` as plain safetensors, atomically.
+
+    Raises:
+        WeightsError: a tensor holds a value that is not finite, or the model has no encoder.
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    _, state, _ = encoder_state(to_released(model))
+    target = Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    save_file({name: value.clone() for name, value in state.items()}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, target)
+    return target
+
+
+def _encoder_names(encoder: nn.Module) -> list[str]:
+    return [name for name in encoder.state_dict() if not name.startswith(("decoder", "mask_token"))]
+
+
+def _load(state: dict[str, Tensor], module: nn.Module, source: str, only: set[str] | None = None) -> None:
+    """Copy `state` into `module` if, and only if, names and shapes are exactly those wanted."""
+    wanted = {name: value for name, value in module.state_dict().items() if only is None or name in only}
+    missing = [f"{name} {list(value.shape)}" for name, value in wanted.items() if name not in state]
+    extra = [f"{name} {list(value.shape)}" for name, value in state.items() if name not in wanted]
+    misshaped = [
+        f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    problems = [
+        f"{len(found)} {word}: {_names(found)}"
+        for word, found in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+        if found
+    ]
+    if problems:
+        raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+    module.load_state_dict(state, strict=only is None)
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMED])
+    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED} more"

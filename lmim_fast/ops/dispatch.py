@@ -1,0 +1,89 @@
+"""Which form of an op runs, kernel or eager: one table for all ops.
+
+An op registers its kernel with the inputs it is made for. `LMIM_FAST_BACKEND` (auto, eager or triton) and the
+`backend` context manager override the choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmim_fast.kernels import runtime
+
+BACKENDS = ("auto", "eager", "triton")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What to launch, for which dtypes, and a rule that says why an input does not fit."""
+
+    launch: Callable[..., object]
+    dtypes: tuple[torch.dtype, ...]
+    refuses: Callable[..., str | None]
+
+
+_kernels: dict[str, Kernel] = {}
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("lmim_fast_backend", default=None)
+
+
+def register(op: str, kernel: Kernel) -> None:
+    """Enter the kernel of `op` into the table; a second one for the same name is an error."""
+    if op in _kernels:
+        raise ValueError(f"op {op!r} has a kernel already")
+    _kernels[op] = kernel
+
+
+def current_backend() -> str:
+    """The backend in force: of the innermost `backend` block, else of LMIM_FAST_BACKEND, else "auto"."""
+    name = _override.get() or os.environ.get("LMIM_FAST_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on backend `name`: "auto", "eager" or "triton"."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def select(op: str, *tensors: Tensor) -> Kernel | None:
+    """The kernel to launch for these inputs, or None for the eager form.
+
+    Raises:
+        RuntimeError: backend "triton" is asked for and the op has no kernel for these inputs.
+    """
+    name = current_backend()
+    if name == "eager":
+        return None
+    reason = _refusal(op, tensors)
+    if reason is None:
+        return _kernels[op]
+    if name == "triton":
+        raise RuntimeError(f"backend 'triton' was asked for, but {op} {reason}")
+    return None
+
+
+def _refusal(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    kernel = _kernels.get(op)
+    if kernel is None:
+        return "has no kernel"
+    for tensor in tensors:
+        if not runtime.can_run(tensor.device):
+            return f"cannot run a kernel on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in kernel.dtypes:
+            return f"has no kernel for {tensor.dtype}"
+    return kernel.refuses(*tensors)

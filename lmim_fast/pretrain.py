@@ -1,0 +1,194 @@
+"""Pre-training: `python -m lmim_fast.pretrain`, or `torchrun --nproc-per-node=N -m lmim_fast.pretrain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lmim_fast.config import PretrainConfig
+from lmim_fast.config_io import config_hash, to_dict
+from lmim_fast.convert import write_encoder
+from lmim_fast.data.databases import find_databases
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.pipeline import ViewPipeline
+from lmim_fast.data.records import RecordStore
+from lmim_fast.errors import DataError, UsageError
+from lmim_fast.train import checkpoint, optim, parallel, resume
+from lmim_fast.train.build import build_model, versions
+from lmim_fast.train.checkpoint import Checkpoint
+from lmim_fast.train.files import write_file
+from lmim_fast.train.loop import Progress, Session, train
+from lmim_fast.train.parallel import World
+from lmim_fast.train.starting_weights import check_teacher, load_starting_weights
+from lmim_fast.train.telemetry import Meter, Telemetry
+
+Tell = Callable[[str], None]
+
+
+def run_pretrain(config: PretrainConfig) -> Path:
+    """Run one pre-training, or what is left of it; under torchrun every process calls this.
+
+    Returns:
+        The run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/ and, when the run is complete,
+        encoder.safetensors. After SIGTERM or SIGUSR1 it comes early, with a checkpoint to continue from.
+    Raises:
+        UsageError: a wrong setting or path, or a run folder of other settings.
+        LmimError: data, weights, disk or training failed; the message says how to go on.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint.
+    """
+    check_teacher(config)
+    with parallel.join(config.device) as world:
+        return _run(_resolved(config, world), world, _say if world.is_main else _say_nothing)
+
+
+def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
+    run = Path(config.output)
+    store = world.together(lambda: _open_records(config))
+    order = SampleOrder(len(store), config.batch_size, config.seed)
+    identity: dict[str, Any] = {
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "versions": versions(),
+        "data": store.fingerprint(),
+        "seed": config.seed,
+    }
+    saved = resume.find(run, config, world, tell)
+    if saved is not None:
+        resume.check_same_run(saved, config, identity["data"])
+
+    model = world.together(lambda: _model(config, run, saved, tell))
+    world.main_only(lambda: _prepare_folder(run, identity))
+    stored = world.together(
+        lambda: checkpoint.save_teacher(run, model) if world.is_main and not saved else None
+    )
+    identity["teacher"] = saved.state["teacher"] if saved else world.gather(stored)[0]
+
+    model.to(world.device)
+    optimizer = optim.make_optimizer(model, config.optim)
+    progress = Progress(Meter())
+    if saved is not None:
+        checkpoint.restore(saved, model, optimizer)
+        progress = Progress.from_state(saved.state, world.device)
+        tell(f"continuing {run} from step {progress.step}")
+    _summarise(config, world, model, store, tell)
+
+    total = optim.total_steps(config, len(store))
+    guided = config.objective == "lmim" and config.model.guidance
+    with (
+        Telemetry(run if world.is_main else None, total=total, start_step=progress.step) as telemetry,
+        ViewPipeline(
+            store,
+            order,
+            guidance=config.view if guided else None,
+            loader=config.loader,
+            seed=config.seed,
+            image_size=config.model.image_size,
+            rank=world.rank,
+            world_size=world.size,
+            accumulation=config.accumulation,
+            device=world.device,
+            start_step=progress.step,
+            end_step=total,
+        ) as batches,
+    ):
+        session = Session(config, run, world, model, optimizer, order, progress, telemetry, identity)
+        stopped_by = train(session, batches)
+        bad_records = progress.bad_records + sum(world.gather(batches.bad.count))
+
+    if stopped_by:
+        name = signal.Signals(stopped_by).name
+        tell(f"stopped by {name} after step {progress.step} of {total}; the same command continues the run")
+        if stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        return run
+    world.main_only(lambda: write_encoder(model, run / "encoder.safetensors"))
+    if bad_records:
+        tell(f"broken records were met {bad_records} times and replaced; see {run / 'bad_records.jsonl'}")
+    tell(f"finished: {run}, encoder in {run / 'encoder.safetensors'}")
+    return run
+
+
+def _resolved(config: PretrainConfig, world: World) -> PretrainConfig:
+    """The config with "auto" precision settled, checked against the number of processes."""
+    if config.batch_size % (world.size * config.accumulation):
+        raise UsageError(
+            f"--batch-size {config.batch_size} must be a multiple of {world.size} processes "
+            f"x {config.accumulation} accumulation passes"
+        )
+    if config.precision != "auto":
+        return config
+    return dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
+
+
+def _open_records(config: PretrainConfig) -> RecordStore:
+    try:
+        find_databases(config.data)
+    except DataError as error:  # a path that holds no data is a wrong option; damaged data is not
+        raise UsageError(f"--data {error}") from error
+    return RecordStore(config.data, max_pixels=config.loader.max_pixels)
+
+
+def _model(config: PretrainConfig, run: Path, saved: Checkpoint | None, tell: Tell) -> nn.Module:
+    """The model on the CPU; a saved run brings its own teacher and, later, its student."""
+    model = build_model(config)
+    if saved is None:
+        load_starting_weights(config, model, tell)
+    else:
+        checkpoint.load_teacher(run, saved.state["teacher"], model)
+    return model
+
+
+def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
+    """Make the run folder, clear what an interrupted save left, and write down what the run is."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {run}: cannot be made ({error.strerror})") from error
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {run}: no permission to write")
+    checkpoint.remove_unfinished(run)
+    content = {name: identity[name] for name in ("config", "versions", "data")}
+    write_file(run / "config.json", json.dumps(content, indent=1).encode())
+
+
+def _summarise(
+    config: PretrainConfig, world: World, model: nn.Module, store: RecordStore, tell: Tell
+) -> None:
+    """What is about to be done, in a few lines."""
+    total, warmup = optim.total_steps(config, len(store)), optim.warmup_steps(config, len(store))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    passes = world.size * config.accumulation
+    share = f"{world.size} x {config.accumulation} x {config.batch_size // passes}"
+    rule = "" if config.optim.lr is not None else f" = {config.optim.base_lr:g} x {config.batch_size} / 256"
+    tell(
+        f"{config.objective}, {config.preset} preset: {trainable:,} trainable parameters, "
+        f"{config.precision} on {world.device}"
+    )
+    tell(f"data: {len(store):,} records, {len(store.databases)} LMDB")
+    tell(f"batch: {config.batch_size} (processes x passes x images: {share})")
+    tell(f"steps: {total:,} = {total * config.batch_size / len(store):.2f} epochs, warm-up {warmup:,}")
+    tell(f"learning rate: {optim.peak_learning_rate(config):g}{rule}")
+    if warmup >= total:
+        tell(f"warning: the warm-up of {warmup} steps never ends in {total}; pass --optim.warmup-steps")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    """Ranks other than 0."""
+
+
+if __name__ == "__main__":
+    from lmim_fast.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

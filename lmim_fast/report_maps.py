@@ -1,0 +1,193 @@
+"""What the trained model looks at: attention over real crops, and MAE's reconstructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.config import PretrainConfig
+from lmim_fast.models.attention_maps import decoder_cross_attention, encoder_cls_attention
+from lmim_fast.ops.masking import mask_noise
+from lmim_fast.ops.philox import Stream
+from lmim_fast.report_images import boxed_html, crop_html, crop_pixels, heat_html, masked_pixels
+from lmim_fast.report_views import Crops, label_html
+
+_HEADS_SHOWN = 3
+_QUERIES = 4
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Attention and reconstruction of some crops, on the CPU."""
+
+    encoder: np.ndarray
+    """(B, heads, rows, columns): cls over patches, last block."""
+    ids_masked: np.ndarray | None
+    """(B, M) masked patches."""
+    decoder: np.ndarray | None
+    """(B, heads, M, rows, columns): masked queries over the guidance view, last layer."""
+    painted: np.ndarray | None
+    """(B, H, W, 3) uint8: the crop with its masked patches as predicted."""
+
+
+@torch.no_grad()
+def compute_maps(model: nn.Module, config: PretrainConfig, crops: Crops, count: int) -> Maps:
+    """Run the model over the first `count` crops with the masks that the run used for them.
+
+    Args:
+        model: LMIM or MAE in eval mode.
+    """
+    plain = crops.plain[:count]
+    stream = Stream.MASK if config.objective == "lmim" else Stream.MAE_MASK
+    noise = mask_noise(
+        config.seed, crops.epochs[:count], crops.indices[:count], config.model.num_patches, stream=stream
+    )
+    encoder = encoder_cls_attention(model, plain).float().cpu().numpy()
+    if config.objective == "mae":
+        output = model(plain, noise=noise)
+        painted = reconstruct(plain, output.ids_masked, output.pred, config.model.patch_size)
+        return Maps(encoder, output.ids_masked.cpu().numpy(), None, crop_pixels(painted))
+    if crops.guidance is None:
+        return Maps(encoder, None, None, None)
+    ids_masked, weights = decoder_cross_attention(model, plain, crops.guidance[:count], noise)
+    return Maps(encoder, ids_masked.cpu().numpy(), weights.float().cpu().numpy(), None)
+
+
+def reconstruct(images: Tensor, ids_masked: Tensor, pred: Tensor, patch_size: int) -> Tensor:
+    """Put predicted patches into the images, with the mean and variance of the patches they stand for.
+
+    Args:
+        images:     (B, 3, H, W) in [-1, 1].
+        ids_masked: (B, M) int64.
+        pred:       (B, M, 3 * patch_size**2) per-patch normalised, values in the order (row, column, colour).
+    Returns:
+        (B, 3, H, W); visible patches are the image's own.
+    Source: MAE's normalised pixel target (He et al. 2022), turned round.
+    """
+    batch, _, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.reshape(batch, 3, rows, patch_size, columns, patch_size)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)  # (B, N, P)
+    at = ids_masked[..., None].expand(-1, -1, patches.shape[-1])
+    truth = patches.gather(1, at)
+    scale = (truth.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    painted = patches.scatter(1, at, pred.to(patches) * scale + truth.mean(dim=-1, keepdim=True))
+    painted = painted.reshape(batch, rows, columns, patch_size, patch_size, 3)
+    return painted.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
+
+
+def query_patches(
+    pixels: np.ndarray, ids_masked: np.ndarray, patch_size: int, count: int = _QUERIES
+) -> list[int]:
+    """Masked patches worth asking about: in each vertical strip of the crop the one with most contrast.
+
+    Args:
+        pixels:     (H, W, 3) uint8.
+        ids_masked: (M,) row-major patch numbers.
+    Returns:
+        at most `count` of ids_masked, from left to right; a strip without a masked patch gives none.
+    """
+    height, width, _ = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    gray = pixels.astype(np.float32).mean(axis=2)
+    contrast = gray.reshape(rows, patch_size, columns, patch_size).std(axis=(1, 3))
+    chosen = []
+    for strip in range(count):
+        low, high = strip * columns / count, (strip + 1) * columns / count
+        inside = [int(patch) for patch in ids_masked if low <= patch % columns < high]
+        if inside:
+            chosen.append(max(inside, key=lambda patch: (contrast[divmod(patch, columns)], -patch)))
+    return chosen
+
+
+def maps_html(maps: Maps, crops: Crops, patch_size: int) -> str:
+    """One card a crop: the views, the encoder's attention, and the decoder's where there is one."""
+    count = len(maps.encoder)
+    plain = crop_pixels(crops.plain[:count])
+    guidance = None if crops.guidance is None else crop_pixels(crops.guidance[:count])
+    cards = []
+    for place in range(count):
+        view = None if guidance is None else guidance[place]
+        rows = _row("Input", "", _inputs(maps, place, plain[place], view, patch_size))
+        rows += _row(
+            "Encoder", "cls attention, last block", _encoder_cells(maps.encoder[place], plain[place])
+        )
+        if view is not None and maps.ids_masked is not None and maps.decoder is not None:
+            cells = _decoder_cells(
+                maps.decoder[place], maps.ids_masked[place], plain[place], view, patch_size
+            )
+            rows += _row("Decoder", "cross-attention, last layer, mean of heads", cells)
+        number = f'<span class="note">#{int(crops.indices[place])}</span>'
+        cards.append(f'<article class="maps"><h3>{label_html(crops, place)}{number}</h3>{rows}</article>')
+    return _intro(maps) + "".join(cards)
+
+
+def _intro(maps: Maps) -> str:
+    text = "Bright is where the attention goes; each map is scaled to its own strongest patch (point at it). "
+    if maps.decoder is not None:
+        text += (
+            "Decoder: the boxed patch of the plain view is masked; below it, where its query looks in the "
+            "guidance view."
+        )
+    elif maps.painted is not None:
+        text += (
+            "Prediction: the masked patches as the decoder paints them, given the mean and variance of the "
+            "true patch, which the model does not predict."
+        )
+    else:
+        text += "This run has no guidance view, so there is no cross-attention over one."
+    return f"<p>{text}</p>"
+
+
+def _row(title: str, remark: str, cells: list[str]) -> str:
+    head = f'<h4>{title}<span class="note">{remark}</span></h4>'
+    return f'<div class="row">{head}<div class="cells">{"".join(cells)}</div></div>'
+
+
+def _cell(body: str, caption: str) -> str:
+    return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
+
+
+def _inputs(
+    maps: Maps, place: int, plain: np.ndarray, guidance: np.ndarray | None, patch_size: int
+) -> list[str]:
+    cells = [_cell(crop_html(plain, "plain view"), "plain view")]
+    if guidance is not None:
+        cells.append(_cell(crop_html(guidance, "guidance view"), "guidance view"))
+    if maps.ids_masked is not None:
+        kept = masked_pixels(plain, maps.ids_masked[place], patch_size)
+        share = 1 - len(maps.ids_masked[place]) / maps.encoder[place, 0].size
+        cells.append(_cell(crop_html(kept, "visible patches"), f"visible patches ({share:.0%})"))
+    if maps.painted is not None:
+        cells.append(_cell(crop_html(maps.painted[place], "prediction"), "prediction"))
+    return cells
+
+
+def _encoder_cells(weights: np.ndarray, plain: np.ndarray) -> list[str]:
+    """The mean over the heads and a few of them, evenly picked; weights (heads, rows, columns)."""
+    if len(weights) == 1:
+        return [_cell(heat_html(plain, weights[0], "encoder attention"), "its one head")]
+    cells = [_cell(heat_html(plain, weights.mean(axis=0), "encoder attention, mean"), "mean of heads")]
+    picked = np.linspace(0, len(weights) - 1, min(_HEADS_SHOWN, len(weights))).round().astype(int)
+    for head in picked:
+        caption = f"head {head + 1} of {len(weights)}"
+        cells.append(_cell(heat_html(plain, weights[head], f"encoder attention, {caption}"), caption))
+    return cells
+
+
+def _decoder_cells(
+    weights: np.ndarray, ids_masked: np.ndarray, plain: np.ndarray, guidance: np.ndarray, patch_size: int
+) -> list[str]:
+    """Query patches with their attention under them; weights (heads, M, rows, columns), ids_masked (M,)."""
+    mean = weights.mean(axis=0)  # (M, rows, columns)
+    cells = []
+    for patch in query_patches(plain, ids_masked, patch_size):
+        query = int(np.flatnonzero(ids_masked == patch)[0])
+        row, column = divmod(patch, mean.shape[2])
+        caption = f"masked patch in row {row + 1}, column {column + 1}"
+        pair = boxed_html(plain, patch, (mean.shape[1], mean.shape[2]), caption)
+        cells.append(_cell(pair + heat_html(guidance, mean[query], f"attention of the {caption}"), caption))
+    return cells

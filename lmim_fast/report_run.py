@@ -1,0 +1,150 @@
+"""What the report knows of a run: its config, its metrics as columns, and the figures of the page's head."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmim_fast.config import PretrainConfig
+from lmim_fast.config_io import from_dict
+from lmim_fast.errors import LmimError, UsageError
+from lmim_fast.train.optim import total_steps
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl as columns over the step: one row a step, in order, whatever the run went through."""
+
+    steps: np.ndarray
+    """(n,) int64, strictly increasing."""
+    columns: dict[str, np.ndarray]
+    """Name -> (n,) float64; NaN where a line had no number."""
+    malformed: int
+    """Lines that were no JSON object with a step."""
+    replayed: int
+    """Lines that a resumed run wrote anew: the newer ones count."""
+
+    def column(self, name: str) -> np.ndarray:
+        """(n,) float64, all NaN when no line had `name`."""
+        return self.columns.get(name, np.full(len(self.steps), math.nan))
+
+    def finite(self, name: str) -> np.ndarray:
+        """The numbers of a column without its gaps, in order of step."""
+        values = self.column(name)
+        return values[np.isfinite(values)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    config: PretrainConfig
+    document: dict[str, Any]
+    """config.json as written: config, versions, data."""
+    metrics: Metrics
+
+    @property
+    def name(self) -> str:
+        """The run folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def done(self) -> int:
+        """The last step that the run logged or kept a checkpoint of."""
+        kept = [
+            int(path.name[5:]) for path in self.folder.glob("checkpoints/step-*") if path.name[5:].isdigit()
+        ]
+        return max([int(self.metrics.steps[-1]), *kept])
+
+    @property
+    def total(self) -> int | None:
+        """Steps the run was to make; None when they hang on a data size that config.json does not give."""
+        if self.config.steps is not None:
+            return self.config.steps
+        count = _sample_count(self.document.get("data"))
+        return None if count is None else total_steps(self.config, count)
+
+
+def read_run(folder: Path) -> Run:
+    """Read config.json and metrics.jsonl of a run folder.
+
+    Raises:
+        UsageError: no such folder, or it is not a run folder.
+        LmimError: a file that cannot be read or used, with its path.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no run folder at {folder}")
+    for name in ("config.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"{folder} has no {name}: not a run folder of `lmim pretrain`, or one that never started"
+            )
+    path = folder / "config.json"
+    try:
+        document = json.loads(_read(path))
+        config = from_dict(PretrainConfig, document["config"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LmimError(f"{path} is not a config of this version: {type(error).__name__}: {error}") from error
+    return Run(folder, config, document, read_metrics(folder / "metrics.jsonl"))
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a metrics.jsonl, leaving out malformed lines and those that a resume wrote anew.
+
+    Raises:
+        LmimError: the file cannot be read, or no line of it can.
+    """
+    rows: list[dict[str, Any]] = []
+    malformed = replayed = 0
+    for line in _read(path).splitlines():
+        row = _row(line)
+        if row is None:
+            malformed += bool(line.strip())
+            continue
+        while rows and rows[-1]["step"] >= row["step"]:  # the run went on from an older checkpoint
+            rows.pop()
+            replayed += 1
+        rows.append(row)
+    if not rows:
+        found = f"{malformed} malformed lines and nothing else" if malformed else "no line"
+        raise LmimError(f"{path} holds {found}: the run has logged no step yet")
+    names = sorted({name for row in rows for name in row} - {"step"})
+    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+    return Metrics(np.array([row["step"] for row in rows], dtype=np.int64), columns, malformed, replayed)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The line's object when it has a whole, non-negative step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
+        return None
+    return row if 0 <= row["step"] < 2**53 else None
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond any float
+        return math.nan
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise LmimError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _sample_count(fingerprint: Any) -> int | None:
+    """Samples of the run's data, from its `RecordStore.fingerprint()`."""
+    count = fingerprint.get("count") if isinstance(fingerprint, dict) else None
+    return count if isinstance(count, int) and count > 0 else None

@@ -1,0 +1,106 @@
+"""The first crops that a run trained on, through its own records, order and views, and their sheet."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.pipeline import ViewPipeline
+from lmim_fast.data.records import RecordStore
+from lmim_fast.report_images import crop_html, crop_pixels
+from lmim_fast.report_run import Run
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A batch as the run saw it at its start."""
+
+    indices: Tensor
+    """(B,) int64 sample indices."""
+    epochs: Tensor
+    """(B,) int64."""
+    labels: list[str | None]
+    """Ground truth where the database has it."""
+    broken: list[str | None]
+    """Why a record was replaced by its substitute; None where it was not."""
+    plain: Tensor
+    """(B, 3, H, W) float32 in [-1, 1]."""
+    guidance: Tensor | None
+    """(B, 3, H, W) float32 in [-1, 1]; None where the run has no guidance view."""
+    changed: bool
+    """The data is no longer what config.json describes."""
+
+
+def load_crops(run: Run, count: int) -> Crops:
+    """The first `count` crops of the run's order (all, where there are fewer), with their first views.
+
+    Raises:
+        DataError: the data is not where config.json says, or cannot be used.
+    """
+    config = run.config
+    guided = config.objective == "lmim" and config.model.guidance
+    # Substitutes are shown and named here: no share of broken records stops a report.
+    loader = dataclasses.replace(config.loader, device="cpu", prefetch=1, threads=0, max_bad_fraction=1.0)
+    store = RecordStore(config.data, max_pixels=config.loader.max_pixels)
+    try:
+        order = SampleOrder(len(store), min(count, len(store)), config.seed)
+        with ViewPipeline(
+            store,
+            order,
+            guidance=config.view if guided else None,
+            loader=loader,
+            seed=config.seed,
+            image_size=config.model.image_size,
+            end_step=1,
+        ) as pipeline:
+            batch = next(iter(pipeline))
+            plain, guidance = batch.views(torch.float32)
+            reasons = {(database, key): reason for database, key, reason in pipeline.bad.entries}
+        indices = [int(index) for index in batch.indices]
+        broken = [reasons.get(store.locate(index)) for index in indices]
+        labels = [None if bad else store.label(index) for index, bad in zip(indices, broken, strict=True)]
+        expected = run.document.get("data")
+        changed = expected is not None and store.fingerprint() != expected
+    finally:
+        store.close()
+    return Crops(batch.indices, batch.epochs, labels, broken, plain, guidance, changed)
+
+
+def sheet_html(crops: Crops, count: int) -> str:
+    """The first `count` crops as a grid: plain view, guidance view under it, label."""
+    plain = crop_pixels(crops.plain[:count])
+    guidance = None if crops.guidance is None else crop_pixels(crops.guidance[:count])
+    tiles = [_tile(crops, place, plain, guidance) for place in range(len(plain))]
+    what = "the plain view, and under it the guidance view" if guidance is not None else "the plain view"
+    changed = (
+        '<p class="warning">The data has changed since the run: these are crops of the data as it is now.</p>'
+        if crops.changed
+        else ""
+    )
+    intro = f"<p>The first crops of the run's own sample order: {what}, as the model got them.</p>"
+    return f'{changed}{intro}<div class="sheet">{"".join(tiles)}</div>'
+
+
+def label_html(crops: Crops, place: int) -> str:
+    """The label of a crop, or what stands in its place, ready for the page."""
+    label, reason = crops.labels[place], crops.broken[place]
+    if reason is not None:
+        return f'<span class="label absent">substitute: {html.escape(reason)}</span>'
+    if label is None:
+        return '<span class="label absent">no label</span>'
+    return f'<span class="label" title="{html.escape(label)}">{html.escape(label)}</span>'
+
+
+def _tile(crops: Crops, place: int, plain: np.ndarray, guidance: np.ndarray | None) -> str:
+    label = crops.labels[place] or "no label"
+    views = crop_html(plain[place], f"plain view: {label}")
+    if guidance is not None:
+        views += crop_html(guidance[place], f"guidance view: {label}")
+    number = f'<span class="note">#{int(crops.indices[place])}</span>'
+    return f"<figure>{views}<figcaption>{label_html(crops, place)}{number}</figcaption></figure>"

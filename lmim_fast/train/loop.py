@@ -1,0 +1,263 @@
+"""The training loop, from top to bottom. A step is a function of (weights, optimiser, seed, step)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.config import PretrainConfig
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.pipeline import Batch, ViewPipeline
+from lmim_fast.errors import LmimError
+from lmim_fast.ops.masking import mask_noise
+from lmim_fast.ops.philox import Stream
+from lmim_fast.train import checkpoint, optim, parallel
+from lmim_fast.train.build import needs_teacher
+from lmim_fast.train.parallel import World
+from lmim_fast.train.telemetry import Meter, Telemetry, Value, add_new_lines, memory_bytes
+
+# A bad batch or two pass; a run that diverged does not come back.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with weights and optimiser, all that a resume needs."""
+
+    meter: Meter
+    step: int = 0
+    """Optimiser steps done."""
+    bad_records: int = 0
+    """Broken records met in the sittings before this one."""
+    seconds: float = 0.0
+    """Training time of the sittings before this one."""
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Progress:
+        """What a checkpoint's state.json says."""
+        meter = Meter.from_state(state["meter"], device)
+        return cls(meter, state["step"], state["bad_records"], state["seconds"])
+
+
+@dataclass
+class Session:
+    """Everything one process trains with."""
+
+    config: PretrainConfig
+    run: Path
+    world: World
+    model: nn.Module
+    optimizer: optim.SkippingAdamW
+    order: SampleOrder
+    progress: Progress
+    telemetry: Telemetry
+    identity: dict[str, Any]
+    """What every checkpoint of this run says of it: config, versions, data, seed, teacher."""
+
+
+def train(session: Session, batches: ViewPipeline) -> int:
+    """Train from `session.progress.step` to the end of the run; a checkpoint is written before it returns.
+
+    Args:
+        batches: micro batches in training order, from that step on.
+    Returns:
+        0 when the run is complete, or the number of the signal that stopped it.
+    Raises:
+        LmimError: too many steps in a row were not finite, or a part failed on some rank.
+    """
+    config, world, progress, telemetry = session.config, session.world, session.progress, session.telemetry
+    total = optim.total_steps(config, session.order.num_samples)
+    warmup = optim.warmup_steps(config, session.order.num_samples)
+    peak = optim.peak_learning_rate(config)
+    optimizer, model = session.optimizer, parallel.wrap(session.model, world)
+    model.train()
+    clock = _Clock(progress.seconds)
+
+    with _stop_signals() as stop_signals:
+        while progress.step < total:
+            step = progress.step
+            lr = optim.learning_rate(step, peak=peak, warmup=warmup, total=total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            losses = torch.zeros(3, device=world.device)  # loss, loss_recon, loss_align
+            for micro in range(config.accumulation):
+                batch: Batch = world.together(lambda: next(batches))
+                clock.waited += batch.wait_seconds
+                torch.manual_seed(dropout_seed(config.seed, step, micro, world.rank))
+                with parallel.gradient_sync(model, enabled=micro == config.accumulation - 1):
+                    parts = forward(model, batch, config, world.device) / config.accumulation
+                    parts[0].backward()
+                losses += parts.detach()
+            world.mean_(losses)
+
+            norm = optim.gradient_norm(session.model)
+            row = torch.cat([losses, norm.reshape(1)])
+            # Losses and gradients are the same on all ranks by now, so all skip together; no host asks.
+            skip = 1.0 - row.isfinite().all().float()
+            if config.optim.clip_norm is not None:
+                optim.clip_gradients(session.model, norm, config.optim.clip_norm)
+            optimizer.step_unless(skip)
+            optimizer.zero_grad(set_to_none=True)
+
+            progress.step = step + 1
+            progress.meter.add(progress.step, row)
+            clock.steps += 1
+            telemetry.advance(progress.step)
+            if progress.step % config.log_every == 0 or progress.step == total:
+                _log(session, batches, clock, lr)
+            stop = world.largest(stop_signals.received)
+            if stop or progress.step % config.checkpoint_every == 0 or progress.step == total:
+                _save(session, batches, clock)
+            if stop:
+                return stop if progress.step < total else 0
+    return 0
+
+
+def forward(model: nn.Module, batch: Batch, config: PretrainConfig, device: torch.device) -> Tensor:
+    """(3,) loss, loss_recon and loss_align of one micro batch; the first carries the gradient."""
+    # Pixel targets are made from the image and would inherit its rounding.
+    low = config.precision == "bf16" and needs_teacher(config)
+    images, guidance = batch.views(torch.bfloat16 if low else torch.float32)
+    stream = Stream.MASK if config.objective == "lmim" else Stream.MAE_MASK
+    epochs = batch.epochs.to(device, non_blocking=True)
+    indices = batch.indices.to(device, non_blocking=True)
+    noise = mask_noise(config.seed, epochs, indices, config.model.num_patches, stream)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(images, guidance, noise) if config.objective == "lmim" else model(images, noise)
+    return torch.stack([output.loss, output.loss_recon, output.loss_align])
+
+
+def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed of torch's generator for one forward pass, so that a resume need not store the generator."""
+    key = f"dropout {seed} {step} {micro} {rank}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+@dataclass
+class _Clock:
+    """Times of this sitting and of the window that the next line of metrics tells of."""
+
+    before: float
+    steps: int = 0
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = self.window_started = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Training time of the run, earlier sittings included."""
+        return self.before + time.monotonic() - self.started
+
+    def close_window(self) -> tuple[float, float]:
+        """Steps per second and share of the time spent waiting for data; starts the next window."""
+        now = time.monotonic()
+        seconds = max(now - self.window_started, 1e-9)
+        rates = self.steps / seconds, min(1.0, self.waited / seconds)
+        self.window_started, self.steps, self.waited = now, 0, 0.0
+        return rates
+
+
+def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> None:
+    """Read the window's numbers, write their line, and stop a run that no longer trains."""
+    config, world, progress = session.config, session.world, session.progress
+    means, skipped = progress.meter.close_window()
+    steps_per_second, data_wait = clock.close_window()
+    line: dict[str, Value] = {
+        "step": progress.step,
+        "epoch": progress.step * config.batch_size / session.order.num_samples,
+        **means,
+        "lr": lr,
+        "images_per_second": steps_per_second * config.batch_size,
+        "data_wait_fraction": data_wait,
+        "bad_records": progress.bad_records + sum(world.gather(batches.bad.count)),
+        "skipped_steps": progress.meter.skipped,
+        "memory_bytes": memory_bytes(world.device),
+        "elapsed_seconds": clock.elapsed(),
+    }
+    world.main_only(lambda: _write_line(session, line, skipped))
+    in_a_row = progress.meter.skipped_in_a_row
+    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise LmimError(
+            f"loss or gradient was not finite in the last {in_a_row} steps up to {progress.step}: lower "
+            "--optim.lr, set --optim.clip-norm or --precision fp32, and continue from an earlier checkpoint; "
+            f"the steps are listed in {session.run / 'skipped.jsonl'}"
+        )
+
+
+def _write_line(session: Session, line: dict[str, Value], skipped: list[int]) -> None:
+    session.telemetry.log(line)
+    if skipped:
+        # Seed, epoch and index replay a sample's views and mask.
+        order = session.order
+        samples = {step: [array.tolist() for array in order.batch(step - 1)] for step in skipped}
+        add_new_lines(
+            session.run / "skipped.jsonl",
+            [
+                {"step": step, "seed": order.seed, "epochs": epochs, "indices": indices}
+                for step, (epochs, indices) in samples.items()
+            ],
+        )
+        session.telemetry.say(f"warning: skipped {len(skipped)} steps whose loss or gradient was not finite")
+
+
+def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
+    """Write a checkpoint and the list of broken records; every rank waits for it."""
+    progress = session.progress
+    bad = session.world.gather((batches.bad.count, list(batches.bad.entries)))
+    state = {
+        **session.identity,
+        "step": progress.step,
+        "meter": progress.meter.state(),
+        "bad_records": progress.bad_records + sum(count for count, _ in bad),
+        "seconds": clock.elapsed(),
+    }
+
+    def write() -> None:
+        keep = session.config.keep_checkpoints
+        path = checkpoint.save(session.run, state, session.model, session.optimizer, keep=keep)
+        add_new_lines(
+            session.run / "bad_records.jsonl",
+            [
+                dict(zip(("database", "key", "reason"), entry, strict=True))
+                for _, part in bad
+                for entry in part
+            ],
+        )
+        session.telemetry.say(f"checkpoint {path}")
+
+    session.world.main_only(write)
+
+
+class _StopSignals:
+    """Remembers a request to stop until the step is done."""
+
+    received = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler; a second Ctrl-C does not wait."""
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_StopSignals]:
+    """SIGTERM, SIGUSR1 and Ctrl-C end the run after a checkpoint, at the next step's end."""
+    handler = _StopSignals()
+    previous = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield handler
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

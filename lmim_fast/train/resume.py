@@ -1,0 +1,93 @@
+"""Which checkpoint a run continues from, and whether it is the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lmim_fast.config import PretrainConfig
+from lmim_fast.config_io import to_dict
+from lmim_fast.errors import UsageError
+from lmim_fast.train import checkpoint
+from lmim_fast.train.checkpoint import Checkpoint
+from lmim_fast.train.files import CheckpointError
+from lmim_fast.train.parallel import World
+
+# Values that change no weight. `data` is decided by the fingerprint: a database may have moved.
+_MAY_CHANGE = {
+    "config.data",
+    "config.output",
+    "config.device",
+    "config.resume",
+    "config.checkpoint_every",
+    "config.keep_checkpoints",
+    "config.log_every",
+    "config.loader.threads",
+    "config.loader.prefetch",
+    "config.loader.device",
+    "config.loader.max_bad_fraction",
+}
+
+
+def find(run: Path, config: PretrainConfig, world: World, tell: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to continue from, None for a fresh start; every rank reads the same one.
+
+    Raises:
+        UsageError: the folder has checkpoints and the config says not to resume.
+        CheckpointError: it has checkpoints and none of them is whole.
+    """
+    choice = world.together(lambda: _choose(run, config, tell) if world.is_main else None)
+    path = world.gather(choice.path if choice else None)[0]
+    if path is None:
+        return None
+    return world.together(lambda: choice or checkpoint.read(path))
+
+
+def _choose(run: Path, config: PretrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
+    if not checkpoint.exists(run):
+        return None
+    if not config.resume:
+        raise UsageError(f"{run} already has checkpoints: choose another --output, or drop --no-resume")
+    damaged: list[tuple[Path, CheckpointError]] = []
+    found = checkpoint.newest(run, lambda path, error: damaged.append((path, error)))
+    if found is None:
+        reasons = "; ".join(str(error) for _, error in damaged)
+        raise CheckpointError(f"no checkpoint in {run} is whole ({reasons}); choose another --output")
+    for path, error in damaged:
+        aside = checkpoint.set_aside(path)
+        tell(f"warning: {error}; set aside as {aside.name}, continuing from {found.path.name}")
+    return found
+
+
+def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other settings or other data.
+
+    Raises:
+        UsageError: names the first fields that differ, with both values.
+    """
+    found = [
+        *differences(saved.state["config"], to_dict(config), "config"),
+        *differences(saved.state["data"], fingerprint, "data"),
+    ]
+    found = [line for line in found if line[0].partition("[")[0] not in _MAY_CHANGE]
+    if found:
+        lines = "; ".join(
+            f"{name.removeprefix('config.')} was {old!r}, now {new!r}" for name, old, new in found[:3]
+        )
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UsageError(
+            f"{saved.path} is of another run: {lines}{more}; use the same values or another --output"
+        )
+
+
+def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Places where two JSON values differ: (dotted name, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from differences(before, after, f"{name}[{place}]")
+    elif old != new:
+        yield name, old, new

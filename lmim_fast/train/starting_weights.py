@@ -1,0 +1,79 @@
+"""What `--teacher` and `--init` name: encoder files, run folders, or a random teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from lmim_fast.config import PretrainConfig
+from lmim_fast.errors import UsageError
+from lmim_fast.models import weights
+from lmim_fast.models.lmim import LMIM
+from lmim_fast.train import checkpoint
+from lmim_fast.train.build import needs_teacher
+
+NO_TEACHER = (
+    "no teacher: pass --teacher FILE (an encoder from `--objective mae`, a released LMIM or MAERec file) "
+    "or --teacher random for an ablation"
+)
+
+
+def check_teacher(config: PretrainConfig) -> None:
+    """Refuse a run whose teacher was forgotten.
+
+    Raises:
+        UsageError: the objective needs a teacher and none is named, or one is named that nothing reads.
+    """
+    if needs_teacher(config) and config.teacher is None:
+        raise UsageError(NO_TEACHER)
+    if config.teacher is not None and not needs_teacher(config):
+        reason = "--objective mae" if config.objective == "mae" else f"--model.target {config.model.target}"
+        raise UsageError(f"--teacher {config.teacher}: {reason} has no teacher; leave the option out")
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The student encoder: inside LMIM, or MAE itself."""
+    return model.model_maeenc if isinstance(model, LMIM) else model
+
+
+def encoder_file(name: str) -> Path:
+    """The file of an encoder: the one named, or of a run folder its encoder, or else its newest checkpoint.
+
+    Raises:
+        UsageError: there is no such file, or the folder holds neither.
+    """
+    path = Path(name)
+    if not path.exists():
+        raise UsageError(f"{name} does not exist; it should be an encoder file or a run folder")
+    if path.is_file():
+        return path
+    if (path / "encoder.safetensors").is_file():
+        return path / "encoder.safetensors"
+    latest = checkpoint.latest(path)
+    if latest is None:
+        raise UsageError(
+            f"{name} has no encoder.safetensors and no checkpoint: it is not the folder of a run"
+        )
+    return latest / checkpoint.MODEL_FILE
+
+
+def load_starting_weights(config: PretrainConfig, model: nn.Module, tell: Callable[[str], None]) -> None:
+    """Load what `--init` and `--teacher` name.
+
+    Raises:
+        UsageError: a path does not exist.
+        WeightsError: a file does not fit; lists names and shapes.
+    """
+    if config.init is not None:
+        weights.load_encoder(encoder_file(config.init), encoder_of(model))
+        tell(f"student starts from {config.init}")
+    if not needs_teacher(config):
+        return
+    if config.teacher == "random":
+        tell("warning: the teacher is random (--teacher random): an ablation, not a recipe")
+        return
+    path = encoder_file(str(config.teacher))
+    weights.load_encoder(path, model.get_submodule("model_maeenc_momentum"))
+    tell(f"teacher {path}")

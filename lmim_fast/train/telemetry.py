@@ -1,0 +1,233 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar. The device is read once per line of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lmim_fast.train.files import explain, write_file
+
+Value = float | int | None
+
+
+@dataclass
+class Meter:
+    """The numbers of the steps since the last line of metrics.jsonl, left on the device until `read`.
+
+    It is part of a checkpoint, so that a line's mean is the same after a resume.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    """Per step (4,): loss, loss_recon, loss_align, gradient norm; in a skipped step some are not finite."""
+    skipped: int = 0
+    """Steps without an update so far."""
+    skipped_in_a_row: int = 0
+    """Of them, the latest ones without a good step between."""
+
+    def add(self, step: int, row: Tensor) -> None:
+        """Keep the numbers of one step; nothing is read."""
+        self.steps.append(step)
+        self.rows.append(row)
+
+    def read(self) -> list[list[float]]:
+        """The kept rows as host numbers: the one place that waits for the device."""
+        values: list[list[float]] = torch.stack(self.rows).tolist() if self.rows else []
+        return values
+
+    def close_window(self) -> tuple[dict[str, Value], list[int]]:
+        """Means over the window's finite steps, and its skipped steps; starts the next window."""
+        rows = self.read()
+        finite = [all(map(math.isfinite, row)) for row in rows]
+        for good in finite:
+            self.skipped += not good
+            self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+        kept = [row for row, good in zip(rows, finite, strict=True) if good]
+        lost = [step for step, good in zip(self.steps, finite, strict=True) if not good]
+        names = ("loss", "loss_recon", "loss_align", "grad_norm")
+        means: dict[str, Value] = {
+            name: math.fsum(row[i] for row in kept) / len(kept) if kept else None
+            for i, name in enumerate(names)
+        }
+        self.steps, self.rows = [], []
+        return means, lost
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready content; numbers that JSON lacks are None."""
+        rows = [[value if math.isfinite(value) else None for value in row] for row in self.read()]
+        return {
+            "steps": list(self.steps),
+            "rows": rows,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Meter:
+        """Inverse of `state`."""
+        rows = [[math.nan if value is None else value for value in row] for row in state["rows"]]
+        tensors = [torch.tensor(row, device=device) for row in rows]
+        return cls(list(state["steps"]), tensors, state["skipped"], state["skipped_in_a_row"])
+
+
+class Telemetry:
+    """Writes the curve of a run and shows its progress; a silent one (`run` None) for ranks other than 0.
+
+    Args:
+        run:        run folder, or None to write and show nothing.
+        total:      optimiser steps of the run.
+        start_step: steps done before; metrics past them are dropped, so that the file is one clean curve.
+    """
+
+    def __init__(self, run: Path | None, *, total: int, start_step: int) -> None:
+        self.run = run
+        self.total = total
+        self.started = time.monotonic()
+        self.start_step = start_step
+        self.console = Console(highlight=False, soft_wrap=True, quiet=run is None)
+        self._bar: Progress | None = None
+        self._board: Any = None
+        if run is None:
+            return
+        drop_lines_after(run / "metrics.jsonl", start_step)
+        self._board = self._open_tensorboard(run, start_step)
+        if self.console.is_terminal:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            self._task = self._bar.add_task("starting", total=total, completed=start_step)
+            self._bar.start()
+
+    def _open_tensorboard(self, run: Path, start_step: int) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            self.say(f"warning: no TensorBoard files ({error}); pip install tensorboard")
+            return None
+        return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar; costs no device time."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, line: dict[str, Value]) -> None:
+        """Append one line to metrics.jsonl and TensorBoard, and show it."""
+        if self.run is None:
+            return
+        append(self.run / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
+        step = int(line["step"] or 0)
+        self._add_to_board(line, step)
+        text = describe(line)
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self.say(f"step {step}/{self.total}  {text}  ETA {self._remaining(step)}")
+
+    def _add_to_board(self, line: dict[str, Value], step: int) -> None:
+        if self._board is None or self.run is None:
+            return
+        try:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise explain(error, self.run / "tensorboard") from error
+
+    def _remaining(self, step: int) -> str:
+        elapsed = time.monotonic() - self.started
+        seconds = int(elapsed / max(1, step - self.start_step) * (self.total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as problem:  # the curve is in metrics.jsonl too: not worth hiding `error` for
+                self.say(f"warning: TensorBoard files are incomplete ({problem})")
+
+
+def describe(line: dict[str, Value]) -> str:
+    """A line of metrics.jsonl for the eye."""
+
+    def number(name: str) -> str:
+        value = line[name]
+        return "-" if value is None else f"{value:.4f}"
+
+    wait = line["data_wait_fraction"] or 0.0
+    text = f"loss {number('loss')}  recon {number('loss_recon')}  align {number('loss_align')}"
+    text += f"  lr {line['lr']:.2e}  {line['images_per_second']:.0f} images/s  data wait {100 * wait:.0f} %"
+    extras = [f"{line[name]} {word}" for name, word in _COUNTS if line[name]]
+    return "  ".join([text, *extras])
+
+
+_COUNTS = (("bad_records", "bad records"), ("skipped_steps", "skipped steps"))
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a .jsonl file that tell of `step` or before (a torn last line goes too)."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if _tells_of(line, step)]
+    if kept != lines:
+        write_file(path, "".join(kept).encode())
+
+
+def _tells_of(line: str, step: int) -> bool:
+    if not line.endswith("\n"):
+        return False
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def add_new_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Append the JSON lines that a file does not have yet."""
+    there = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    new = [text for text in dict.fromkeys(json.dumps(line) for line in lines) if text not in there]
+    if new:
+        append(path, new)
+
+
+def append(path: Path, lines: Sequence[str]) -> None:
+    """Append lines of text to a file.
+
+    Raises:
+        LmimError: the disk is full or the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: of the device's allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

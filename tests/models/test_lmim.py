@@ -1,0 +1,207 @@
+"""The fast LMIM and MAE against the oracle."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmim_fast.config import ModelConfig, preset
+from lmim_fast.models.lmim import LMIM
+from lmim_fast.models.mae import MAE
+from lmim_fast.reference import ReferenceLMIM, ReferenceMAE
+
+TINY = preset("tiny", decoder_dropout=0.0)
+ODD = ModelConfig(
+    image_size=(32, 64),
+    width=100,
+    depth=3,
+    heads=5,
+    mlp_ratio=3.0,
+    decoder_width=60,
+    decoder_depth=8,
+    decoder_heads=3,
+    decoder_ffn=100,
+    decoder_dropout=0.0,
+    mask_ratio=0.6,
+    pos_grid="true",
+)
+CASES = {
+    "tiny": TINY,
+    "small": preset("small", decoder_dropout=0.0),
+    "odd": ODD,
+    "true_grid": dataclasses.replace(TINY, pos_grid="true"),
+    "align_weight": dataclasses.replace(TINY, align_weight=0.3),
+    "align_stops_masked": dataclasses.replace(TINY, align_stop_gradient="masked"),
+    "align_stops_guidance": dataclasses.replace(TINY, align_stop_gradient="guidance"),
+    "pixel": dataclasses.replace(TINY, target="pixel"),
+    "norm_pixel": dataclasses.replace(TINY, target="norm_pixel"),
+    "no_guidance": dataclasses.replace(TINY, guidance=False),
+    "ca_sa": dataclasses.replace(TINY, decoder_order="ca_sa"),
+    "one_layer": dataclasses.replace(TINY, decoder_depth=1),
+    "one_layer_ca_sa": dataclasses.replace(TINY, decoder_depth=1, decoder_order="ca_sa"),
+}
+
+
+def twins(oracle: nn.Module, fast: nn.Module) -> None:
+    """Give both the same weights, away from the symmetric start (biases and norms too)."""
+    with torch.no_grad():
+        for p in oracle.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))
+    fast.load_state_dict(oracle.state_dict(), strict=True)
+    assert list(fast.state_dict()) == list(oracle.state_dict())
+    oracle.load_state_dict(fast.state_dict(), strict=True)
+
+
+def assert_same_gradients(oracle: nn.Module, fast: nn.Module, width: int) -> None:
+    ours = dict(fast.named_parameters())
+    for name, p in oracle.named_parameters():
+        if p.grad is None:
+            assert ours[name].grad is None, name
+            continue
+        mine, theirs = ours[name].grad, p.grad
+        assert mine is not None, name
+        if name.endswith(("qkv.bias", "in_proj_bias")):  # the key third has a mathematically zero gradient
+            third = len(theirs) // 3
+            mine, theirs = (torch.cat([t[:third], t[2 * third :]]) for t in (mine, theirs))
+        error = (mine - theirs).norm() / theirs.norm()
+        assert error < 5e-5, f"{name}: relative L2 {error:.2e}"
+
+
+def batch_of(config: ModelConfig, size: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    images = torch.rand(size, 3, *config.image_size) * 2 - 1
+    guidance = (images + 0.3 * torch.randn_like(images)).clamp(-1, 1)
+    return images, guidance, torch.rand(size, config.num_patches)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
+    config = CASES[name]
+    oracle, fast = ReferenceLMIM(config), LMIM(config)
+    twins(oracle, fast)
+    batch = batch_of(config)
+    expected, output = oracle(*batch), fast(*batch)
+    for loss in ("loss", "loss_recon", "loss_align"):
+        torch.testing.assert_close(getattr(output, loss), getattr(expected, loss), rtol=1e-5, atol=1e-7)
+    rows = output.ids_masked[:, :, None].expand_as(output.pred)
+    torch.testing.assert_close(output.pred, expected.pred.gather(1, rows), rtol=0, atol=3e-5)
+    torch.testing.assert_close(output.target, expected.target.gather(1, rows), rtol=0, atol=3e-5)
+    assert torch.equal(output.mask, expected.mask)
+    expected.loss.backward()
+    output.loss.backward()
+    assert_same_gradients(oracle, fast, config.width)
+
+
+@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+def test_mae_loss_and_every_gradient_equal_the_oracle(config: ModelConfig) -> None:
+    oracle, fast = ReferenceMAE(config), MAE(config)
+    twins(oracle, fast)
+    images, _, noise = batch_of(config)
+    expected, output = oracle(images, noise), fast(images, noise)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=0)
+    expected.loss.backward()
+    output.loss.backward()
+    assert_same_gradients(oracle, fast, config.width)
+
+
+def test_uint8_images_give_the_loss_of_the_float_images() -> None:
+    fast = LMIM(TINY)
+    pixels = torch.randint(0, 256, (2, 32, 128, 3), dtype=torch.uint8)
+    floats = (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    noise = torch.rand(2, 256)
+    torch.testing.assert_close(fast(pixels, pixels, noise).loss, fast(floats, floats, noise).loss)
+
+
+def test_dropout_gives_the_oracle_loss_in_distribution() -> None:
+    config = preset("tiny", depth=1, decoder_dropout=0.3)
+    oracle, fast = ReferenceLMIM(config).train(), LMIM(config).train()
+    twins(oracle, fast)
+    batch = batch_of(config)
+    with torch.no_grad():
+        expected, ours = (
+            torch.tensor([model(*batch).loss_recon.item() for _ in range(60)]) for model in (oracle, fast)
+        )
+    deviation = (expected.var() / 60 + ours.var() / 60).sqrt()
+    assert (expected.mean() - ours.mean()).abs() < 4 * deviation
+    assert 0.5 < (ours.std() / expected.std()) < 2.0
+    assert ours.std() > 0
+
+
+def test_teacher_gets_no_gradient_and_eval_mode_has_no_dropout() -> None:
+    fast = LMIM(preset("tiny"))
+    batch = batch_of(fast.config)
+    fast(*batch).loss.backward()
+    assert all(p.grad is None for p in fast.model_maeenc_momentum.parameters())
+    fast.eval()
+    assert torch.equal(fast(*batch).loss, fast(*batch).loss)
+
+
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_bf16_autocast_stays_near_fp32(residual: str) -> None:
+    config = dataclasses.replace(TINY, residual=residual)
+    oracle, fast = ReferenceLMIM(config), LMIM(config)
+    twins(oracle, fast)
+    batch = batch_of(config)
+    truth = oracle(*batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = oracle(*batch)
+        ours = fast(*batch)
+    assert ours.pred.dtype == torch.bfloat16
+    assert ours.loss.dtype == torch.float32
+    for output in (plain, ours, truth):
+        output.loss.backward(
+            inputs=[p for p in (*oracle.parameters(), *fast.parameters()) if p.requires_grad]
+        )
+    error = (ours.loss - truth.loss).abs() / truth.loss
+    assert error < max(2 * (plain.loss - truth.loss).abs() / truth.loss, 5e-3), error
+
+
+def test_bf16_gradients_are_as_good_as_the_oracle_in_bf16() -> None:
+    oracle, fast = ReferenceLMIM(TINY), LMIM(TINY)
+    twins(oracle, fast)
+    batch = batch_of(TINY)
+
+    def gradients(model: nn.Module, low: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            loss = model(*batch).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    truth, plain, ours = gradients(oracle, False), gradients(oracle, True), gradients(fast, True)
+    total = {
+        key: sum(((value[name] - truth[name]) ** 2).sum() for name in truth).sqrt()
+        for key, value in (("plain", plain), ("ours", ours))
+    }
+    assert total["ours"] < 3 * total["plain"]
+
+
+def test_wrong_inputs_are_named() -> None:
+    fast = LMIM(TINY)
+    images, guidance, noise = batch_of(TINY)
+    with pytest.raises(ValueError, match="guidance view"):
+        fast(images, None, noise)
+    with pytest.raises(ValueError, match=r"uint8 \(B, height, width, 3\).*int64"):
+        fast(images.long(), guidance, noise)
+    with pytest.raises(ValueError, match="gives 128 patches, not 256"):
+        fast(images[..., :64], guidance, noise)
+
+
+def test_twenty_steps_follow_the_oracle() -> None:
+    oracle, fast = ReferenceLMIM(TINY), LMIM(TINY)
+    twins(oracle, fast)
+    images, guidance, _ = batch_of(TINY, 4)
+    curves = []
+    for model in (oracle, fast):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        generator, curve = torch.Generator().manual_seed(5), []
+        for _ in range(20):
+            loss = model(images, guidance, torch.rand(4, 256, generator=generator)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+    assert curves[0][-1] < curves[0][0]

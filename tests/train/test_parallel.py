@@ -1,0 +1,127 @@
+"""Real processes on gloo; each test starts its own."""
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+
+from lmim_fast.errors import DataError, LmimError, UsageError
+from lmim_fast.train import parallel
+
+
+def _talk(world):
+    values = torch.tensor([1.0, 2.0]) * (world.rank + 1)
+    world.mean_(values)
+    return values.tolist(), world.largest(10 * world.rank), world.gather(f"rank {world.rank}")
+
+
+def _fail(world, kind, on):
+    def action():
+        if world.rank == on:
+            raise kind("record 7 is broken")
+        return "fine"
+
+    try:
+        return world.together(action)
+    except Exception as error:
+        return type(error).__name__, str(error), world.together(lambda: "still talking")
+
+
+def _average_gradients(world):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1, bias=False)
+    wrapped = parallel.wrap(model, world)
+    images = torch.tensor([[1.0, 0.0]]) if world.rank == 0 else torch.tensor([[0.0, 4.0]])
+    with parallel.gradient_sync(wrapped, enabled=False):
+        wrapped(images).sum().backward()
+    local = model.weight.grad.tolist()
+    with parallel.gradient_sync(wrapped, enabled=True):
+        wrapped(images).sum().backward()
+    return local, model.weight.grad.tolist()
+
+
+def _worker(rank, port, results):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    with parallel.join("cpu") as world:
+        found = {
+            "talk": _talk(world),
+            "fail on 0": _fail(world, DataError, on=0),
+            "fail on 1": _fail(world, DataError, on=1),
+            "unexpected": _fail(world, KeyError, on=1),
+            "gradients": _average_gradients(world),
+        }
+    results.put((rank, found, torch.distributed.is_initialized()))
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What two real processes found, rank 0 first."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_worker, args=(rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = sorted(results.get() for _ in processes)
+    assert [still_initialized for _, _, still_initialized in found] == [False, False]
+    return [answers for _, answers, _ in found]
+
+
+def test_ranks_average_agree_and_gather(ranks):
+    assert ranks[0]["talk"] == ranks[1]["talk"] == ([1.5, 3.0], 10, ["rank 0", "rank 1"])
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_failure_on_one_rank_is_raised_on_all_and_nobody_waits(ranks, on):
+    assert ranks[on][f"fail on {on}"] == ("DataError", "record 7 is broken", "still talking")
+    told = ("LmimError", f"record 7 is broken (rank {on})", "still talking")
+    assert ranks[1 - on][f"fail on {on}"] == told
+
+
+def test_an_unexpected_failure_is_told_to_the_peers_with_its_type(ranks):
+    assert ranks[0]["unexpected"][:2] == ("LmimError", "KeyError: 'record 7 is broken' (rank 1)")
+    assert ranks[1]["unexpected"][0] == "KeyError"
+
+
+def test_gradients_are_averaged_on_the_last_pass_only(ranks):
+    assert [rank["gradients"][0] for rank in ranks] == [[[1.0, 0.0]], [[0.0, 4.0]]]
+    assert [rank["gradients"][1] for rank in ranks] == [[[1.0, 4.0]]] * 2  # two passes, mean over the ranks
+
+
+def test_a_single_process_needs_no_process_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with parallel.join("cpu") as world:
+        assert not torch.distributed.is_initialized()
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert (world.gather(3), world.largest(4), world.together(lambda: 5)) == ([3], 4, 5)
+        with pytest.raises(LmimError):
+            world.main_only(_raise)
+        layer = torch.nn.Linear(1, 1)
+        assert parallel.wrap(layer, world) is layer
+
+
+def _raise():
+    raise LmimError("no")
+
+
+def test_cuda_that_is_not_there_is_a_usage_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda"), parallel.join("cuda"):
+        pass
+
+
+def test_restarts_under_torchrun_warn_about_the_shared_store(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        parallel._warn_about_restarts()

@@ -1,0 +1,60 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lmim_fast.config import DataConfig, OptimConfig, PretrainConfig
+from lmim_fast.config_io import to_dict
+from lmim_fast.errors import UsageError
+from lmim_fast.train.checkpoint import Checkpoint
+from lmim_fast.train.resume import check_same_run, differences
+
+CONFIG = PretrainConfig(data=("a", "b"), steps=10)
+DATA = {"count": 5, "databases": [{"name": "a", "count": 3}, {"name": "b", "count": 2}]}
+SAVED = Checkpoint(Path("run/checkpoints/step-00000004"), {"config": to_dict(CONFIG), "data": DATA}, {}, {})
+
+
+def changed(**values):
+    return dataclasses.replace(CONFIG, **values)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (changed(seed=1), "seed was 0, now 1"),
+        (changed(steps=11), "steps was 10, now 11"),
+        (changed(accumulation=2), "accumulation was 1, now 2"),
+        (changed(teacher="random"), "teacher was None, now 'random'"),
+        (changed(precision="fp32"), "precision was 'auto', now 'fp32'"),
+        (changed(optim=OptimConfig(betas=(0.9, 0.99))), r"optim\.betas\[1\] was 0.95, now 0.99"),
+        (changed(loader=DataConfig(max_pixels=9)), r"loader\.max_pixels was"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name_with_both_values(config, field):
+    with pytest.raises(UsageError, match=field):
+        check_same_run(SAVED, config, DATA)
+
+
+def test_changed_data_is_refused_and_says_which_database():
+    data = {"count": 6, "databases": [{"name": "a", "count": 3}, {"name": "b", "count": 3}]}
+    with pytest.raises(UsageError, match=r"data\.databases\[1\]\.count was 2, now 3"):
+        check_same_run(SAVED, CONFIG, data)
+
+
+def test_settings_that_move_no_number_may_change():
+    config = changed(
+        data=("/moved/a", "/moved/b"),
+        output="elsewhere",
+        device="cpu",
+        checkpoint_every=7,
+        keep_checkpoints=9,
+        log_every=3,
+        loader=DataConfig(threads=3, prefetch=5, device="cpu", max_bad_fraction=0.5),
+    )
+    check_same_run(SAVED, config, DATA)
+    check_same_run(SAVED, changed(data=("all",)), DATA)
+
+
+def test_differences_name_the_place_of_added_and_removed_values():
+    old, new = {"a": [1, {"b": 2}], "gone": 0}, {"a": [1, {"b": 3}], "new": 4}
+    assert list(differences(old, new, "x")) == [("x.a[1].b", 2, 3), ("x.gone", 0, None), ("x.new", None, 4)]

@@ -1,0 +1,122 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmim_fast.errors import LmimError
+from lmim_fast.train.telemetry import Meter, Telemetry, add_new_lines, append, drop_lines_after
+
+CPU = torch.device("cpu")
+LINE = {
+    "step": 2,
+    "epoch": 0.5,
+    "loss": 1.25,
+    "loss_recon": 1.0,
+    "loss_align": 0.25,
+    "lr": 1e-3,
+    "images_per_second": 800.0,
+    "data_wait_fraction": 0.031,
+    "grad_norm": 2.0,
+    "bad_records": 3,
+    "skipped_steps": 0,
+    "memory_bytes": 10**9,
+    "elapsed_seconds": 1.5,
+}
+
+
+def row(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def test_a_window_reports_the_means_of_its_finite_steps_and_names_the_others():
+    meter = Meter()
+    meter.add(1, row(2.0, 1.5, 0.5, 4.0))
+    meter.add(2, row(float("nan"), 1.0, 0.5, 4.0))
+    meter.add(3, row(1.0, 0.5, 0.5, float("inf")))
+    meter.add(4, row(4.0, 3.5, 0.5, 2.0))
+    means, skipped = meter.close_window()
+    assert means == {"loss": 3.0, "loss_recon": 2.5, "loss_align": 0.5, "grad_norm": 3.0}
+    assert skipped == [2, 3]
+    assert (meter.skipped, meter.skipped_in_a_row) == (2, 0)
+
+
+def test_skipped_steps_in_a_row_are_counted_across_windows():
+    meter = Meter()
+    for step in range(1, 4):
+        meter.add(step, row(float("nan"), 0.0, 0.0, 0.0))
+        means, _ = meter.close_window()
+    assert means["loss"] is None
+    assert meter.skipped_in_a_row == 3
+
+
+def test_a_meter_continues_from_its_state_with_the_same_means():
+    meter, values = Meter(), (0.1, 0.7, 1.3)
+    for step, value in enumerate(values, start=1):
+        meter.add(step, row(value, value, 0.0, 1.0))
+        meter = Meter.from_state(json.loads(json.dumps(meter.state(), allow_nan=False)), CPU)
+    whole = Meter()
+    for step, value in enumerate(values, start=1):
+        whole.add(step, row(value, value, 0.0, 1.0))
+    assert meter.close_window() == whole.close_window()
+
+
+def test_a_not_finite_row_survives_the_state():
+    meter = Meter()
+    meter.add(7, row(float("nan"), 1.0, 1.0, float("inf")))
+    restored = Meter.from_state(json.loads(json.dumps(meter.state(), allow_nan=False)), CPU)
+    assert restored.close_window()[1] == [7]
+
+
+def test_lines_past_a_step_and_a_torn_last_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10}\n{"step": 20}\n{"step": 30}\n{"step": 1')
+    drop_lines_after(path, 20)
+    assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_lines_that_are_there_already_are_not_added_again(tmp_path):
+    path = tmp_path / "bad_records.jsonl"
+    add_new_lines(path, [{"key": "a"}, {"key": "b"}, {"key": "a"}])
+    add_new_lines(path, [{"key": "b"}, {"key": "c"}])
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_a_full_disk_is_a_clear_error_when_a_line_is_written():
+    with pytest.raises(LmimError, match="disk full while writing /dev/full"):
+        append(Path("/dev/full"), ["line"])
+
+
+def test_a_logged_line_reaches_the_file_tensorboard_and_the_screen(tmp_path, capsys):
+    with Telemetry(tmp_path, total=4, start_step=0) as telemetry:
+        telemetry.log(LINE)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == LINE  # before the file is closed
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(2, 1.25)]
+    shown = capsys.readouterr().out
+    assert "step 2/4" in shown
+    assert "loss 1.2500" in shown
+    assert "800 images/s" in shown
+    assert "data wait 3 %" in shown
+    assert "3 bad records" in shown
+
+
+def test_missing_tensorboard_is_said_once_and_the_curve_is_still_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with Telemetry(tmp_path, total=4, start_step=0) as telemetry:
+        telemetry.log(LINE)
+        telemetry.log({**LINE, "step": 4})
+    assert capsys.readouterr().out.count("no TensorBoard") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_ranks_other_than_the_first_write_and_say_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Telemetry(None, total=4, start_step=0) as telemetry:
+        telemetry.log(LINE)
+        telemetry.say("hello")
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
