@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lmim_fast.config import PretrainConfig
 from lmim_fast.models.attention_maps import decoder_cross_attention, encoder_cls_attention
+from lmim_fast.models.lmim import LMIM
+from lmim_fast.models.mae import MAE
 from lmim_fast.ops.masking import mask_noise
 from lmim_fast.ops.philox import Stream
 from lmim_fast.report_images import boxed_html, crop_html, crop_pixels, heat_html, masked_pixels
@@ -38,15 +40,19 @@ def compute_maps(model: nn.Module, config: PretrainConfig, crops: Crops, count: 
     """Run the model over the first `count` crops with the masks that the run used for them.
 
     Args:
-        model: LMIM or MAE in eval mode.
+        model: LMIM or MAE, in eval mode on the CPU.
+    Raises:
+        TypeError: another model.
     """
+    if not isinstance(model, LMIM | MAE):
+        raise TypeError(f"the report draws LMIM and MAE, got {type(model).__name__}")
     plain = crops.plain[:count]
-    stream = Stream.MASK if config.objective == "lmim" else Stream.MAE_MASK
+    stream = Stream.MAE_MASK if isinstance(model, MAE) else Stream.MASK
     noise = mask_noise(
         config.seed, crops.epochs[:count], crops.indices[:count], config.model.num_patches, stream=stream
     )
     encoder = encoder_cls_attention(model, plain).float().cpu().numpy()
-    if config.objective == "mae":
+    if isinstance(model, MAE):
         output = model(plain, noise=noise)
         painted = reconstruct(plain, output.ids_masked, output.pred, config.model.patch_size)
         return Maps(encoder, output.ids_masked.cpu().numpy(), None, crop_pixels(painted))

@@ -46,10 +46,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"{path} holds more than tensors and was not read: {reason}") from error
+        raise WeightsError(f"{path} holds more than tensors, not read: {_first_line(error)}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     for key in ("model", "module", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -176,6 +175,10 @@ def _load(state: dict[str, Tensor], module: nn.Module, source: str, only: set[st
     if problems:
         raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
     module.load_state_dict(state, strict=only is None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _names(names: list[str]) -> str:

@@ -104,8 +104,13 @@ class Telemetry:
         drop_lines_after(run / "metrics.jsonl", start_step)
         self._board = self._open_tensorboard(run, start_step)
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            self._bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=10),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self.console,
+            )
             self._task = self._bar.add_task("starting", total=total, completed=start_step)
             self._bar.start()
 
@@ -133,11 +138,11 @@ class Telemetry:
         append(self.run / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
         step = int(line["step"] or 0)
         self._add_to_board(line, step)
-        text = describe(line)
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=describe(line))
         else:
-            self.say(f"step {step}/{self.total}  {text}  ETA {self._remaining(step)}")
+            rate = f"lr {line['lr']:.2e}  ETA {self._remaining(step)}"
+            self.say(f"step {step}/{self.total}  {describe(line)}  {rate}")
 
     def _add_to_board(self, line: dict[str, Value], step: int) -> None:
         if self._board is None or self.run is None:
@@ -174,11 +179,11 @@ def describe(line: dict[str, Value]) -> str:
 
     def number(name: str) -> str:
         value = line[name]
-        return "-" if value is None else f"{value:.4f}"
+        return "-" if value is None else f"{value:.3f}"
 
     wait = line["data_wait_fraction"] or 0.0
-    text = f"loss {number('loss')}  recon {number('loss_recon')}  align {number('loss_align')}"
-    text += f"  lr {line['lr']:.2e}  {line['images_per_second']:.0f} images/s  data wait {100 * wait:.0f} %"
+    text = f"loss {number('loss')} recon {number('loss_recon')} align {number('loss_align')}"
+    text += f"  {line['images_per_second']:.0f} images/s  data wait {100 * wait:.0f}%"
     extras = [f"{line[name]} {word}" for name, word in _COUNTS if line[name]]
     return "  ".join([text, *extras])
 

@@ -98,10 +98,24 @@ def test_a_logged_line_reaches_the_file_tensorboard_and_the_screen(tmp_path, cap
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(2, 1.25)]
     shown = capsys.readouterr().out
     assert "step 2/4" in shown
-    assert "loss 1.2500" in shown
+    assert "loss 1.250 recon 1.000 align 0.250" in shown
     assert "800 images/s" in shown
-    assert "data wait 3 %" in shown
+    assert "data wait 3%" in shown
     assert "3 bad records" in shown
+
+
+def test_a_terminal_of_100_columns_shows_losses_rate_and_data_wait_beside_the_bar(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Telemetry(tmp_path, total=4000, start_step=0) as telemetry:
+        telemetry.advance(2)
+        telemetry.log({**LINE, "bad_records": 0})
+    shown = capsys.readouterr().out
+    assert "2/4000" in shown
+    assert "loss 1.250 recon 1.000 align 0.250  800 images/s  data wait 3%" in shown
+    assert "step 2/4000" not in shown
 
 
 def test_missing_tensorboard_is_said_once_and_the_curve_is_still_written(tmp_path, capsys, monkeypatch):

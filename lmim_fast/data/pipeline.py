@@ -1,0 +1,200 @@
+"""Batches of plain and guidance views in training order, made ahead of the consumer.
+
+Two threads: one reads the records and writes the guidance programs, the other runs DALI. A sample's views are a
+function of (seed, epoch, index) alone; a run's place in the order is a step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmim_fast.config import DataConfig, GuidanceConfig
+from lmim_fast.data.background import Background
+from lmim_fast.data.guidance import GuidanceParameters, sample_parameters
+from lmim_fast.data.guidance_program import GuidanceProgram, make_program
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.records import RecordStore
+from lmim_fast.data.substitution import BadRecords, SampleReader, Samples
+from lmim_fast.data.view_graph import BrokenImages, ViewGraph
+from lmim_fast.errors import UsageError
+from lmim_fast.ops.photometric import ColorProgram, photometric
+
+
+@dataclass
+class Batch:
+    """One micro-batch of this process."""
+
+    step: int
+    micro: int
+    indices: Tensor
+    """(B,) int64 on the CPU: the samples asked for, which key views and masks."""
+    epochs: Tensor
+    """(B,) int64 on the CPU."""
+    plain: Tensor
+    """(B, H, W, 3) uint8."""
+    warped: Tensor | None
+    """(B, H, W, 3) uint8, filtered and warped but not yet coloured."""
+    program: ColorProgram | None
+    """The colours of the guidance view."""
+    wait_seconds: float = 0.0
+    """Time the consumer waited for this batch."""
+
+    def views(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+        """Plain and guidance views, (B, 3, H, W) in [-1, 1] on the batch's device."""
+        return photometric(self.plain, self.warped, self.program, dtype=dtype)
+
+
+class _Prepared(NamedTuple):
+    step: int
+    micro: int
+    samples: Samples
+    parameters: GuidanceParameters | None
+    program: GuidanceProgram | None
+
+
+class ViewPipeline:
+    """Iterator of `Batch` from step `start_step`, micro 0 to the last micro of step `end_step` - 1; context manager.
+
+    Args:
+        store:        records.
+        order:        who sees what.
+        guidance:     strength of the guidance view; None: plain views only.
+        loader:       threads, prefetch, device of the views, tolerance for broken records.
+        seed:         the run's.
+        image_size:   height and width of the views, multiples of 4.
+        rank:         this process of `world_size`.
+        accumulation: micro-batches of a step.
+        device:       where the batches end up.
+        end_step:     first step that is not made.
+    Raises:
+        UsageError: loader.device "gpu" without a CUDA device to put batches on, or a batch size that does not divide.
+        DataError:  (from `next`) too many broken records.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        order: SampleOrder,
+        *,
+        guidance: GuidanceConfig | None,
+        loader: DataConfig,
+        seed: int,
+        image_size: tuple[int, int] = (32, 128),
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        device: torch.device | str = "cpu",
+        start_step: int = 0,
+        end_step: int,
+    ) -> None:
+        self._order, self._guidance, self._seed, self._image_size = order, guidance, seed, image_size
+        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
+        self._device = torch.device(device)
+        if loader.device == "gpu" and self._device.type != "cuda":
+            raise UsageError(f'loader device "gpu" needs training on a CUDA device, not on {self._device}')
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        epochs, _ = order.share(0, rank, world_size, 0, accumulation)  # refuses a batch that does not divide
+        self.bad = BadRecords(store, loader.max_bad_fraction)
+        self._reader = SampleReader(store, order, self.bad, loader.max_pixels)
+        self._graph = ViewGraph(
+            batch_size=len(epochs),
+            threads=loader.threads or _default_threads(world_size),
+            device=self._device if loader.device != "cpu" else torch.device("cpu"),
+            image_size=image_size,
+            guidance=guidance is not None,
+        )
+        self._prepared = Background(self._prepare(start_step, end_step), loader.prefetch, "lmim-programs")
+        self._batches = Background(self._run(), loader.prefetch, "lmim-views")
+
+    def __enter__(self) -> ViewPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> ViewPipeline:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        if self._device.type == "cuda":
+            _hand_over(batch)
+        batch.wait_seconds = time.perf_counter() - start
+        return batch
+
+    def close(self) -> None:
+        """End the threads and free the DALI pipeline; the store stays open."""
+        self._prepared.close()
+        self._batches.close()
+        self._graph.close()
+
+    def _prepare(self, start_step: int, end_step: int) -> Iterator[_Prepared]:
+        for step in range(start_step, end_step):
+            for micro in range(self._accumulation):
+                share = self._order.share(step, self._rank, self._world_size, micro, self._accumulation)
+                samples = self._reader.read(*share)
+                parameters = None
+                if self._guidance is not None:
+                    epochs, indices = (torch.from_numpy(part) for part in share)
+                    parameters = sample_parameters(self._guidance, self._seed, epochs, indices)
+                yield _Prepared(step, micro, samples, parameters, self._program(samples, parameters))
+
+    def _program(self, samples: Samples, parameters: GuidanceParameters | None) -> GuidanceProgram | None:
+        if parameters is None:
+            return None
+        return make_program(parameters, samples.heights, samples.widths, self._image_size)
+
+    def _run(self) -> Iterator[Batch]:
+        for prepared in self._prepared:
+            yield self._finish(prepared)
+
+    def _finish(self, prepared: _Prepared) -> Batch:
+        samples, program = prepared.samples, prepared.program
+        with torch.cuda.stream(self._stream):  # no effect without CUDA
+            while True:
+                try:
+                    plain, warped = self._graph(samples.encoded, program)
+                    break
+                except BrokenImages as broken:
+                    for row, reason in broken.reasons.items():
+                        self._reader.replace(samples, row, reason)
+                    program = self._program(samples, prepared.parameters)
+            batch = Batch(
+                step=prepared.step,
+                micro=prepared.micro,
+                indices=torch.from_numpy(samples.indices),
+                epochs=torch.from_numpy(samples.epochs),
+                plain=plain.to(self._device),
+                warped=None if warped is None else warped.to(self._device),
+                program=None if program is None else program.color.to(self._device),
+            )
+        if self._stream is not None:
+            self._stream.synchronize()  # this thread waits, the training loop does not
+        return batch
+
+
+def _hand_over(batch: Batch) -> None:
+    """Tell CUDA's allocator that tensors made on the pipeline's stream are used on the consumer's."""
+    tensors = [batch.plain, batch.warped]
+    if batch.program is not None:
+        tensors += [getattr(batch.program, item.name) for item in fields(batch.program)]
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def _default_threads(world_size: int) -> int:
+    """This process's cores, shared among the processes of this machine (torchrun says how many)."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return max(1, len(os.sched_getaffinity(0)) // local_processes)

@@ -1,0 +1,176 @@
+"""Broken records: found, named, counted, and replaced by others that depend on the asked-for sample alone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.probe import Status, probe
+from lmim_fast.data.records import RecordStore
+from lmim_fast.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_LISTED = 1000  # entries kept and logged; the count goes on
+_SETTLED = 200  # records seen before their share of broken ones means much
+_ATTEMPTS = 100  # candidates tried in place of one record
+
+
+class BadRecord(NamedTuple):
+    """One broken record."""
+
+    database: str
+    key: str
+    reason: str
+
+
+class BadRecords:
+    """The broken records that one process met, each once; thread-safe.
+
+    Args:
+        store:        names the records.
+        max_fraction: `note` and `saw` raise when more than this share of the distinct records seen is broken
+            (of the first 200, as long as fewer were seen).
+    """
+
+    def __init__(self, store: RecordStore, max_fraction: float) -> None:
+        self._store, self._max_fraction = store, max_fraction
+        self._indices: set[int] = set()
+        self._lock = threading.Lock()
+        self.entries: list[BadRecord] = []
+        """The first 1,000."""
+        self.seen = 0
+        """Samples asked for, over all epochs."""
+
+    @property
+    def count(self) -> int:
+        """Distinct broken records."""
+        return len(self._indices)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._indices
+
+    def saw(self, samples: int) -> None:
+        """Count samples that were asked for."""
+        with self._lock:
+            self.seen += samples
+
+    def note(self, index: int, reason: str) -> None:
+        """Add a record, unless it is known.
+
+        Raises:
+            DataError: too many are broken.
+        """
+        with self._lock:
+            if index in self._indices:
+                return
+            self._indices.add(index)
+            if self.count <= _LISTED:
+                entry = BadRecord(*self._store.locate(index), reason)
+                self.entries.append(entry)
+                _LOG.warning("broken record, another one takes its place: %s %s: %s", *entry)
+            if self.count == _LISTED + 1:
+                _LOG.warning("more than %d broken records: the others are counted, not named", _LISTED)
+            total = len(self._store)
+            seen = max(min(self.seen, total), min(_SETTLED, total))
+            if self.count > self._max_fraction * seen:
+                last = self.entries[-1]
+                raise DataError(
+                    f"{self.count} broken records among the first {seen} seen, more than"
+                    f" max_bad_fraction = {self._max_fraction:g} allows; the last:"
+                    f" {last.database} {last.key}: {last.reason}"
+                )
+
+
+@dataclass
+class Samples:
+    """Encoded images of B asked-for samples."""
+
+    epochs: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    """(B,) the samples asked for."""
+    sources: list[int]
+    """The records that stand for them: themselves, or substitutes."""
+    attempts: list[int]
+    """Substitutes tried so far."""
+    encoded: list[bytes]
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+
+
+class SampleReader:
+    """Reads samples from a store and puts substitutes in place of broken records."""
+
+    def __init__(self, store: RecordStore, order: SampleOrder, bad: BadRecords, max_pixels: int) -> None:
+        self._store, self._order, self._max_pixels = store, order, max_pixels
+        self.bad = bad
+
+    def read(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> Samples:
+        """The samples; headers are checked, pixel data is not.
+
+        Raises:
+            DataError: too many broken records, or no readable one found.
+        """
+        sources = indices.tolist()
+        self.bad.saw(len(sources))
+        images = self._store.images(sources)
+        encoded, status, heights, widths = self._check(images)
+        samples = Samples(epochs, indices, sources, [0] * len(sources), encoded, heights, widths)
+        for row in np.flatnonzero(status != Status.OK).tolist():
+            self.replace(samples, row, _reason(status[row]))
+        if self.bad.count:
+            for row, source in enumerate(samples.sources):
+                if source in self.bad:
+                    self.replace(samples, row, "")
+        return samples
+
+    def replace(self, samples: Samples, row: int, reason: str) -> None:
+        """Mark the record in `row` as broken and put the next good candidate there."""
+        self.bad.note(samples.sources[row], reason)
+        epoch, index = int(samples.epochs[row]), int(samples.indices[row])
+        while samples.attempts[row] < _ATTEMPTS:
+            candidate = self._order.substitute(epoch, index, samples.attempts[row])
+            samples.attempts[row] += 1
+            if candidate in self.bad:
+                continue
+            encoded, status, heights, widths = self._check(self._store.images([candidate]))
+            if status[0] == Status.OK:
+                samples.sources[row], samples.encoded[row] = candidate, encoded[0]
+                samples.heights[row], samples.widths[row] = heights[0], widths[0]
+                return
+            self.bad.note(candidate, _reason(status[0]))
+        raise DataError(
+            f"no readable record among {_ATTEMPTS} candidates to stand in for {self._store.locate(index)}"
+        )
+
+    def _check(
+        self, images: Sequence[bytes]
+    ) -> tuple[list[bytes], NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]:
+        """Images as DALI can decode them, with the verdict on their headers."""
+        status, heights, widths = probe(images, self._max_pixels)
+        encoded = list(images)
+        for row, image in enumerate(encoded):
+            if status[row] == Status.OK and image[:3] == b"GIF":
+                encoded[row], size = _gif_to_bmp(image)
+                heights[row], widths[row] = size
+                status[row] = Status.OK if encoded[row] else Status.UNSUPPORTED
+        return encoded, status, heights, widths
+
+
+def _reason(status: int) -> str:
+    return Status(status).name.lower().replace("_", " ")
+
+
+def _gif_to_bmp(image: bytes) -> tuple[bytes, tuple[int, int]]:
+    """The first frame of a GIF, which DALI does not read, as a BMP; empty where OpenCV cannot decode it."""
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        return b"", (0, 0)
+    return cv2.imencode(".bmp", pixels)[1].tobytes(), pixels.shape[:2]

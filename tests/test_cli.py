@@ -1,0 +1,211 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from pretrain_runs import ENVIRONMENT, options, write_lmdb
+from safetensors.torch import load_file
+
+import lmim_fast
+from lmim_fast import cli, pretrain
+from lmim_fast.errors import UsageError
+from lmim_fast.models import weights
+from lmim_fast.train import checkpoint
+from lmim_fast.train.parallel import World
+
+
+def error_of(capsys, arguments, code=2):
+    """The one line on stderr of a command that must fail."""
+    assert cli.main([str(argument) for argument in arguments]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be >= 1, got 0"),
+        (["--steps", "many"], "--steps"),
+        (["--step", "3"], "--step"),
+        (["--step", "3"], "did you mean"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--steps", "3", "word"], "word"),
+        (["--optim.lr", "-1"], "lr must be positive, got -1.0"),
+        (["--optim.betas", "0.9", "1.5"], "betas must be in [0, 1)"),
+        (["--model.width", "33"], "width 33 must be a multiple"),
+        (["--precision", "fp8"], "fp8"),
+        (["--batch-size"], "--batch-size"),
+        (["--batch-size", "9", "--accumulation", "2"], "batch_size 9 must be a multiple of accumulation 2"),
+        (["--preset", "huge"], "unknown preset 'huge'; choose from tiny, small, base"),
+        (["--view.blur-sigma", "2", "1"], "blur_sigma must be (low, high)"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(capsys, arguments, message):
+    error = error_of(capsys, ["pretrain", "--data", "x", *arguments])
+    assert message in error
+    assert len(error) < 250
+
+
+def test_a_missing_option_is_named(capsys):
+    assert "missing: --data" in error_of(capsys, ["pretrain"])
+    assert "missing: SOURCE TARGET" in error_of(capsys, ["convert"])
+    assert "missing: RUN" in error_of(capsys, ["report"])
+    assert "at least one LMDB folder" in error_of(capsys, ["data", "inspect"])
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert "unknown command 'frob'" in error_of(capsys, ["frob"])
+    assert "unknown command 'data frob'" in error_of(capsys, ["data", "frob"])
+
+
+def test_paths_that_hold_no_data_are_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        arguments = [
+            "pretrain",
+            "--data",
+            tmp_path / name,
+            "--output",
+            tmp_path / "run",
+            "--objective",
+            "mae",
+        ]
+        assert str(tmp_path / name) in error_of(capsys, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_forgotten_teacher_is_refused_before_anything_is_opened(capsys):
+    error = error_of(capsys, ["pretrain", "--data", "absent"])
+    assert error.startswith("error: no teacher: pass --teacher FILE")
+    assert "--teacher random" in error
+
+
+def test_a_teacher_that_nothing_reads_is_refused(capsys):
+    arguments = ["pretrain", "--data", "absent", "--objective", "mae", "--teacher", "random"]
+    assert "--objective mae has no teacher" in error_of(capsys, arguments)
+
+
+def test_a_teacher_that_is_not_there_is_named(capsys, tmp_path):
+    data = write_lmdb(tmp_path / "words", 4)
+    arguments = options(data, tmp_path / "run", "--teacher", "nowhere.pth", objective="lmim")
+    assert "nowhere.pth does not exist" in error_of(capsys, ["pretrain", *arguments])
+
+
+def test_an_output_that_cannot_be_made_is_one_line(capsys, tmp_path):
+    data = write_lmdb(tmp_path / "words", 4)
+    (tmp_path / "file").write_text("")
+    arguments = options(data, tmp_path / "file" / "run")
+    assert "cannot be made (Not a directory)" in error_of(capsys, ["pretrain", *arguments])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    config = cli.parse_pretrain(["--data", "x", "--batch-size", "12", "--accumulation", "2"])
+    with pytest.raises(UsageError, match="12 must be a multiple of 4 processes x 2 accumulation passes"):
+        pretrain._resolved(config, World(0, 4, torch.device("cpu")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    arguments = ["pretrain", "--data", "x", "--objective", "mae", "--device", "cuda"]
+    assert "--device cuda: no CUDA device" in error_of(capsys, arguments)
+
+
+def test_only_the_first_rank_prints_an_error(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["frob"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_outside_a_checkpoint_is_one_line_too(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "run/tensorboard")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    assert "No space left" in error_of(capsys, ["pretrain"], code=1)
+
+
+def test_the_preset_is_chosen_first_and_single_values_override_it():
+    config = cli.parse_pretrain(
+        ["--data", "a", "b", "--model.depth", "2", "--preset", "tiny", "--optim.lr", "1e-3"]
+    )
+    assert config.data == ("a", "b")
+    assert (config.model.width, config.model.depth, config.optim.lr) == (96, 2, 1e-3)
+    assert cli.parse_pretrain(["--data", "a", "--preset=base"]).model.width == 768
+    assert cli.parse_pretrain(["--data", "a", "--no-resume"]).resume is False
+
+
+def test_help_lists_commands_and_options_and_the_version_is_the_packages(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("pretrain", "data render", "data inspect", "convert", "report"))
+    assert cli.main(["pretrain", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        name in shown for name in ("--data", "--teacher", "--model.width", "--optim.lr", "--loader.threads")
+    )
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == lmim_fast.__version__
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from lmim_fast import cli; cli.main(['pretrain', '--help'])"
+    code += "; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished LMIM run of two steps."""
+    folder = tmp_path_factory.mktemp("convert")
+    data = write_lmdb(folder / "words", 8)
+    arguments = options(data, folder / "run", "--teacher", "random", objective="lmim", steps=2)
+    assert cli.main(["pretrain", *arguments, "--checkpoint-every", "1"]) == 0
+    return folder / "run"
+
+
+def test_a_run_converts_to_the_released_layout_and_back_bit_for_bit(run, tmp_path, capsys):
+    target = tmp_path / "released.pth"
+    assert cli.main(["convert", str(run), str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    content = torch.load(target, weights_only=True)
+    model, config = checkpoint.load_model(run)
+    own = model.state_dict()
+    assert set(content) == {"model"}
+    assert set(content["model"]) == set(own)
+    assert all(torch.equal(value, own[name]) for name, value in content["model"].items())
+    fresh = type(model)(config.model)
+    weights.load_released(target, fresh)
+    assert all(torch.equal(value, own[name]) for name, value in fresh.state_dict().items())
+
+
+def test_an_encoder_comes_out_of_a_run_a_checkpoint_folder_and_a_pth_alike(run, tmp_path):
+    assert cli.main(["convert", str(run), str(tmp_path / "released.pth")]) == 0
+    assert cli.main(["convert", str(run), str(tmp_path / "a.safetensors")]) == 0
+    newest = run / "checkpoints" / "step-00000002"
+    assert cli.main(["convert", str(newest), str(tmp_path / "b.bin"), "--to", "encoder"]) == 0
+    assert cli.main(["convert", str(tmp_path / "released.pth"), str(tmp_path / "c.safetensors")]) == 0
+    made = load_file(run / "encoder.safetensors")
+    for name in ("a.safetensors", "b.bin", "c.safetensors"):
+        (tmp_path / name).rename(tmp_path / "encoder.safetensors")
+        found = load_file(tmp_path / "encoder.safetensors")
+        assert set(found) == set(made)
+        assert all(torch.equal(value, made[key]) for key, value in found.items())
+    assert cli.main(["convert", str(run), str(tmp_path / "first.safetensors"), "--step", "1"]) == 0
+    first = load_file(tmp_path / "first.safetensors")
+    assert not all(torch.equal(value, made[key]) for key, value in first.items())
+
+
+def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
+    encoder, target = run / "encoder.safetensors", tmp_path / "x.pth"
+    assert "holds an encoder only" in error_of(capsys, ["convert", encoder, target])
+    assert "does not exist" in error_of(capsys, ["convert", tmp_path / "absent", target])
+    assert "pass --to" in error_of(capsys, ["convert", run, tmp_path / "x"])
+    assert "exists; choose another name" in error_of(capsys, ["convert", run, encoder])
+    assert "is not a folder" in error_of(capsys, ["convert", run, tmp_path / "no" / "x.pth"])
+    assert "is for run folders" in error_of(capsys, ["convert", encoder, target, "--step", "1"])
+    assert "step-00000009" in error_of(capsys, ["convert", run, target, "--step", "9"], code=1)
+    assert not target.exists()
