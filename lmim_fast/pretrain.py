@@ -101,7 +101,6 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
     ):
         session = Session(config, run, world, model, optimizer, order, progress, telemetry, identity)
         stopped_by = train(session, batches)
-        bad_records = progress.bad_records + sum(world.gather(batches.bad.count))
 
     if stopped_by:
         name = signal.Signals(stopped_by).name
@@ -110,8 +109,8 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
             raise KeyboardInterrupt
         return run
     world.main_only(lambda: write_encoder(model, run / "encoder.safetensors"))
-    if bad_records:
-        tell(f"broken records were met {bad_records} times and replaced; see {run / 'bad_records.jsonl'}")
+    if session.bad_records:
+        tell(f"{session.bad_records} broken records were replaced by others: {run / 'bad_records.jsonl'}")
     tell(f"finished: {run}, encoder in {run / 'encoder.safetensors'}")
     return run
 

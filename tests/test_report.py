@@ -17,6 +17,10 @@ from lmim_fast.report import write_report
 from lmim_fast.report_run import read_metrics, read_run
 
 
+# The crops lack a label on purpose, which the record store remarks on.
+pytestmark = pytest.mark.filterwarnings("ignore:.*some lack image or label:UserWarning")
+
+
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_crops(tmp_path_factory.mktemp("data") / "crops")

@@ -39,7 +39,7 @@ class Jitter(enum.IntEnum):
 
 @dataclass(frozen=True)
 class GuidanceParameters:
-    """What was drawn for B samples, enough to replay each view operation by operation (float64 unless said)."""
+    """What was drawn for B samples, enough to replay each view operation by operation."""
 
     order: NDArray[np.int64]
     """(B, 10) operations in the order they are applied; -1 after the last one."""
@@ -58,9 +58,9 @@ class GuidanceParameters:
     angle: NDArray[np.float64]
     """(B,) degrees, positive turns the content clockwise."""
     piecewise: NDArray[np.float64]
-    """(B, 4, 4, 2) shift (x, y) of the source point of each control point, rows by columns, share of the side."""
+    """(B, 4, 4, 2) shift (x, y) of each control point's source, rows by columns, share of the side."""
     perspective: NDArray[np.float64]
-    """(B, 4, 2) inward shift (x, y) of the corners top-left, top-right, bottom-right, bottom-left, share of the side."""
+    """(B, 4, 2) inward shift (x, y) of the corners, clockwise from top-left, share of the side."""
     solarize_threshold: NDArray[np.float64]
     """(B,) 0..255."""
     solarize_above: NDArray[np.bool_]

@@ -24,12 +24,15 @@ class _Affine:
         self.linear = np.tile(np.eye(3), (batch, 1, 1))
         self.offset = np.zeros((batch, 3))
 
-    def then(self, rows: NDArray[np.bool_], linear: Array, offset: Array | float = 0.0) -> None:
-        """Follow the maps of `rows` (B,) by linear (B, 3, 3) and offset (B, 1)."""
-        moved = (linear * self.offset[:, None, :]).sum(axis=2) + offset
-        product = (linear[:, :, :, None] * self.linear[:, None, :, :]).sum(axis=2)
-        self.linear = np.where(rows[:, None, None], product, self.linear)
-        self.offset = np.where(rows[:, None], moved, self.offset)
+    def then(self, rows: NDArray[np.bool_], linear: Array, offset: Array | None = None) -> None:
+        """Follow the maps of `rows` (B,) by linear (B, 3, 3) and offset (B, 3)."""
+        chosen = np.flatnonzero(rows)
+        if not len(chosen):
+            return
+        step = linear[chosen]
+        moved = (step * self.offset[chosen, None, :]).sum(axis=2)
+        self.offset[chosen] = moved if offset is None else moved + offset[chosen]
+        self.linear[chosen] = (step[:, :, :, None] * self.linear[chosen, None, :, :]).sum(axis=2)
 
     def move_to(self, other: _Affine, rows: NDArray[np.bool_]) -> None:
         """Hand the maps of `rows` to `other` and start these anew."""
@@ -50,29 +53,28 @@ class _Affine:
 def color_program(parameters: GuidanceParameters, coverage: NDArray[np.uint8]) -> ColorProgram:
     """Compose what is drawn for B samples into their colour programs.
 
-    The filter runs first, whatever its place; the gain of a sharpening (its kernel does not sum to 1) is taken out
-    before the colour operations that precede it and put back at its place, where it then scales their offsets too.
+    The filter runs first, whatever its place. The gain of a sharpening (its kernel does not sum to 1) is
+    taken out before all colour operations and put back at its place, where it scales their offsets too.
 
     Args:
         parameters: of B samples.
         coverage:   (B, H, W) share of each view pixel that shows the crop, 0..255.
     """
     batch = len(parameters)
+    everyone, solarize = np.ones(batch, bool), np.zeros(batch, bool)
     before, current = _Affine(batch), _Affine(batch)
     border = np.zeros((batch, 3))  # what rotation leaves black, as later operations change it
     gains = filter_gains(parameters)
-    everyone = np.ones(batch, bool)
     current.then(everyone, _scale(1.0 / gains))
-    solarize = np.zeros(batch, bool)
+    contrast = _scale(parameters.contrast)
+    lift = np.tile((_CONTRAST_CENTRE * (1.0 - parameters.contrast))[:, None], (1, 3))
+    grayscale, gain = _towards_gray(parameters.grayscale_alpha), _scale(gains)
     for place in range(parameters.order.shape[1]):
         operation = parameters.order[:, place]
         step = _Affine(batch)
-        contrast = parameters.contrast
-        step.then(
-            operation == Operation.CONTRAST, _scale(contrast), (_CONTRAST_CENTRE * (1.0 - contrast))[:, None]
-        )
-        step.then(operation == Operation.GRAYSCALE, _towards_gray(parameters.grayscale_alpha))
-        step.then(operation == Operation.SHARPEN, _scale(gains))
+        step.then(operation == Operation.CONTRAST, contrast, lift)
+        step.then(operation == Operation.GRAYSCALE, grayscale)
+        step.then(operation == Operation.SHARPEN, gain)
         border = np.where((operation == Operation.ROTATE)[:, None], 0.0, step.apply(border))
         current.then(everyone, step.linear, step.offset)
         here = operation == Operation.SOLARIZE
@@ -81,38 +83,35 @@ def color_program(parameters: GuidanceParameters, coverage: NDArray[np.uint8]) -
         inverted = (border >= parameters.solarize_threshold[:, None]) == parameters.solarize_above[:, None]
         border = np.where(here[:, None] & inverted, 255.0 - border, border)
     current.move_to(before, ~solarize)
-    contrast_factor, final = _jitter(parameters, current)
+    early, final = _jitter(parameters)
+    current.then(everyone, early.linear, early.offset)
+    contrast_factors = parameters.jitter_factors[:, Jitter.CONTRAST]
     return ColorProgram(
         before=before.tensor(),
         threshold=_float(np.where(solarize, parameters.solarize_threshold, _NEVER)),
         invert_above=torch.from_numpy(parameters.solarize_above | ~solarize),
         after=current.tensor(),
         coverage=torch.from_numpy(coverage),
-        border=_float(_border_after_jitter(parameters, border)),
-        contrast=_float(contrast_factor),
+        border=_float(early.apply(border)),
+        contrast=_float(np.where(parameters.jitter, contrast_factors, 1.0)),
         final=final.tensor(),
     )
 
 
-def _jitter(parameters: GuidanceParameters, current: _Affine) -> tuple[Array, _Affine]:
-    """Add the colour jitter up to its contrast to `current`; the contrast factor, and the map that follows it."""
-    final = _Affine(len(parameters))
-    contrast_done = np.zeros(len(parameters), bool)
+def _jitter(parameters: GuidanceParameters) -> tuple[_Affine, _Affine]:
+    """The colour jitter before its contrast, and what follows it, the final grayscale included."""
+    batch = len(parameters)
+    early, final = _Affine(batch), _Affine(batch)
+    contrast_done = np.zeros(batch, bool)
+    maps = _jitter_maps(parameters)
     for place in range(len(Jitter)):
         part = np.where(parameters.jitter, parameters.jitter_order[:, place], -1)
-        for kind, linear in _jitter_maps(parameters):
-            current.then((part == kind) & ~contrast_done, linear)
+        for kind, linear in maps:
+            early.then((part == kind) & ~contrast_done, linear)
             final.then((part == kind) & contrast_done, linear)
         contrast_done |= part == Jitter.CONTRAST
-    final.then(parameters.gray, np.tile(_GRAY, (len(parameters), 1, 1)))
-    return np.where(parameters.jitter, parameters.jitter_factors[:, Jitter.CONTRAST], 1.0), final
-
-
-def _border_after_jitter(parameters: GuidanceParameters, border: Array) -> Array:
-    """The border colour (B, 3) after the jitter's parts that precede its contrast."""
-    maps = _Affine(len(parameters))
-    _jitter(parameters, maps)
-    return maps.apply(border)
+    final.then(parameters.gray, np.tile(_GRAY, (batch, 1, 1)))
+    return early, final
 
 
 def _jitter_maps(parameters: GuidanceParameters) -> list[tuple[Jitter, Array]]:

@@ -71,7 +71,7 @@ def _compose(parameters: GuidanceParameters, blurs: NDArray[np.bool_], sharpens:
 def _resample(scale: Array, radii: NDArray[np.int64]) -> Array:
     """(B, 7, 7) matrices that carry the taps of kernels of `radii` to a grid `scale` times coarser.
 
-    Each tap is split over three neighbours inside its kernel's window so that sum, centre and spread are kept.
+    Each tap is split over three neighbours inside its kernel's window: sum, centre and spread are kept.
     """
     offsets = np.arange(-_RADIUS, _RADIUS + 1)
     positions = offsets / scale[:, None]  # (B, taps)

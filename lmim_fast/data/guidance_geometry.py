@@ -1,16 +1,17 @@
 """The geometry of a guidance view as one inverse map: where in the crop each output pixel looks.
 
-Coordinates are continuous, (x, y) with pixel (0, 0) covering the unit square [0, 1]^2. Crops, rotation and
-perspective are projective, so each chain of them is one 3x3 matrix; the piecewise affine warp stands between the chain
-that precedes it and the one that follows. The maps are evaluated on a coarse mesh and interpolated.
+Coordinates are continuous, (x, y) with pixel (0, 0) covering the unit square. Crops, rotation and
+perspective are projective, so a chain of them is one 3x3 matrix; the piecewise affine warp stands between the
+chain that precedes it and the one that follows. Maps are evaluated on a coarse mesh and interpolated.
 
-Borders as in the literal view: piecewise affine repeats edge pixels, outside the rotated crop it is black. What is black
-is kept as a coverage beside the map, so later colour operations and the view's edge treat it as the literal view does.
+Borders as in the literal view: piecewise affine repeats edge pixels, outside the rotated crop it is black.
+What is black is a coverage beside the map, so that later colour operations treat it as in the literal view.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 from lmim_fast.data.guidance import GuidanceParameters, Operation
 
 Array = NDArray[np.float64]
+Array32 = NDArray[np.float32]
+Points = tuple[Array32, Array32]
+"""x and y, (B, N) each; elementwise fp32 arithmetic alone touches them, so a sample never feels its batch."""
 
 _OVERSAMPLING = 2.0  # crops beyond this multiple of the view are shrunk to it before filter and warp
 _CELL = (2, 4)  # view pixels per mesh cell; rows finer, the piecewise warp bends most over few rows
@@ -47,7 +51,7 @@ class _Chain:
     piecewise_size: Array
     """(B, 2) width and height of that canvas."""
     to_rotated: Array
-    """(B, 3, 3) -> canvas that was rotated, from the view, or from the piecewise canvas if `rotated_first`."""
+    """(B, 3, 3) -> canvas that was rotated; from the view, or the piecewise canvas if `rotated_first`."""
     rotated_size: Array
     """(B, 2) width and height of that canvas."""
     rotated_first: NDArray[np.bool_]
@@ -57,7 +61,7 @@ class _Chain:
 
 
 def working_sizes(sizes: Array, image_size: tuple[int, int]) -> Array:
-    """(B, 2) heights and widths at which crops of `sizes` (B, 2) are filtered and warped; bounds the aliasing."""
+    """(B, 2) heights and widths at which crops of `sizes` (B, 2) are filtered and warped: bounds aliasing."""
     return np.minimum(sizes, np.rint(np.array(image_size) * _OVERSAMPLING))
 
 
@@ -72,19 +76,18 @@ def inverse_maps(
         working:    (B, 2) height and width of the shrunk crops that are sampled.
         image_size: height and width of the view; multiples of 4.
     """
-    batch, (height, width) = len(parameters), image_size
     chain = _compose(parameters, sizes[:, ::-1])
-    mesh = _mesh(image_size)  # (N, 2)
-    points = np.broadcast_to(mesh, (batch, *mesh.shape))
-    shifted = _piecewise(parameters, _project(chain.to_piecewise, points), chain.piecewise_size)
-    source = _project(chain.to_crop, shifted) * (working / sizes)[:, None, ::-1] - 0.5
-    dense = _densify(source, image_size)
-    limit = (working - 1.0).astype(np.float32)[:, :, None, None]
-    return InverseMaps(
-        x=np.clip(dense[..., 0], 0.0, limit[:, 1]),
-        y=np.clip(dense[..., 1], 0.0, limit[:, 0]),
-        coverage=_coverage(parameters, chain, points, shifted, image_size),
-    )
+    view = _mesh(len(parameters), image_size)
+    bent = _piecewise(parameters, _project(chain.to_piecewise, view), chain.piecewise_size)
+    source = _project(chain.to_crop, bent)
+    shrink = (working / sizes).astype(np.float32)
+    maps = []
+    for axis, coordinate in enumerate(source):
+        side = 1 - axis  # working sizes are height, width
+        limit = (working[:, side] - 1.0).astype(np.float32)[:, None, None]
+        dense = _densify(coordinate * shrink[:, side, None] - np.float32(0.5), image_size)
+        maps.append(np.clip(dense, np.float32(0.0), limit))
+    return InverseMaps(maps[0], maps[1], _coverage(parameters, chain, view, bent, image_size))
 
 
 def _compose(parameters: GuidanceParameters, size: Array) -> _Chain:
@@ -159,7 +162,7 @@ def _rotation(angle: Array, size: Array) -> tuple[Array, Array]:
 
 
 def _perspective(inward: Array, size: Array) -> Array:
-    """Homographies that carry the canvas (B, 2) to the quadrilateral of its corners moved inwards (B, 4, 2)."""
+    """Homographies from the canvas (B, 2) to the quadrilateral of its corners moved inwards (B, 4, 2)."""
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     quad = corners + inward * (1.0 - 2.0 * corners)
     # Heckbert's unit square to quadrilateral.
@@ -176,37 +179,36 @@ def _perspective(inward: Array, size: Array) -> Array:
     return _multiply(_multiply(_scaling(size), matrix), _scaling(1.0 / size))
 
 
-def _piecewise(parameters: GuidanceParameters, points: Array, size: Array) -> Array:
-    """Move points (B, N, 2) by the piecewise affine warps of the samples that have one, clamped to its canvas.
+def _piecewise(parameters: GuidanceParameters, points: Points, size: Array) -> Points:
+    """Move points by the piecewise affine warps of the samples that have one, clamped to its canvas.
 
     The control points stand on a regular 4x4 grid over the canvas; each of its 9 cells is two triangles.
     """
-    active = (parameters.order == Operation.PIECEWISE_AFFINE).any(axis=1) & (size.min(axis=1) > 1)
-    if not active.any():
+    rows = (parameters.order == Operation.PIECEWISE_AFFINE).any(axis=1) & (size.min(axis=1) > 1)
+    if not rows.any():
         return points
-    moved = np.array(points)
-    points, size, shifts = points[active], size[active][:, None], parameters.piecewise[active]
-    position = np.clip(points / size, 0.0, 1.0) * 3.0
-    cell = np.minimum(position.astype(np.int64), 2)
-    along_x, along_y = np.moveaxis(position - cell, 2, 0)[..., None]
-    column, row = cell[..., 0], cell[..., 1]
-    sample = np.arange(len(points))[:, None]
-    upper_right, lower_left = shifts[sample, row, column + 1], shifts[sample, row + 1, column]
-    shift = np.where(
-        along_x + along_y < 1.0,
-        _plane(shifts[sample, row, column], upper_right, lower_left, along_x, along_y),
-        _plane(shifts[sample, row + 1, column + 1], lower_left, upper_right, 1.0 - along_x, 1.0 - along_y),
-    )
-    moved[active] = np.clip(points + shift * size, 0.5, size - 0.5)
+    sides = size[rows].astype(np.float32)
+    x, y = (np.clip(part[rows] * (3.0 / sides[:, axis, None]), 0.0, 3.0) for axis, part in enumerate(points))
+    column, line = (np.minimum(part, 2.0).astype(np.int64) for part in (x, y))
+    x -= column
+    y -= line
+    lower = x + y >= 1.0  # the triangle at the cell's end: the same planes, seen from there
+    corner = (np.arange(len(x))[:, None] * 4 + line + lower) * 4 + column + lower
+    turn = np.where(lower, -1, 1)
+    np.subtract(lower, x, out=x, where=lower)
+    np.subtract(lower, y, out=y, where=lower)
+    moved = (points[0].copy(), points[1].copy())
+    for axis in (0, 1):
+        side = sides[:, axis, None]
+        shift = (parameters.piecewise[rows, ..., axis] * side[..., None]).astype(np.float32).ravel()
+        start = shift[corner]
+        step = (shift[corner + turn] - start) * x + (shift[corner + 4 * turn] - start) * y
+        moved[axis][rows] = np.clip(points[axis][rows] + start + step, np.float32(0.5), side - 0.5)
     return moved
 
 
-def _plane(corner: Array, along_x: Array, along_y: Array, x: Array, y: Array) -> Array:
-    return corner + x * (along_x - corner) + y * (along_y - corner)
-
-
 def _coverage(
-    parameters: GuidanceParameters, chain: _Chain, points: Array, shifted: Array, image_size: tuple[int, int]
+    parameters: GuidanceParameters, chain: _Chain, view: Points, bent: Points, image_size: tuple[int, int]
 ) -> NDArray[np.uint8]:
     """(B, H, W) share of each view pixel inside the rotated canvas, 0..255."""
     height, width = image_size
@@ -214,46 +216,61 @@ def _coverage(
     rows = (parameters.order == Operation.ROTATE).any(axis=1)
     if not rows.any():
         return coverage
-    start = np.where(chain.rotated_first[rows, None, None], shifted[rows], points[rows])
-    inside = _densify(_project(chain.to_rotated[rows], start), image_size)
-    # The edge is as soft as the resampling makes it: one pixel of the canvas, or of the view where that is coarser.
+    start = [
+        np.where(chain.rotated_first[rows, None], late[rows], early[rows])
+        for early, late in zip(view, bent, strict=True)
+    ]
+    inside = _project(chain.to_rotated[rows], (start[0], start[1]))
+    # The edge is as soft as resampling makes it: a pixel of the canvas, or of the view where that is coarser.
     pixel = chain.final_size[rows] / np.array([width, height])
     angle = np.deg2rad(parameters.angle[rows])[:, None]
     softness = np.maximum(np.abs(np.cos(angle)) * pixel + np.abs(np.sin(angle)) * pixel[:, ::-1], 1.0)
-    softness = softness.astype(np.float32)[:, None, None]
-    far = chain.rotated_size[rows].astype(np.float32)[:, None, None] - inside
-    share = np.clip(np.minimum(inside, far) / softness + 0.5, 0.0, 1.0)
-    coverage[rows] = np.rint(share[..., 0] * share[..., 1] * 255.0).astype(np.uint8)
+    reach = chain.rotated_size[rows] / 2
+    shares = []
+    for axis, part in enumerate(inside):
+        middle, soft = (value[:, axis, None].astype(np.float32) for value in (reach, softness))
+        share = _densify((part - middle) / soft, image_size)  # from the canvas' middle, in widths of the edge
+        np.abs(share, out=share)
+        np.subtract((middle / soft)[..., None] + np.float32(0.5), share, out=share)
+        shares.append(np.clip(share, 0.0, 1.0, out=share))
+    shares[0] *= shares[1]
+    shares[0] *= 255.0
+    coverage[rows] = shares[0] + np.float32(0.5)
     return coverage
 
 
-def _mesh(image_size: tuple[int, int]) -> Array:
-    """(N, 2) centres of the mesh cells over the view [0, 1]^2 and of one ring around it."""
+def _mesh(batch: int, image_size: tuple[int, int]) -> Points:
+    """Centres of the mesh cells over the view [0, 1]^2 and of one ring around it."""
     y, x = (
-        (np.arange(-1, side // cell + 1) + 0.5) * cell / side
+        (np.arange(-1, side // cell + 1, dtype=np.float32) + np.float32(0.5)) * np.float32(cell / side)
         for side, cell in zip(image_size, _CELL, strict=True)
     )
-    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    columns, rows = np.meshgrid(x, y)
+    shape = (batch, columns.size)
+    return np.broadcast_to(columns.ravel(), shape), np.broadcast_to(rows.ravel(), shape)
 
 
-def _densify(values: Array, image_size: tuple[int, int]) -> NDArray[np.float32]:
-    """Interpolate (B, N, 2) on the mesh to (B, H, W, 2)."""
+def _densify(values: Array32, image_size: tuple[int, int]) -> Array32:
+    """Interpolate (B, N) on the mesh to (B, H, W), not contiguous."""
     high, wide = _CELL
     rows, columns = image_size[0] // high + 2, image_size[1] // wide + 2
     batch = len(values)
     # One tall image: neighbouring samples only touch in the rings, which are cut off.
-    tall = np.ascontiguousarray(values.reshape(batch * rows, columns, 2), dtype=np.float32)
-    tall = cv2.resize(tall, (columns * wide, batch * rows * high), interpolation=cv2.INTER_LINEAR)
-    dense: NDArray[np.float32] = tall.reshape(batch, rows * high, columns * wide, 2)
+    size = (columns * wide, batch * rows * high)
+    tall: Any = cv2.resize(values.reshape(batch * rows, columns), size, interpolation=cv2.INTER_LINEAR)
+    dense: Array32 = tall.reshape(batch, rows * high, columns * wide)
     return dense[:, high:-high, wide:-wide]
 
 
-def _project(matrix: Array, points: Array) -> Array:
-    """Apply (B, 3, 3) to points (B, N, 2)."""
-    x, y = points[..., 0], points[..., 1]
-    columns = matrix[:, :, :, None]
-    moved = columns[:, :, 0] * x[:, None] + columns[:, :, 1] * y[:, None] + columns[:, :, 2]  # (B, 3, N)
-    return np.stack((moved[:, 0] / moved[:, 2], moved[:, 1] / moved[:, 2]), axis=-1)
+def _project(matrix: Array, points: Points) -> Points:
+    """Apply (B, 3, 3) to points."""
+    x, y = points
+    entries = matrix.astype(np.float32)[..., None]
+    depth = entries[:, 2, 0] * x + entries[:, 2, 1] * y + entries[:, 2, 2]
+    return (
+        (entries[:, 0, 0] * x + entries[:, 0, 1] * y + entries[:, 0, 2]) / depth,
+        (entries[:, 1, 0] * x + entries[:, 1, 1] * y + entries[:, 1, 2]) / depth,
+    )
 
 
 def _multiply(left: Array, right: Array) -> Array:

@@ -1,7 +1,7 @@
 """The guidance view's program: the few numbers per sample that make its view.
 
-The ten operations of the paper's view, in their sampled order, become one convolution kernel, one inverse map and
-one colour program, so that DALI touches each crop once and `ops.photometric` finishes both views.
+The ten operations of the paper's view, in their sampled order, become one convolution kernel, one inverse map
+and one colour program, so that DALI touches each crop once and `ops.photometric` finishes both views.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_program(
         ValueError: sizes that are not positive or not one per sample.
     """
     sizes = np.stack((np.asarray(heights), np.asarray(widths)), axis=1).astype(np.float64)
-    if sizes.shape != (len(parameters), 2) or sizes.size and sizes.min() < 1:
+    if sizes.shape != (len(parameters), 2) or (sizes.size and sizes.min() < 1):
         raise ValueError(f"heights and widths must be {len(parameters)} positive numbers each")
     working = working_sizes(sizes, image_size)
     maps = inverse_maps(parameters, sizes, working, image_size)

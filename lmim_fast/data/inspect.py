@@ -6,7 +6,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -97,6 +96,7 @@ def inspect(
         summaries = []
         for database in store.databases:
             summaries.append(summarize(store, database, sample))
+            console.print(Text(database.path, style="bold"), soft_wrap=True)  # one line, to be copied
             console.print(_table(summaries[-1]))
         if len(summaries) > 1:
             console.print(f"{len(summaries)} databases, {len(store):,} records")
@@ -210,13 +210,14 @@ def _character_class(character: str) -> str:
         return "ASCII punctuation"
     if category[0] in "LMN":
         # Unicode names start with the script: "CJK UNIFIED IDEOGRAPH-4E2D", "GREEK SMALL LETTER ALPHA".
-        return unicodedata.name(character, "unnamed").split(" ")[0].split("-")[0].capitalize()
+        script = unicodedata.name(character, "unnamed").split(" ")[0].split("-")[0]
+        return script if script == "CJK" else script.capitalize()
     return "control" if category[0] == "C" else "other symbols"
 
 
 def _table(summary: Summary) -> Table:
-    """The summary for people. Paths, keys and labels are data, not markup."""
-    table = Table(title=Text(str(Path(summary.path))), title_justify="left", show_header=False)
+    """The summary for people. Keys and script names are data, not markup."""
+    table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     complete = summary.sampled == summary.records

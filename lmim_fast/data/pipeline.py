@@ -1,7 +1,7 @@
 """Batches of plain and guidance views in training order, made ahead of the consumer.
 
-Two threads: one reads the records and writes the guidance programs, the other runs DALI. A sample's views are a
-function of (seed, epoch, index) alone; a run's place in the order is a step.
+Two threads: one reads the records and writes the guidance programs, the other runs DALI. A sample's views
+are a function of (seed, epoch, index) alone; a run's place in the order is a step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Prepared(NamedTuple):
 
 
 class ViewPipeline:
-    """Iterator of `Batch` from step `start_step`, micro 0 to the last micro of step `end_step` - 1; context manager.
+    """Iterator of `Batch` from `start_step`, micro 0 to the last one before `end_step`; context manager.
 
     Args:
         store:        records.
@@ -75,7 +75,7 @@ class ViewPipeline:
         device:       where the batches end up.
         end_step:     first step that is not made.
     Raises:
-        UsageError: loader.device "gpu" without a CUDA device to put batches on, or a batch size that does not divide.
+        UsageError: loader.device "gpu" without a CUDA device, or a batch size that does not divide.
         DataError:  (from `next`) too many broken records.
     """
 

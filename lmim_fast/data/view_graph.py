@@ -3,7 +3,8 @@
     encoded -> decode (CPU threads) -+-> bicubic resize                      -> plain
                                      +-> shrink -> per-sample filter -> warp -> warped
 
-Decoded as released: RGB whatever the file holds (gray, palette, CMYK, 16 bit), alpha dropped, EXIF rotation ignored.
+Decoded as released: RGB whatever the file holds (gray, palette, CMYK, 16 bit), alpha dropped, EXIF rotation
+ignored.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ from torch import Tensor
 from lmim_fast.data.guidance_program import GuidanceProgram
 
 try:
-    import nvidia.dali as dali
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn, pipeline_def
     from nvidia.dali.plugin.pytorch import feed_ndarray
+    from nvidia.dali.types import DALIImageType, DALIInterpType
 except ImportError as error:
     raise ImportError('the input pipeline needs DALI: pip install "lmim_fast[cuda13]" (or cuda12)') from error
-
-Image = NDArray[np.uint8]
 
 
 class BrokenImages(Exception):
@@ -60,7 +59,7 @@ class ViewGraph:
         self._device, self._image_size = device, image_size
         self._device_id = (device.index or 0) if device.type == "cuda" else None
         options: dict[str, Any] = dict(num_threads=threads, exec_dynamic=True, prefetch_queue_depth=1)
-        define = dali.pipeline_def(_define_views)
+        define = pipeline_def(_define_views)
         self._views = define(
             image_size,
             guidance,
@@ -70,7 +69,7 @@ class ViewGraph:
             **options,
         )
         self._views.build()
-        self._decoder = dali.pipeline_def(_decode)(batch_size=1, device_id=None, **options)
+        self._decoder = pipeline_def(_decode)(batch_size=1, device_id=None, **options)
         self._decoder.build()
 
     def __call__(
@@ -82,7 +81,7 @@ class ViewGraph:
             encoded: B encoded images.
             program: for these images; None exactly where there is no guidance view.
         Returns:
-            plain and warped views, (B, H, W, 3) uint8 on the graph's device, complete on torch's current stream.
+            plain and warped views, (B, H, W, 3) uint8 on the graph's device, in torch's current stream.
         Raises:
             BrokenImages: some cannot be decoded; the graph goes on working.
         """
@@ -127,20 +126,19 @@ def _define_views(image_size: tuple[int, int], guidance: bool, on_gpu: bool) -> 
     image = _decode()
     if on_gpu:
         image = image.gpu()
-    plain = fn.resize(image, size=image_size, interp_type=types.INTERP_CUBIC, antialias=True)
+    plain = fn.resize(image, size=image_size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
     if not guidance:
         return (plain,)
-    size, kernel, map_x, map_y = (
-        fn.external_source(name=name) for name in ("working_size", "kernel", "map_x", "map_y")
-    )
-    shrunk = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+    names = ("working_size", "kernel", "map_x", "map_y")
+    size, kernel, map_x, map_y = (_source(name) for name in names)
+    shrunk: Any = fn.resize(image, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
     if on_gpu:
         # Its border is constant black, which is never seen: the maps stay inside the crop.
         warped = fn.experimental.remap(
             fn.filter(shrunk, kernel.gpu()),
             map_x.gpu(),
             map_y.gpu(),
-            interp=types.INTERP_LINEAR,
+            interp=DALIInterpType.INTERP_LINEAR,
             pixel_origin="center",
         )
         return plain, warped
@@ -154,13 +152,17 @@ def _define_views(image_size: tuple[int, int], guidance: bool, on_gpu: bool) -> 
 def _decode() -> Any:
     # On the CPU even for views made on the GPU: no GPU decoder was found faster on tiny crops.
     return fn.decoders.image(
-        fn.external_source(name="encoded"), device="cpu", output_type=types.RGB, adjust_orientation=False
+        _source("encoded"), device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
     )
 
 
+def _source(name: str) -> Any:
+    return fn.external_source(name=name)
+
+
 def _warp(
-    images: list[Image], maps_x: list[NDArray[np.float32]], maps_y: list[NDArray[np.float32]]
-) -> list[Image]:
+    images: list[NDArray[np.uint8]], maps_x: list[NDArray[np.float32]], maps_y: list[NDArray[np.float32]]
+) -> list[Any]:
     """OpenCV in place of DALI's remap, which is for GPUs only."""
     return [
         cv2.remap(image, map_x, map_y, cv2.INTER_LINEAR)

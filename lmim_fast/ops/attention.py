@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmim_fast.ops.dispatch import run
+
 Segment = tuple[int, int]  # sequences, tokens of each
 
 
@@ -34,6 +36,13 @@ def self_attention(
         raise ValueError(
             f"qkv {tuple(qkv.shape)} must be ({rows}, 3D) for segments {list(segments)} and {heads} heads"
         )
+    _check_probability(p)
+    return run("self_attention", _self_attention_eager, qkv, qkv_bias, heads, tuple(segments), p)
+
+
+def _self_attention_eager(
+    qkv: Tensor, qkv_bias: Tensor | None, heads: int, segments: Sequence[Segment], p: float
+) -> Tensor:
     if qkv_bias is not None:
         qkv = qkv + qkv_bias.to(qkv.dtype)
     contexts = []
@@ -78,6 +87,13 @@ def cross_attention(
         raise ValueError(
             f"q {tuple(q.shape)} and kv {tuple(kv.shape)} must be (B, N, D), (B, M, 2D), {heads} heads"
         )
+    _check_probability(p)
+    return run("cross_attention", _cross_attention_eager, q, q_bias, kv, kv_bias, heads, p)
+
+
+def _cross_attention_eager(
+    q: Tensor, q_bias: Tensor | None, kv: Tensor, kv_bias: Tensor | None, heads: int, p: float
+) -> Tensor:
     if q_bias is not None:
         q = q + q_bias.to(q.dtype)
     if kv_bias is not None:
@@ -92,9 +108,12 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """(B, N, H, d), (B, M, H, d) twice to (B, N, H, d)."""
+def _check_probability(p: float) -> None:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must be in [0, 1), got {p}")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """(B, N, H, d), (B, M, H, d) twice to (B, N, H, d)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)

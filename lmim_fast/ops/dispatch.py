@@ -1,22 +1,23 @@
 """Which form of an op runs, kernel or eager: one table for all ops.
 
-An op registers its kernel with the inputs it is made for. `LMIM_FAST_BACKEND` (auto, eager or triton) and the
-`backend` context manager override the choice.
+An op checks its arguments and calls `run` with its eager form; a kernel is registered with the inputs it is
+made for. `LMIM_FAST_BACKEND` (auto, eager or triton) and the `backend` context manager override the choice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
 
+Result = TypeVar("Result")
 BACKENDS = ("auto", "eager", "triton")
 
 
@@ -24,13 +25,13 @@ BACKENDS = ("auto", "eager", "triton")
 class Kernel:
     """What to launch, for which dtypes, and a rule that says why an input does not fit."""
 
-    launch: Callable[..., object]
+    launch: Callable[..., Any]
     dtypes: tuple[torch.dtype, ...]
     refuses: Callable[..., str | None]
 
 
 _kernels: dict[str, Kernel] = {}
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("lmim_fast_backend", default=None)
+_override: str | None = None
 
 
 def register(op: str, kernel: Kernel) -> None:
@@ -42,7 +43,7 @@ def register(op: str, kernel: Kernel) -> None:
 
 def current_backend() -> str:
     """The backend in force: of the innermost `backend` block, else of LMIM_FAST_BACKEND, else "auto"."""
-    name = _override.get() or os.environ.get("LMIM_FAST_BACKEND", "auto")
+    name = _override or os.environ.get("LMIM_FAST_BACKEND", "auto")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     return name
@@ -53,11 +54,22 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops inside the block on backend `name`: "auto", "eager" or "triton"."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
-    token = _override.set(name)
+    global _override
+    previous, _override = _override, name
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = previous
+
+
+def run(op: str, eager: Callable[..., Result], *arguments: Any) -> Result:
+    """Call the kernel of `op` where it fits these arguments, else its eager form, with the same arguments.
+
+    Raises:
+        RuntimeError: as `select`.
+    """
+    kernel = select(op, *(value for value in arguments if isinstance(value, Tensor)))
+    return eager(*arguments) if kernel is None else kernel.launch(*arguments)
 
 
 def select(op: str, *tensors: Tensor) -> Kernel | None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmim_fast.ops.dispatch import run
+
 
 def bias_gelu(x: Tensor, bias: Tensor, *, p: float = 0.0) -> Tensor:
     """dropout(gelu(x + bias)) with the exact (erf) GELU.
@@ -26,6 +28,10 @@ def bias_gelu(x: Tensor, bias: Tensor, *, p: float = 0.0) -> Tensor:
         raise ValueError(f"bias {tuple(bias.shape)} must be ({x.shape[-1]},) for x {tuple(x.shape)}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must be in [0, 1), got {p}")
+    return run("bias_gelu", _eager, x, bias, p)
+
+
+def _eager(x: Tensor, bias: Tensor, p: float) -> Tensor:
     activated: Tensor = _BiasGelu.apply(x, bias.to(x.dtype))
     return F.dropout(activated, p)
 

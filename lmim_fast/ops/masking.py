@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lmim_fast.ops import philox
+from lmim_fast.ops.dispatch import run
 from lmim_fast.ops.philox import Stream
 
 
@@ -41,6 +42,10 @@ def select_patches(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"noise must be (B, L), got shape {tuple(noise.shape)}")
     if not 1 <= num_visible < noise.shape[1]:
         raise ValueError(f"num_visible must be in [1, {noise.shape[1] - 1}], got {num_visible}")
+    return run("select_patches", _eager, noise, num_visible)
+
+
+def _eager(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     order = noise.argsort(dim=1, stable=True)
     return order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values
 

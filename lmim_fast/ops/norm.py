@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmim_fast.ops.dispatch import run
+
 
 def dropout_add_layer_norm(
     x: Tensor,
@@ -37,6 +39,12 @@ def dropout_add_layer_norm(
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must be in [0, 1), got {p}")
+    return run("dropout_add_layer_norm", _eager, x, x_bias, residual, weight, bias, p, eps)
+
+
+def _eager(
+    x: Tensor, x_bias: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, p: float, eps: float
+) -> tuple[Tensor, Tensor]:
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
     total = residual + F.dropout(x, p).to(residual.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmim_fast.ops.dispatch import run
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.masking import gather_rows
 
@@ -55,19 +56,25 @@ def patch_embed(
         ValueError: the image does not have L patches, or ids is not (B, K).
     Source: ViT; embedding only the kept patches equals MAE's embed-then-drop.
     """
-    patches = split_patches(normalise_images(images), weight.shape[-1])
-    if patches.shape[1] != position.shape[1] - 1:
-        raise ValueError(
-            f"image {tuple(images.shape)} gives {patches.shape[1]} patches, not {position.shape[1] - 1}"
-        )
-    patches = patches.flatten(2)
+    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[-2:]
+    patch = weight.shape[-1]
+    patches = (height // patch) * (width // patch)
+    if patches != position.shape[1] - 1:
+        raise ValueError(f"image {tuple(images.shape)} gives {patches} patches, not {position.shape[1] - 1}")
+    if ids is not None and (ids.dim() != 2 or ids.shape[0] != images.shape[0]):
+        raise ValueError(f"ids must be ({images.shape[0]}, K), got {tuple(ids.shape)}")
+    return run("patch_embed", _eager, images, weight, bias, position, cls_token, ids)
+
+
+def _eager(
+    images: Tensor, weight: Tensor, bias: Tensor, position: Tensor, cls_token: Tensor, ids: Tensor | None
+) -> Tensor:
+    patches = split_patches(normalise_images(images), weight.shape[-1]).flatten(2)
     place = position[:, 1:]
     if ids is not None:
-        if ids.dim() != 2 or ids.shape[0] != patches.shape[0]:
-            raise ValueError(f"ids must be ({patches.shape[0]}, K), got {tuple(ids.shape)}")
         patches = gather_rows(patches, ids)
         place = place[0][ids]
-    features = linear(patches.to(compute_dtype(weight)), weight.flatten(1)).to(position.dtype)
-    tokens = features + (place + bias.to(position.dtype))
-    cls = (cls_token.to(position.dtype) + position[:, :1]).expand(tokens.shape[0], -1, -1)
+    dtype = position.dtype
+    tokens = linear(patches.to(compute_dtype(weight)), weight.flatten(1)).to(dtype) + (place + bias.to(dtype))
+    cls = (cls_token.to(dtype) + position[:, :1]).expand(tokens.shape[0], -1, -1)
     return torch.cat([cls, tokens], dim=1)

@@ -10,6 +10,8 @@ from torch import Tensor
 LUMA = (0.299, 0.587, 0.114)
 """Gray weights of ITU-R BT.601, as PIL, OpenCV and torchvision use them."""
 
+_CPU_CHUNK = 16  # images at once: their planes stay in the cache, three times as fast as a whole batch
+
 
 @dataclass(frozen=True)
 class ColorProgram:
@@ -35,18 +37,13 @@ class ColorProgram:
     final: Tensor
     """(B, 3, 4) what follows that contrast."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ColorProgram:
+    def to(self, device: torch.device | str) -> ColorProgram:
         """The same program on `device`."""
-        return ColorProgram(
-            **{
-                item.name: getattr(self, item.name).to(device, non_blocking=non_blocking)
-                for item in fields(self)
-            }
-        )
+        return ColorProgram(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
-    def pin_memory(self) -> ColorProgram:
-        """The same program in page-locked memory, for copies that do not block."""
-        return ColorProgram(**{item.name: getattr(self, item.name).pin_memory() for item in fields(self)})
+    def take(self, rows: slice | Tensor) -> ColorProgram:
+        """The programs of some of the images."""
+        return ColorProgram(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
 def photometric(
@@ -58,8 +55,8 @@ def photometric(
 ) -> tuple[Tensor, Tensor | None]:
     """Normalise the plain view; colour and normalise the guidance view.
 
-    Per guidance pixel: `before`, solarize, `after`, black of the rotation laid over it, contrast around the mean gray
-    of that image, `final`. Both views end as `(value / 255 - 0.5) / 0.5`. No gradient.
+    Per guidance pixel: `before`, solarize, `after`, the border laid over what is not covered, contrast around
+    the mean gray of that image, `final`. Both views end as `(value / 255 - 0.5) / 0.5`. No gradient.
 
     Args:
         plain:   (B, H, W, 3) uint8.
@@ -70,28 +67,40 @@ def photometric(
         plain and guidance views, (B, 3, H, W) in [-1, 1]; None where `warped` is None.
     Raises:
         ValueError: wrong shape, dtype or device, or `warped` and `program` not given together.
-    Source: SPEC of LMIM's released augmentation (imgaug's solarize, torchvision's ColorJitter), composed.
+    Source: LMIM's released augmentation (imgaug's solarize, torchvision's ColorJitter), composed.
     """
     _check(plain, warped, program)
-    plain_view = _normalise(plain.permute(0, 3, 1, 2).float(), dtype)
-    if warped is None or program is None:
-        return plain_view, None
-    value = _affine(program.before, warped.permute(0, 3, 1, 2).float())
+    batch, height, width, _ = plain.shape
+    views = [
+        torch.empty((batch, 3, height, width), dtype=dtype, device=plain.device)
+        for _ in range(1 if warped is None else 2)
+    ]
+    chunk = _CPU_CHUNK if plain.device.type == "cpu" else max(batch, 1)
+    for rows in (slice(start, start + chunk) for start in range(0, batch, chunk)):
+        views[0][rows] = _normalise(_planes(plain[rows]))
+        if warped is not None and program is not None:
+            views[1][rows] = _normalise(_color(_planes(warped[rows]), program.take(rows)))
+    return views[0], views[1] if warped is not None else None
+
+
+def _color(value: Tensor, program: ColorProgram) -> Tensor:
+    """Run the program on (B, 3, H, W) fp32."""
+    value = _affine(program.before, value)
     threshold = program.threshold[:, None, None, None]
-    inverted = torch.where(program.invert_above[:, None, None, None], value >= threshold, value < threshold)
+    inverted = (value >= threshold) == program.invert_above[:, None, None, None]
     value = _affine(program.after, torch.where(inverted, 255.0 - value, value))
     border = program.border[:, :, None, None]
-    value = border + (value - border) * (program.coverage[:, None] * (1.0 / 255.0))
+    value = value.sub_(border).mul_(program.coverage[:, None] * (1.0 / 255.0)).add_(border)
     gray = value[:, 0] * LUMA[0] + value[:, 1] * LUMA[1] + value[:, 2] * LUMA[2]
     mean = gray.flatten(1).mean(dim=1)[:, None, None, None]
-    value = (mean + (value - mean) * program.contrast[:, None, None, None]).clamp_(0.0, 255.0)
-    return plain_view, _normalise(_affine(program.final, value), dtype)
+    value = value.sub_(mean).mul_(program.contrast[:, None, None, None]).add_(mean).clamp_(0.0, 255.0)
+    return _affine(program.final, value)
 
 
 def _affine(matrix: Tensor, value: Tensor) -> Tensor:
     """(B, 3, 4) applied to the colours of (B, 3, H, W), clamped.
 
-    Written out, not as a batched product: whose rounding may change with the batch size, and with it a
+    Written out, not as a batched product: its rounding could change with the batch size, and with it a
     solarized pixel.
     """
     rows = matrix[:, :, :, None, None]
@@ -102,8 +111,14 @@ def _affine(matrix: Tensor, value: Tensor) -> Tensor:
     return result.clamp_(0.0, 255.0)
 
 
-def _normalise(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.mul_(1.0 / 127.5).sub_(1.0).to(dtype)
+def _planes(image: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) fp32, contiguous."""
+    batch, height, width, _ = image.shape
+    return image.new_empty((batch, 3, height, width), dtype=torch.float32).copy_(image.permute(0, 3, 1, 2))
+
+
+def _normalise(value: Tensor) -> Tensor:
+    return value.mul_(1.0 / 127.5).sub_(1.0)
 
 
 def _check(plain: Tensor, warped: Tensor | None, program: ColorProgram | None) -> None:
@@ -115,7 +130,8 @@ def _check(plain: Tensor, warped: Tensor | None, program: ColorProgram | None) -
         return
     if warped.dtype != torch.uint8 or warped.shape != plain.shape:
         raise ValueError(
-            f"warped must be uint8 of shape {tuple(plain.shape)}, got {warped.dtype} of shape {tuple(warped.shape)}"
+            f"warped must be uint8 of shape {tuple(plain.shape)},"
+            f" got {warped.dtype} of shape {tuple(warped.shape)}"
         )
     batch, height, width, _ = plain.shape
     expected = dict(before=(batch, 3, 4), threshold=(batch,), invert_above=(batch,), after=(batch, 3, 4))
@@ -126,5 +142,6 @@ def _check(plain: Tensor, warped: Tensor | None, program: ColorProgram | None) -
         field = getattr(program, name)
         if tuple(field.shape) != shape or field.device != warped.device:
             raise ValueError(
-                f"program.{name} must be {shape} on {warped.device}, got {tuple(field.shape)} on {field.device}"
+                f"program.{name} must be {shape} on {warped.device},"
+                f" got {tuple(field.shape)} on {field.device}"
             )

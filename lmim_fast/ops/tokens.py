@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmim_fast.ops.dispatch import run
+
 
 def decoder_tokens(
     visible: Tensor,
@@ -36,6 +38,17 @@ def decoder_tokens(
             "need visible (B, 1+K, D), ids_visible (B, K), ids_masked (B, M), position (1, 1+K+M, D); got "
             f"{[tuple(t.shape) for t in (visible, ids_visible, ids_masked, position)]}"
         )
+    return run("decoder_tokens", _eager, visible, bias, mask_token, position, ids_visible, ids_masked)
+
+
+def _eager(
+    visible: Tensor,
+    bias: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    ids_visible: Tensor,
+    ids_masked: Tensor,
+) -> Tensor:
     dtype = position.dtype
     place = torch.cat([position[:, :1].expand(len(visible), -1, -1), position[0, 1:][ids_visible]], dim=1)
     shown = visible.to(dtype) + (place + bias.to(dtype))

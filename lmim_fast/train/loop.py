@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lmim_fast.config import PretrainConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import Batch, ViewPipeline
+from lmim_fast.data.substitution import BadRecord
 from lmim_fast.errors import LmimError
 from lmim_fast.ops.masking import mask_noise
 from lmim_fast.ops.philox import Stream
@@ -37,8 +38,6 @@ class Progress:
     meter: Meter
     step: int = 0
     """Optimiser steps done."""
-    bad_records: int = 0
-    """Broken records met in the sittings before this one."""
     seconds: float = 0.0
     """Training time of the sittings before this one."""
 
@@ -46,7 +45,7 @@ class Progress:
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Progress:
         """What a checkpoint's state.json says."""
         meter = Meter.from_state(state["meter"], device)
-        return cls(meter, state["step"], state["bad_records"], state["seconds"])
+        return cls(meter, state["step"], state["seconds"])
 
 
 @dataclass
@@ -63,6 +62,10 @@ class Session:
     telemetry: Telemetry
     identity: dict[str, Any]
     """What every checkpoint of this run says of it: config, versions, data, seed, teacher."""
+    bad_told: int = 0
+    """Broken records of this process that are in bad_records.jsonl."""
+    bad_records: int = 0
+    """Distinct broken records that the run met; counted on rank 0."""
 
 
 def train(session: Session, batches: ViewPipeline) -> int:
@@ -118,7 +121,7 @@ def train(session: Session, batches: ViewPipeline) -> int:
                 _log(session, batches, clock, lr)
             stop = world.largest(stop_signals.received)
             if stop or progress.step % config.checkpoint_every == 0 or progress.step == total:
-                _save(session, batches, clock)
+                _save(session, clock)
             if stop:
                 return stop if progress.step < total else 0
     return 0
@@ -180,12 +183,14 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         "lr": lr,
         "images_per_second": steps_per_second * config.batch_size,
         "data_wait_fraction": data_wait,
-        "bad_records": progress.bad_records + sum(world.gather(batches.bad.count)),
+        "bad_records": 0,  # counted where the file of them is
         "skipped_steps": progress.meter.skipped,
         "memory_bytes": memory_bytes(world.device),
         "elapsed_seconds": clock.elapsed(),
     }
-    world.main_only(lambda: _write_line(session, line, skipped))
+    bad = world.gather((batches.bad.count, list(batches.bad.entries[session.bad_told :])))
+    session.bad_told = len(batches.bad.entries)
+    world.main_only(lambda: _write(session, line, skipped, bad))
     in_a_row = progress.meter.skipped_in_a_row
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise LmimError(
@@ -195,7 +200,14 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         )
 
 
-def _write_line(session: Session, line: dict[str, Value], skipped: list[int]) -> None:
+def _write(
+    session: Session, line: dict[str, Value], skipped: list[int], bad: list[tuple[int, list[BadRecord]]]
+) -> None:
+    """Write one line of metrics, and name what went wrong in its steps; `bad` has a part for every rank."""
+    named = add_new_lines(
+        session.run / "bad_records.jsonl", [entry._asdict() for _, entries in bad for entry in entries]
+    )
+    line["bad_records"] = session.bad_records = max(named, *(count for count, _ in bad))
     session.telemetry.log(line)
     if skipped:
         # Seed, epoch and index replay a sample's views and mask.
@@ -211,29 +223,19 @@ def _write_line(session: Session, line: dict[str, Value], skipped: list[int]) ->
         session.telemetry.say(f"warning: skipped {len(skipped)} steps whose loss or gradient was not finite")
 
 
-def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
-    """Write a checkpoint and the list of broken records; every rank waits for it."""
+def _save(session: Session, clock: _Clock) -> None:
+    """Write a checkpoint; every rank waits for it."""
     progress = session.progress
-    bad = session.world.gather((batches.bad.count, list(batches.bad.entries)))
     state = {
         **session.identity,
         "step": progress.step,
         "meter": progress.meter.state(),
-        "bad_records": progress.bad_records + sum(count for count, _ in bad),
         "seconds": clock.elapsed(),
     }
 
     def write() -> None:
         keep = session.config.keep_checkpoints
         path = checkpoint.save(session.run, state, session.model, session.optimizer, keep=keep)
-        add_new_lines(
-            session.run / "bad_records.jsonl",
-            [
-                dict(zip(("database", "key", "reason"), entry, strict=True))
-                for _, part in bad
-                for entry in part
-            ],
-        )
         session.telemetry.say(f"checkpoint {path}")
 
     session.world.main_only(write)

@@ -210,12 +210,13 @@ def _tells_of(line: str, step: int) -> bool:
         return False
 
 
-def add_new_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Append the JSON lines that a file does not have yet."""
+def add_new_lines(path: Path, lines: Sequence[dict[str, Any]]) -> int:
+    """Append the JSON lines that a file does not have yet; how many it has then."""
     there = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
     new = [text for text in dict.fromkeys(json.dumps(line) for line in lines) if text not in there]
     if new:
         append(path, new)
+    return len(there) + len(new)
 
 
 def append(path: Path, lines: Sequence[str]) -> None:

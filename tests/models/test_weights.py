@@ -22,15 +22,12 @@ OTHER = preset("tiny", depth=2, width=48, decoder_depth=1)
 
 
 def released_file(path: Path, key: str | None = "model") -> tuple[Path, LMIM]:
-    """A file as the released code writes it: with an argparse.Namespace and optimiser state beside the model."""
+    """A file as the released code writes it: an argparse.Namespace and optimiser state beside the model."""
     model = LMIM(CONFIG)
     state = model.state_dict()
     optimizer = torch.optim.AdamW(model.parameters()).state_dict()
-    content = (
-        state
-        if key is None
-        else {key: state, "optimizer": optimizer, "epoch": 9, "args": argparse.Namespace(lr=1.0)}
-    )
+    whole = {key: state, "optimizer": optimizer, "epoch": 9, "args": argparse.Namespace(lr=1.0)}
+    content = state if key is None else whole
     torch.save(content, path)
     return path, model
 

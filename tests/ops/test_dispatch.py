@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmim_fast.config import preset
+from lmim_fast.models.lmim import LMIM
 from lmim_fast.ops import dispatch
 
 
@@ -26,6 +28,37 @@ def test_auto_takes_the_kernel_where_it_fits(doubled: dispatch.Kernel) -> None:
     assert dispatch.select("doubled", torch.ones(9)) is None
     assert dispatch.select("doubled", torch.ones(8, dtype=torch.float64)) is None
     assert dispatch.select("another", torch.ones(8)) is None
+
+
+def test_run_calls_the_form_that_was_chosen(doubled: dispatch.Kernel) -> None:
+    def eager(x: Tensor) -> Tensor:
+        return x + 100
+
+    assert dispatch.run("doubled", eager, torch.ones(3)).tolist() == [2.0] * 3
+    assert dispatch.run("doubled", eager, torch.ones(9)).tolist() == [101.0] * 9
+    with dispatch.backend("eager"):
+        assert dispatch.run("doubled", eager, torch.ones(3)).tolist() == [101.0] * 3
+
+
+def test_every_op_of_the_model_asks_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = set()
+
+    def note(op: str, *tensors: Tensor) -> None:
+        asked.add(op)
+
+    monkeypatch.setattr(dispatch, "select", note)
+    model = LMIM(preset("tiny", depth=1, decoder_depth=1))
+    images = torch.rand(1, 3, 32, 128)
+    model(images, images)
+    assert asked >= {
+        "bias_gelu",
+        "cross_attention",
+        "decoder_tokens",
+        "dropout_add_layer_norm",
+        "patch_embed",
+        "select_patches",
+        "self_attention",
+    }
 
 
 def test_eager_is_eager(doubled: dispatch.Kernel) -> None:

@@ -78,8 +78,9 @@ def test_lines_past_a_step_and_a_torn_last_line_are_dropped(tmp_path):
 
 def test_lines_that_are_there_already_are_not_added_again(tmp_path):
     path = tmp_path / "bad_records.jsonl"
-    add_new_lines(path, [{"key": "a"}, {"key": "b"}, {"key": "a"}])
-    add_new_lines(path, [{"key": "b"}, {"key": "c"}])
+    assert add_new_lines(path, []) == 0
+    assert add_new_lines(path, [{"key": "a"}, {"key": "b"}, {"key": "a"}]) == 2
+    assert add_new_lines(path, [{"key": "b"}, {"key": "c"}]) == 3
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
 
 

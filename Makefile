@@ -1,0 +1,41 @@
+# Each target sets up what it needs in .venv. PYTHON chooses the interpreter (3.11 to 3.13), CUDA the DALI build.
+PYTHON ?= python3
+CUDA ?= cuda13
+RUN ?= runs/demo
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test test-slow lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "needs Python 3.11 to 3.13")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(CUDA),test,dev]'
+	touch $@
+
+# Rendered words, a small MAE teacher, LMIM with it, the report: a few minutes on two cores.
+demo: $(INSTALLED)
+	test -e $(RUN)/data/data.mdb || $(BIN)/lmim data render --output $(RUN)/data
+	$(BIN)/lmim pretrain --objective mae --preset tiny --data $(RUN)/data --output $(RUN)/mae \
+		--steps 300 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 30
+	$(BIN)/lmim pretrain --objective lmim --preset tiny --data $(RUN)/data --output $(RUN)/lmim \
+		--teacher $(RUN)/mae --steps 300 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 30
+	$(BIN)/lmim report $(RUN)/lmim
+	@echo "Open $(RUN)/lmim/report.html in a browser."
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info lmim_fast/*.so
