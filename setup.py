@@ -1,4 +1,4 @@
-"""Packages `kernels/` as `lmim_fast.kernels`, builds `csrc/` as `lmim_fast._C`; the rest is in pyproject.toml."""
+"""`kernels/` becomes `lmim_fast.kernels`, `csrc/` is built as `lmim_fast._C`; the rest is in pyproject.toml."""
 
 from glob import glob
 

@@ -1,7 +1,7 @@
 """The whole training step (forward, backward, AdamW), variants side by side in one run.
 
-`python -m benchmarks.bench_step --device cpu --preset small --batch 8 --json`. Each variant has a process of
-its own, so that peak memory is its own; rounds alternate between the variants, so that noise hits all alike.
+`python -m benchmarks.bench_step --device cpu --preset small --batch 8 --json`. Each variant has a process;
+rounds alternate between the variants, so that noise hits all alike. Peak memory is measured apart.
 Rates are read against the machine's own GEMM rate, measured in the same run.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +33,10 @@ VARIANTS: dict[str, Callable[[ModelConfig], torch.nn.Module]] = {
 
 
 def step_flops(config: ModelConfig) -> float:
-    """FLOPs of a step for one image as the release computes it: 2 per multiply-add, backward twice.
+    """FLOPs of a step for one image as the release computes it: 2 a multiply-add, backward twice the forward.
 
-    Linears and attention products of the masked branch, the guidance branch, the teacher (forward only) and the
-    decoder over all tokens; norms, GELU and softmax are not counted.
+    Linears and attention products of both student branches, the teacher (forward only) and the decoder over
+    all tokens; norms, GELU and softmax are not counted.
     """
     tokens, shown = config.num_patches + 1, config.num_visible + 1
     width, deep = config.width, config.decoder_width
@@ -70,14 +72,11 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _serve(
-    pipe: Connection, variant: str, config: ModelConfig, batch: int, device_name: str, dtype_name: str
-) -> None:
-    """Child process: one timed step for each message "step", then its peak memory for "memory"."""
-    device, dtype = torch.device(device_name), getattr(torch, dtype_name)
+def training_step(
+    variant: str, config: ModelConfig, batch: int, device: torch.device, low: bool
+) -> Callable[[], None]:
+    """A closure that runs one step of `variant` on fixed random crops."""
     torch.manual_seed(0)
-    torch.mm(torch.randn(64, 64), torch.randn(64, 64))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model = VARIANTS[variant](config).to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
@@ -86,64 +85,120 @@ def _serve(
 
     def step() -> None:
         noise = torch.rand(batch, config.num_patches, generator=generator).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
             loss = model(images, guidance, noise).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    return step
+
+
+def _serve_steps(
+    pipe: Connection, variant: str, config: ModelConfig, batch: int, device: str, low: bool
+) -> None:
+    """Child process: the milliseconds of one step for each message True."""
+    place = torch.device(device)
+    step = training_step(variant, config, batch, place, low)
     pipe.send("ready")
-    while (message := pipe.recv()) == "step":
-        _synchronise(device)
+    while pipe.recv():
+        _synchronise(place)
         start = time.perf_counter()
         step()
-        _synchronise(device)
+        _synchronise(place)
         pipe.send((time.perf_counter() - start) * 1e3)
-    assert message == "memory"
-    if device.type == "cuda":
-        pipe.send(torch.cuda.max_memory_allocated(device))
-    else:
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _serve_memory(
+    pipe: Connection, variant: str, config: ModelConfig, batch: int, device: str, low: bool
+) -> None:
+    """Child process: peak bytes of a step, weights and optimiser state included.
+
+    On CUDA the allocator's peak. On a CPU the growth of the resident set after a tiny step (so without the
+    libraries), with an allocator that gives freed tensors back at once (see `measure_memory`).
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        step = training_step(variant, config, batch, place, low)
+        step()
+        torch.cuda.reset_peak_memory_stats(place)
+        step()
+        pipe.send(torch.cuda.max_memory_allocated(place))
+        return
+    training_step(variant, preset("tiny", decoder_dropout=config.decoder_dropout), batch, place, low)()
+    before = _resident("VmRSS")
+    step = training_step(variant, config, batch, place, low)
+    for _ in range(2):
+        step()
+    pipe.send(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status: peak memory on a CPU is measured on Linux only")
+
+
+def _start(target: Callable[..., None], *arguments: Any) -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def measure_times(
+    variants: list[str], config: ModelConfig, batch: int, device: str, low: bool, warmup: int, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each round for each variant; a round runs every variant once."""
+    workers = {variant: _start(_serve_steps, variant, config, batch, device, low) for variant in variants}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    for pipe, _ in workers.values():
+        pipe.recv()
+    for number in range(warmup + rounds):
+        for variant, (pipe, _) in workers.items():
+            pipe.send(True)
+            milliseconds = pipe.recv()
+            if number >= warmup:
+                times[variant].append(milliseconds)
+    for pipe, process in workers.values():
+        pipe.send(False)
+        process.join()
+    return times
+
+
+def measure_memory(variant: str, config: ModelConfig, batch: int, device: str, low: bool) -> int:
+    """Peak bytes of a step of `variant` in a process of its own."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(256 * 1024)  # read by glibc when the child starts
+    try:
+        pipe, process = _start(_serve_memory, variant, config, batch, device, low)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    peak: int = pipe.recv()
+    process.join()
+    return peak
 
 
 def measure(
     variants: list[str], config: ModelConfig, batch: int, device: str, dtype: str, warmup: int, rounds: int
 ) -> list[dict[str, Any]]:
     """A row a variant: milliseconds of each round, images/s of the median round, peak memory in bytes."""
-    context = multiprocessing.get_context("spawn")
-    workers = []
-    for variant in variants:
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs, variant, config, batch, device, dtype), daemon=True
-        )
-        process.start()
-        theirs.close()
-        assert ours.recv() == "ready"
-        workers.append((variant, ours, process))
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for number in range(warmup + rounds):
-        for variant, pipe, _ in workers:
-            pipe.send("step")
-            milliseconds = pipe.recv()
-            if number >= warmup:
-                times[variant].append(milliseconds)
-    rows = []
-    for variant, pipe, process in workers:
-        pipe.send("memory")
-        median = statistics.median(times[variant])
-        rows.append(
-            {
-                "variant": variant,
-                "batch": batch,
-                "dropout": config.decoder_dropout,
-                "images_per_second": batch / median * 1e3,
-                "milliseconds": times[variant],
-                "peak_memory": pipe.recv(),
-            }
-        )
-        process.join(timeout=60)
-    return rows
+    low = dtype == "bfloat16"
+    times = measure_times(variants, config, batch, device, low, warmup, rounds)
+    return [
+        {
+            "variant": variant,
+            "batch": batch,
+            "dropout": config.decoder_dropout,
+            "images_per_second": batch / statistics.median(times[variant]) * 1e3,
+            "milliseconds": times[variant],
+            "peak_memory": measure_memory(variant, config, batch, device, low),
+        }
+        for variant in variants
+    ]
 
 
 def main() -> None:
@@ -200,7 +255,8 @@ def main() -> None:
         milliseconds = statistics.median(row["milliseconds"])
         print(
             f"{row['variant']:>10} {row['batch']:>6} {row['dropout']:>8} {milliseconds:>9.1f} "
-            f"{row['images_per_second']:>9.2f} {row['share_of_gemm_rate']:>8.1%} {row['peak_memory'] / 1e6:>8.0f}"
+            f"{row['images_per_second']:>9.2f} {row['share_of_gemm_rate']:>8.1%} "
+            f"{row['peak_memory'] / 1e6:>8.0f}"
         )
 
 

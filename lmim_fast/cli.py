@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import lmim_fast
 from lmim_fast.config import ModelConfig, PretrainConfig, RenderConfig, ReportConfig, preset
-from lmim_fast.errors import LmimError, UsageError
+from lmim_fast.errors import DataError, LmimError, UsageError
 
 Config = TypeVar("Config")
 
@@ -114,8 +114,13 @@ class _InspectOptions:
 def _data_inspect(arguments: list[str]) -> int:
     about = "Say what LMDB folders hold and which records are broken."
     config = _parse(_InspectOptions, arguments, "lmim data inspect", about)
+    from lmim_fast.data.databases import find_databases
     from lmim_fast.data.inspect import inspect
 
+    try:
+        find_databases(config.paths)
+    except DataError as error:  # a path that holds no data is a wrong path; damaged data is not
+        raise UsageError(str(error)) from error
     inspect(config.paths)
     return 0
 

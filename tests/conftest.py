@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# One thread: OpenMP threads that share a core with another process wait for each other a hundred times too long.
+# One thread: OpenMP threads that share their cores with other processes wait for each other far too long.
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[1].parent / "shared"

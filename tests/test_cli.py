@@ -74,6 +74,7 @@ def test_paths_that_hold_no_data_are_one_line(capsys, tmp_path):
             "mae",
         ]
         assert str(tmp_path / name) in error_of(capsys, arguments)
+        assert str(tmp_path / name) in error_of(capsys, ["data", "inspect", tmp_path / name])
     assert not (tmp_path / "run").exists()
 
 

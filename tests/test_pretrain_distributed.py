@@ -97,6 +97,7 @@ def test_two_processes_give_the_curve_of_one_and_one_process_can_continue_them(d
     assert_close(run, one)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(data, tmp_path):
     run = tmp_path / "run"
     process = torchrun_script(tmp_path, "nan", options(data, run, steps=STEPS))

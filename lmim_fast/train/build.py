@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 
@@ -12,6 +13,12 @@ import lmim_fast
 from lmim_fast.config import PretrainConfig
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
+
+# Those that can change a number; of each family the one that is installed.
+_PACKAGES = (
+    *("torch", "triton", "numpy", "lmdb", "safetensors"),
+    *("opencv-python-headless", "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+)
 
 
 def build_model(config: PretrainConfig) -> nn.Module:
@@ -29,6 +36,7 @@ def needs_teacher(config: PretrainConfig) -> bool:
 def versions() -> dict[str, str]:
     """What the run was made with."""
     found = {"lmim_fast": lmim_fast.__version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "lmdb", "opencv-python-headless", "safetensors"):
-        found[name] = importlib.metadata.version(name)
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found

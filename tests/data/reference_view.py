@@ -1,6 +1,6 @@
-"""The guidance view, literally: one operation after the other on bytes, slow, the truth that programs are held to.
+"""The guidance view, literally: one operation after the other on bytes, the truth that programs are held to.
 
-Operations follow imgaug (SPEC's list), the end of the chain PIL and torchvision's PIL ColorJitter.
+The ten operations follow imgaug, the end of the chain PIL and torchvision's ColorJitter on PIL images.
 """
 
 import cv2
@@ -86,19 +86,18 @@ def _piecewise(image, parameters, row):
     height, width = image.shape[:2]
     if min(height, width) <= 1:
         return image
-    y, x = np.mgrid[0:height, 0:width] + 0.5
-    map_x, map_y = np.zeros((2, height, width), np.float32)
-    for i in range(height):
-        for j in range(width):
-            u, v = x[i, j] / width * 3, y[i, j] / height * 3
-            column, line = min(int(u), 2), min(int(v), 2)
-            u, v = u - column, v - line
-            grid = parameters.piecewise[row, line : line + 2, column : column + 2]
-            if u + v < 1:
-                shift = grid[0, 0] + u * (grid[0, 1] - grid[0, 0]) + v * (grid[1, 0] - grid[0, 0])
-            else:
-                shift = grid[1, 1] + (1 - u) * (grid[1, 0] - grid[1, 1]) + (1 - v) * (grid[0, 1] - grid[1, 1])
-            map_x[i, j], map_y[i, j] = x[i, j] + shift[0] * width, y[i, j] + shift[1] * height
+    y, x = np.mgrid[0:height, 0:width] + 0.5  # pixel centres; the control points stand at thirds of the side
+    u, v = x / width * 3, y / height * 3
+    column, line = np.minimum(u.astype(int), 2), np.minimum(v.astype(int), 2)
+    u, v = (u - column)[..., None], (v - line)[..., None]
+    grid = parameters.piecewise[row]
+    top_left, top_right = grid[line, column], grid[line, column + 1]
+    bottom_left, bottom_right = grid[line + 1, column], grid[line + 1, column + 1]
+    upper = top_left + u * (top_right - top_left) + v * (bottom_left - top_left)
+    lower = bottom_right + (1 - u) * (bottom_left - bottom_right) + (1 - v) * (top_right - bottom_right)
+    shift = np.where(u + v < 1, upper, lower)
+    map_x = (x + shift[..., 0] * width).astype(np.float32)
+    map_y = (y + shift[..., 1] * height).astype(np.float32)
     return cv2.remap(image, map_x - 0.5, map_y - 0.5, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
