@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +48,7 @@ def convert(
         raise UsageError(f"{source} does not exist; it should be a run folder or a checkpoint file")
     state = _state_of_run(source, step) if source.is_dir() else _state_of_file(source, step)
     if layout == "encoder":
-        write_file(target, _encoder_bytes(state))
+        write_file(target, weights.encoder_safetensors(state))
         return target
     if not any(name.startswith("decoder") for name in state):
         raise UsageError(f"{source} holds an encoder only; the released layout needs a whole model")
@@ -66,14 +65,7 @@ def write_encoder(model: nn.Module, path: Path) -> None:
         WeightsError: a weight is not finite.
         LmimError: the disk is full or the path cannot be written.
     """
-    write_file(path, _encoder_bytes(weights.to_released(model)))
-
-
-def _encoder_bytes(state: dict[str, Tensor]) -> bytes:
-    _, encoder, _ = weights.encoder_state(state)
-    tensors = {name: value.contiguous() for name, value in encoder.items()}
-    content: bytes = safetensors.torch.save(tensors, {"format": "pt"})
-    return content
+    write_file(path, weights.encoder_safetensors(weights.to_released(model)))
 
 
 def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:

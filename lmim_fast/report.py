@@ -93,7 +93,11 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     tiles += [
         ("images/s", short(float(np.median(rate))) if len(rate) else absent, "median"),
         ("waiting for data", short(float(wait.mean()), percent=True) if len(wait) else absent, "of the time"),
-        ("broken records", f"{int(bad.max()):,}" if len(bad) else absent, "substituted"),
+        (
+            "broken records",
+            f"{int(bad.max()):,}" if len(bad) else absent,
+            "" if not len(bad) or not bad.max() else "substituted",
+        ),
         ("epochs", f"{epochs[-1]:.4g}" if len(epochs) else absent, duration),
     ]
     return tiles
@@ -152,6 +156,8 @@ def _curves(run: Run) -> str:
 def _pictures(run: Run, config: ReportConfig) -> list[str]:
     """The sections that need the data, and the one that needs the model too; or why there are none."""
     views, maps = "<h2>Views</h2>", "<h2>Attention</h2>"
+    if run.config.objective == "mae":
+        maps = "<h2>Attention and prediction</h2>"
     try:
         # Imported here: a machine that lacks DALI still gets the rest of the page.
         from lmim_fast.report_views import load_crops, sheet_html

@@ -59,7 +59,7 @@ def short(value: float, percent: bool = False) -> str:
     if not np.isfinite(value):
         return "not finite"
     if percent:
-        return f"{100 * value:.3g} %"
+        return f"{round(100 * value, 2):.3g} %"
     size = abs(value)
     if 0 < size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
@@ -127,8 +127,9 @@ def _plot(chart: Chart, drawn: list[Series], steps: np.ndarray, key: str, log: b
         axes = figure.add_axes((box[0], box[1], box[2] - box[0], box[3] - box[1]))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        for series in drawn:
-            _line(axes, steps, series, chart.smooth)
+        for place, series in enumerate(drawn):
+            wide = len(drawn) > 1 and place == 0  # a total shows beside a part that it nearly equals
+            _line(axes, steps, series, chart.smooth, width=3.0 if wide else 1.8)
         _scales(axes, chart, drawn, log)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -137,16 +138,16 @@ def _plot(chart: Chart, drawn: list[Series], steps: np.ndarray, key: str, log: b
     return f'<div class="plot" data-points="{points}">{_inline(buffer.getvalue(), key)}</div>'
 
 
-def _line(axes: Axes, steps: np.ndarray, series: Series, smooth: bool) -> None:
+def _line(axes: Axes, steps: np.ndarray, series: Series, smooth: bool, width: float) -> None:
     """Raw points as a faint line under the smoothed one; few points as they are, with dots."""
     values = np.where(np.isfinite(series.values), series.values, np.nan)
     colour = _VARIABLES[series.colour]
     if smooth and len(values) >= SMOOTH_FROM:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-        axes.plot(steps, smoothed(values), color=colour, linewidth=2.0, solid_joinstyle="round")
+        axes.plot(steps, smoothed(values), color=colour, linewidth=width, solid_joinstyle="round")
     else:
         marker = "o" if len(values) < SMOOTH_FROM else ""
-        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5)
+        axes.plot(steps, values, color=colour, linewidth=width, marker=marker, markersize=3.5)
 
 
 def _scales(axes: Axes, chart: Chart, drawn: list[Series], log: bool) -> None:

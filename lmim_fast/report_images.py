@@ -46,7 +46,9 @@ def crop_html(pixels: np.ndarray, description: str, *, kind: str = "") -> str:
 
 
 def heat_pixels(weights: np.ndarray) -> np.ndarray:
-    """Attention over patches as a transparent colour layer, scaled to its own largest value.
+    """Attention over patches as a transparent colour layer, from its least value to its largest.
+
+    Differences below a quarter of an even spread get no full colour: they are hardly there.
 
     Args:
         weights: (rows, columns), not negative.
@@ -55,20 +57,18 @@ def heat_pixels(weights: np.ndarray) -> np.ndarray:
     """
     rows, columns = weights.shape
     low, high = float(weights.min()), float(weights.max())
-    share = (weights.astype(np.float32) - low) / max(high - low, 1e-12)
+    share = (weights.astype(np.float32) - low) / max(high - low, 0.25 * float(weights.mean()), 1e-12)
     size = (columns * _HEAT_SCALE, rows * _HEAT_SCALE)
     share = np.clip(cv2.resize(share, size, interpolation=cv2.INTER_CUBIC), 0, 1)
     rgba = matplotlib.colormaps["inferno"](0.25 + 0.75 * share)
-    rgba[..., 3] = 0.92 * share**0.6
+    rgba[..., 3] = 0.85 * share**0.8
     return (255 * rgba).round().astype(np.uint8)
 
 
 def heat_html(pixels: np.ndarray, weights: np.ndarray, description: str) -> str:
-    """Heat over a dimmed gray crop; pointing at it says how far its peak is above an even spread."""
-    peak = float(weights.max() / max(float(weights.mean()), 1e-12))
-    title = f"strongest patch: {peak:.1f} times an even spread"
+    """Heat over a dimmed gray crop."""
     layer = f'<img class="heat" alt="" src="{data_uri(heat_pixels(weights))}">'
-    return f'<div class="stack" title="{title}">{crop_html(pixels, description, kind="dimmed")}{layer}</div>'
+    return f'<div class="stack">{crop_html(pixels, description, kind="dimmed")}{layer}</div>'
 
 
 def boxed_html(pixels: np.ndarray, patch: int, grid: tuple[int, int], description: str) -> str:

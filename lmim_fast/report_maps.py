@@ -132,7 +132,10 @@ def maps_html(maps: Maps, crops: Crops, patch_size: int) -> str:
 
 
 def _intro(maps: Maps) -> str:
-    text = "Bright is where the attention goes; each map is scaled to its own strongest patch (point at it). "
+    text = (
+        "Bright is where the attention goes. Peak: the strongest patch over an even spread, so 1.0\u00d7 "
+        "prefers nothing and stays dark. "
+    )
     if maps.decoder is not None:
         text += (
             "Decoder: the boxed patch of the plain view is masked; below it, where its query looks in the "
@@ -153,8 +156,13 @@ def _row(title: str, remark: str, cells: list[str]) -> str:
     return f'<div class="row">{head}<div class="cells">{"".join(cells)}</div></div>'
 
 
-def _cell(body: str, caption: str) -> str:
-    return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
+def _cell(body: str, caption: str, weights: np.ndarray | None = None) -> str:
+    """A picture with its caption, and with the peak of the attention `weights` that it shows."""
+    peak = ""
+    if weights is not None:
+        ratio = float(weights.max()) / max(float(weights.mean()), 1e-12)
+        peak = f'<span class="peak">peak {ratio:.1f}\u00d7</span>'
+    return f"<figure>{body}<figcaption>{caption}{peak}</figcaption></figure>"
 
 
 def _inputs(
@@ -175,12 +183,14 @@ def _inputs(
 def _encoder_cells(weights: np.ndarray, plain: np.ndarray) -> list[str]:
     """The mean over the heads and a few of them, evenly picked; weights (heads, rows, columns)."""
     if len(weights) == 1:
-        return [_cell(heat_html(plain, weights[0], "encoder attention"), "its one head")]
-    cells = [_cell(heat_html(plain, weights.mean(axis=0), "encoder attention, mean"), "mean of heads")]
+        return [_cell(heat_html(plain, weights[0], "encoder attention"), "its one head", weights[0])]
+    mean = weights.mean(axis=0)
+    cells = [_cell(heat_html(plain, mean, "encoder attention, mean of heads"), "mean of heads", mean)]
     picked = np.linspace(0, len(weights) - 1, min(_HEADS_SHOWN, len(weights))).round().astype(int)
     for head in picked:
         caption = f"head {head + 1} of {len(weights)}"
-        cells.append(_cell(heat_html(plain, weights[head], f"encoder attention, {caption}"), caption))
+        body = heat_html(plain, weights[head], f"encoder attention, {caption}")
+        cells.append(_cell(body, caption, weights[head]))
     return cells
 
 
@@ -193,7 +203,8 @@ def _decoder_cells(
     for patch in query_patches(plain, ids_masked, patch_size):
         query = int(np.flatnonzero(ids_masked == patch)[0])
         row, column = divmod(patch, mean.shape[2])
-        caption = f"masked patch in row {row + 1}, column {column + 1}"
+        caption = f"query: row {row + 1}, column {column + 1}"
         pair = boxed_html(plain, patch, (mean.shape[1], mean.shape[2]), caption)
-        cells.append(_cell(pair + heat_html(guidance, mean[query], f"attention of the {caption}"), caption))
+        pair += heat_html(guidance, mean[query], f"attention of {caption}")
+        cells.append(_cell(pair, caption, mean[query]))
     return cells

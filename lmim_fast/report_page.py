@@ -86,6 +86,7 @@ article h3 { display: flex; gap: 10px; align-items: baseline; }
 .row .note { display: block; }
 .cells { gap: 12px 18px; }
 .cells figcaption { font-size: 13px; color: var(--muted); margin-top: 3px; }
+.peak { float: right; font-variant-numeric: tabular-nums; }
 .stack { position: relative; width: 256px; max-width: 100%; }
 .dimmed { filter: grayscale(1) brightness(.72); }
 .heat { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 3px; }

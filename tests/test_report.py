@@ -16,7 +16,6 @@ from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.report import write_report
 from lmim_fast.report_run import read_metrics, read_run
 
-
 # The crops lack a label on purpose, which the record store remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:.*some lack image or label:UserWarning")
 

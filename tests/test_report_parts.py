@@ -83,7 +83,8 @@ def test_numbers_are_short() -> None:
         "7.5e-5",
         "not finite",
     ]
-    assert short(0.01264, percent=True) == "1.26 %"
+    shares = (0.0, 0.0004861, 0.01264, 0.5, 1.0)
+    assert [short(share, percent=True) for share in shares] == ["0 %", "0.05 %", "1.26 %", "50 %", "100 %"]
 
 
 def test_png_data_uri_holds_the_very_pixels() -> None:
@@ -110,7 +111,9 @@ def test_heat_is_strongest_over_the_strongest_patch() -> None:
     row, column = np.unravel_index(alpha.argmax(), alpha.shape)
     assert (row // 4, column // 4) == (5, 20)
     assert alpha[:12].max() == 0
-    assert heat_pixels(np.full((8, 32), 1 / 256))[..., 3].max() == 0, "an even spread shows no peak"
+    even = np.full((8, 32), 1 / 256)
+    even[5, 20] *= 1.02
+    assert heat_pixels(even)[..., 3].max() < 30, "an all but even spread shows no peak"
 
 
 def test_masked_patches_are_gray_and_the_box_is_on_its_patch() -> None:

@@ -136,6 +136,19 @@ def load_encoder(path: str | os.PathLike[str], encoder: nn.Module) -> LoadReport
     return LoadReport(kind, tuple(state), ignored)
 
 
+def encoder_safetensors(state: Mapping[str, Tensor]) -> bytes:
+    """The (student) encoder in a state dict as the bytes of a plain safetensors file.
+
+    Raises:
+        WeightsError: no encoder is in it.
+    """
+    from safetensors.torch import save
+
+    _, encoder, _ = encoder_state(state)
+    content: bytes = save({name: value.contiguous() for name, value in encoder.items()}, {"format": "pt"})
+    return content
+
+
 def save_encoder(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the (student) encoder of `model` as plain safetensors, atomically.
 
@@ -143,12 +156,9 @@ def save_encoder(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         WeightsError: a tensor holds a value that is not finite, or the model has no encoder.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
-    _, state, _ = encoder_state(to_released(model))
     target = Path(path)
     temporary = target.with_name(target.name + ".tmp")
-    save_file({name: value.clone() for name, value in state.items()}, temporary, metadata={"format": "pt"})
+    temporary.write_bytes(encoder_safetensors(to_released(model)))
     os.replace(temporary, target)
     return target
 

@@ -194,8 +194,8 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
     in_a_row = progress.meter.skipped_in_a_row
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise LmimError(
-            f"loss or gradient was not finite in the last {in_a_row} steps up to {progress.step}: start again in "
-            "another --output with a lower --optim.lr, with --optim.clip-norm or with --precision fp32; "
+            f"loss or gradient was not finite in the last {in_a_row} steps up to {progress.step}: start "
+            "again in another --output with a lower --optim.lr, --optim.clip-norm or --precision fp32; "
             f"the steps are listed in {session.run / 'skipped.jsonl'}"
         )
 

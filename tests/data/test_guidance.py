@@ -128,7 +128,7 @@ def agreement(parameters: GuidanceParameters, sources) -> np.ndarray:
 
 
 def smooth_crops(count, height, width):
-    """Large crops without fine detail: resampling them often or once makes no difference, wrong geometry does."""
+    """Large crops without fine detail: how often they are resampled makes no difference, geometry does."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -149,70 +149,85 @@ def sources(real_crops):
     return crops(real_crops, small, 90) + crops(real_crops, ["test/IC13_1015"], 30)
 
 
-GEOMETRY = (
-    Operation.CROP_VERTICAL,
-    Operation.CROP_HORIZONTAL,
-    Operation.ROTATE,
-    Operation.PIECEWISE_AFFINE,
-    Operation.PERSPECTIVE,
-)
+def assert_floors(decibels, median, fifth_percentile):
+    found = np.median(decibels), np.percentile(decibels, 5)
+    assert found[0] >= median, found
+    assert found[1] >= fifth_percentile, found
+
+
+GEOMETRY = {  # operation -> floor of the worst of 24 smooth crops, dB
+    Operation.CROP_VERTICAL: 50.0,
+    Operation.CROP_HORIZONTAL: 50.0,
+    Operation.PERSPECTIVE: 50.0,
+    Operation.ROTATE: 39.0,  # the black edge is not equally soft
+    Operation.PIECEWISE_AFFINE: 39.0,  # its folds are rounded by the mesh
+}
 
 
 @pytest.mark.parametrize("operation", GEOMETRY, ids=lambda operation: operation.name.lower())
-def test_each_geometry_of_smooth_crops_equals_the_literal_view(operation):
+def test_each_geometry_of_smooth_crops_is_the_literal_one(operation):
     result = agreement(only(draw(24), [operation]), smooth_crops(24, 150, 420))
-    assert np.median(result) > 0, result
-    print(operation.name, np.median(result), result.min())
+    assert result.min() >= GEOMETRY[operation], result
 
 
-def test_geometry_in_any_order_of_smooth_crops_equals_the_literal_view():
-    config = dataclasses.replace(CONFIG, min_operations=10)
-    parameters = only(draw(48, config=config))
+def test_geometry_of_smooth_crops_is_the_literal_one_in_any_order():
+    parameters = only(draw(48))
     rng = np.random.default_rng(0)
     for order in parameters.order:
-        order[:5] = rng.permutation(GEOMETRY)
+        order[:5] = rng.permutation([*GEOMETRY])
     result = agreement(parameters, smooth_crops(48, 150, 420))
-    print("all", np.median(result), result.min())
+    assert_floors(result, 38.0, 32.5)
 
 
-def test_colours_of_flat_crops_equal_the_literal_view_whatever_the_order():
-    parameters = draw(300)
+def test_colours_of_flat_crops_are_the_literal_ones_in_any_order():
+    parameters = dataclasses.replace(only(draw(300)), order=draw(300).order)  # no jitter
+    rotated = (parameters.order == Operation.ROTATE).any(axis=1)
     result = agreement(parameters, flat_crops(300))
-    print("flat", np.median(result), np.percentile(result, 5), result.min())
+    assert result[~rotated].min() >= 45.0  # off by rounding
+    assert_floors(
+        result[rotated], 33.0, 20.0
+    )  # colours of the black corners too; at their edges solarize differs
 
 
-# Floors in dB, (median, 5th percentile), about two below what real crops give. What separates the views: the
+# Floors in dB, (median, 5th percentile), about two below what these crops give. What separates the views: the
 # literal one resamples a crop once per operation, the program once (small crops blur), and it rounds and clamps
-# after every operation, the program between its stages. Solarize comes after the warp here; at its literal place it
-# leaves no intermediate values at edges.
+# after every operation, the program between its stages. Solarize comes after the warp here; at its literal place
+# it leaves no intermediate values at edges. The hue shift in HSV is a rotation of the colours here.
 FLOORS = {
-    Operation.CONTRAST: (40.0, 32.0),
-    Operation.BLUR: (44.0, 35.0),
-    Operation.CROP_VERTICAL: (38.5, 30.0),
-    Operation.CROP_HORIZONTAL: (38.5, 30.0),
+    Operation.CONTRAST: (42.5, 33.0),
+    Operation.BLUR: (45.0, 37.0),
+    Operation.CROP_VERTICAL: (39.5, 29.5),
+    Operation.CROP_HORIZONTAL: (39.5, 29.5),
     Operation.SHARPEN: (34.0, 27.0),
-    Operation.ROTATE: (33.0, 25.0),
-    Operation.PIECEWISE_AFFINE: (35.0, 27.0),
-    Operation.PERSPECTIVE: (35.0, 26.0),
-    Operation.SOLARIZE: (25.0, 18.0),
-    Operation.GRAYSCALE: (39.0, 30.5),
+    Operation.ROTATE: (34.5, 25.5),
+    Operation.PIECEWISE_AFFINE: (36.0, 26.0),
+    Operation.PERSPECTIVE: (35.5, 24.5),
+    Operation.SOLARIZE: (24.5, 17.0),
+    Operation.GRAYSCALE: (40.0, 30.5),
 }
 
 
 @pytest.mark.parametrize("operation", Operation, ids=lambda operation: operation.name.lower())
 def test_each_operation_on_real_crops_agrees_with_the_literal_view(operation, sources):
-    result = agreement(only(draw(len(sources)), [operation]), sources)
-    print(operation.name, np.median(result), np.percentile(result, 5))
-    assert (np.median(result), np.percentile(result, 5)) >= FLOORS[operation]
+    assert_floors(agreement(only(draw(len(sources)), [operation]), sources), *FLOORS[operation])
 
 
 def test_jitter_on_real_crops_agrees_with_the_literal_view(sources):
-    result = agreement(only(draw(len(sources)), jitter=True), sources)
-    print("jitter", np.median(result), np.percentile(result, 5))
+    assert_floors(agreement(only(draw(len(sources)), jitter=True), sources), 33.5, 23.5)
+
+
+def test_large_crops_are_not_aliased(real_crops):
+    large = [
+        (encoded, image)
+        for encoded, image in crops(real_crops, ["test/IC13_1015", "test/SVT_647"], 300)
+        if image.shape[0] > 100
+    ]
+    assert len(large) > 40
+    assert_floors(agreement(only(draw(len(large))), large), 42.0, 34.5)
 
 
 def test_whole_views_of_real_crops_agree_with_the_literal_view(sources):
     parameters = draw(len(sources))
     result = agreement(parameters, sources)
-    plain = result[~(parameters.order == Operation.SOLARIZE).any(axis=1)]
-    print("whole", np.median(result), np.percentile(result, 5), np.median(plain), np.percentile(plain, 5))
+    assert_floors(result, 25.5, 15.5)
+    assert_floors(result[~(parameters.order == Operation.SOLARIZE).any(axis=1)], 29.0, 18.5)
