@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lmim_fast.config import ReportConfig
-from lmim_fast.errors import LmimError, UsageError
+from lmim_fast.errors import DataError, LmimError, UsageError
 from lmim_fast.report_charts import SMOOTH_FROM, Chart, Series, chart_html, short
 from lmim_fast.report_page import definitions, folded, page, warning
 from lmim_fast.report_run import Run, read_run
@@ -164,8 +164,8 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
 
         crops = load_crops(run, max(config.samples, config.maps))
     except (LmimError, ImportError, OSError) as error:
-        advice = "Relative paths hold from the folder the run was started in."
-        return [views + warning(f"No crops to show: {error} {advice}")]
+        moved = "; relative paths hold from the folder the run was started in"
+        return [views + warning(f"No crops to show: {error}{moved if isinstance(error, DataError) else ''}")]
     sections = [views + sheet_html(crops, config.samples)]
     if config.maps:
         try:

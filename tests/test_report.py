@@ -101,6 +101,7 @@ def test_data_that_is_gone_costs_only_its_section(tmp_path: Path) -> None:
     page = report(make_run(tmp_path / "run", data=("gone/a<i>way",)))
     assert "No crops to show" in page
     assert "gone/a&lt;i&gt;way" in page
+    assert "relative paths hold from the folder" in page
     assert "<i>way" not in page
     assert page.count("<svg") >= 5
     assert "config.json</summary>" in page

@@ -11,9 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from report_runs import write_crops
 
 from lmim_fast.config import DataConfig, PretrainConfig, ReportConfig, preset
+from lmim_fast.ops.masking import mask_noise, select_patches
+from lmim_fast.ops.philox import Stream
 from lmim_fast.pretrain import run_pretrain
 from lmim_fast.report import write_report
 
@@ -92,6 +95,18 @@ def picture(page: str, name: str) -> np.ndarray:
     found = re.search(rf'alt="{name}" src="data:image/png;base64,([^"]*)"', page[page.index("<article") :])
     assert found, name
     return cv2.imdecode(np.frombuffer(base64.b64decode(found[1]), np.uint8), cv2.IMREAD_COLOR)
+
+
+@pytest.mark.parametrize(("objective", "stream"), [("mae", Stream.MAE_MASK), ("lmim", Stream.MASK)])
+def test_masks_are_those_of_the_run(pages: Pages, objective: str, stream: Stream) -> None:
+    page = getattr(pages, objective).read_text(encoding="utf-8")
+    index = re.search(r'<article.*?<span class="note">#(\d+)</span>', page)
+    assert index
+    noise = mask_noise(0, 0, torch.tensor([int(index[1])]), 256, stream)
+    kept, _ = select_patches(noise, 64 if objective == "mae" else 51)
+    plain, visible = picture(page, "plain view"), picture(page, "visible patches")
+    same = (plain == visible).all(axis=2).reshape(8, 4, 32, 4).all(axis=(1, 3))
+    assert np.flatnonzero(same).tolist() == kept[0].tolist()
 
 
 def test_asking_for_no_maps_leaves_the_section_out(pages: Pages, tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ class ViewPipeline:
                     plain, warped = self._graph(samples.encoded, program)
                     break
                 except BrokenImages as broken:
-                    for row, reason in broken.reasons.items():
-                        self._reader.replace(samples, row, reason)
+                    for row in broken.rows:
+                        self._reader.replace(samples, row, "pixel data cannot be decoded")
                     program = self._program(samples, prepared.parameters)
             batch = Batch(
                 step=prepared.step,

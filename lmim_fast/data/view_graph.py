@@ -9,6 +9,7 @@ ignored.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,23 +22,35 @@ from torch import Tensor
 from lmim_fast.data.guidance_program import GuidanceProgram
 
 try:
-    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import Pipeline, fn, pipeline_def
     from nvidia.dali.plugin.pytorch import feed_ndarray
     from nvidia.dali.types import DALIImageType, DALIInterpType
 except ImportError as error:
     raise ImportError('the input pipeline needs DALI: pip install "lmim_fast[cuda13]" (or cuda12)') from error
 
 
-class BrokenImages(Exception):
-    """Images of a batch that cannot be decoded: `reasons` by row."""
+class Stage(enum.IntEnum):
+    """How far a pipeline goes; the benchmark times them one by one."""
 
-    def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__(f"{len(reasons)} images cannot be decoded: {reasons}")
-        self.reasons = reasons
+    DECODE = 0
+    PLAIN = 1
+    """The plain view."""
+    FILTER = 2
+    """The plain view and the filtered crop."""
+    WARP = 3
+    """Both views."""
+
+
+class BrokenImages(Exception):
+    """Images of a batch that cannot be decoded: `rows`."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(f"images in rows {rows} cannot be decoded")
+        self.rows = rows
 
 
 class ViewGraph:
-    """A built pipeline; call it with a batch at a time.
+    """The built pipeline, called with one batch at a time.
 
     Args:
         batch_size: most samples of a call.
@@ -57,20 +70,14 @@ class ViewGraph:
         guidance: bool,
     ) -> None:
         self._device, self._image_size = device, image_size
-        self._device_id = (device.index or 0) if device.type == "cuda" else None
-        options: dict[str, Any] = dict(num_threads=threads, exec_dynamic=True, prefetch_queue_depth=1)
-        define = pipeline_def(_define_views)
-        self._views = define(
-            image_size,
-            guidance,
-            self._device_id is not None,
+        self._options: dict[str, Any] = dict(
+            stage=Stage.WARP if guidance else Stage.PLAIN,
             batch_size=batch_size,
-            device_id=self._device_id,
-            **options,
+            threads=threads,
+            device_id=(device.index or 0) if device.type == "cuda" else None,
+            image_size=image_size,
         )
-        self._views.build()
-        self._decoder = pipeline_def(_decode)(batch_size=1, device_id=None, **options)
-        self._decoder.build()
+        self._pipeline: Pipeline | None = build_pipeline(**self._options)
 
     def __call__(
         self, encoded: Sequence[bytes], program: GuidanceProgram | None
@@ -83,38 +90,27 @@ class ViewGraph:
         Returns:
             plain and warped views, (B, H, W, 3) uint8 on the graph's device, in torch's current stream.
         Raises:
-            BrokenImages: some cannot be decoded; the graph goes on working.
+            BrokenImages: some cannot be decoded; the graph can be called again.
         """
-        self._views.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
-        if program is not None:
-            self._views.feed_input("working_size", program.working_size)
-            self._views.feed_input("kernel", program.kernels)
-            self._views.feed_input("map_x", program.map_x)
-            self._views.feed_input("map_y", program.map_y)
+        if self._pipeline is None:
+            raise RuntimeError("the view graph is closed")
+        feed(self._pipeline, self._options["stage"], encoded, program)
         try:
-            outputs = self._views.run()
+            outputs = self._pipeline.run()
         except RuntimeError:
-            reasons = self._broken(encoded)
-            if not reasons:
+            self._pipeline = build_pipeline(
+                **self._options
+            )  # a failed DALI pipeline is not to be run again; 5 ms
+            broken = _broken_rows(encoded)
+            if not broken:
                 raise
-            raise BrokenImages(reasons) from None
+            raise BrokenImages(broken) from None
         views = [self._tensor(output, len(encoded)) for output in outputs]
         return views[0], views[1] if program is not None else None
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory."""
-        del self._views, self._decoder
-
-    def _broken(self, encoded: Sequence[bytes]) -> dict[int, str]:
-        """Rows that do not decode, and why; the rest of a failed batch is none the wiser."""
-        reasons = {}
-        for row, image in enumerate(encoded):
-            try:
-                self._decoder.feed_input("encoded", [np.frombuffer(image, np.uint8)])
-                self._decoder.run()
-            except RuntimeError as error:
-                reasons[row] = _short(str(error))
-        return reasons
+        self._pipeline = None
 
     def _tensor(self, output: Any, batch: int) -> Tensor:
         tensor = torch.empty((batch, *self._image_size, 3), dtype=torch.uint8, device=self._device)
@@ -122,42 +118,87 @@ class ViewGraph:
         return feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
 
 
-def _define_views(image_size: tuple[int, int], guidance: bool, on_gpu: bool) -> tuple[Any, ...]:
-    image = _decode()
+def build_pipeline(
+    stage: Stage, *, batch_size: int, threads: int, device_id: int | None, image_size: tuple[int, int]
+) -> Pipeline:
+    """The DALI pipeline up to `stage`; `device_id` is the GPU that makes the views, None the CPU."""
+    pipeline = pipeline_def(_define)(
+        stage,
+        image_size,
+        device_id is not None,
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        exec_dynamic=True,
+        prefetch_queue_depth=1,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: GuidanceProgram | None) -> None:
+    """Give a pipeline of `stage` its next batch."""
+    pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
+    if stage >= Stage.FILTER:
+        if program is None:
+            raise ValueError("the guidance view needs a program")
+        pipeline.feed_input("working_size", program.working_size)
+        pipeline.feed_input("kernel", program.kernels)
+        if stage >= Stage.WARP:
+            pipeline.feed_input("map_x", program.map_x)
+            pipeline.feed_input("map_y", program.map_y)
+
+
+def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[Any, ...]:
+    # Decoded on the CPU even for views made on the GPU: no GPU decoder was found faster on tiny crops.
+    image: Any = fn.decoders.image(
+        _source("encoded"), device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
+    )
+    if stage == Stage.DECODE:
+        return (image,)
     if on_gpu:
         image = image.gpu()
     plain = fn.resize(image, size=image_size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
-    if not guidance:
+    if stage == Stage.PLAIN:
         return (plain,)
-    names = ("working_size", "kernel", "map_x", "map_y")
-    size, kernel, map_x, map_y = (_source(name) for name in names)
-    shrunk: Any = fn.resize(image, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+    shrunk: Any = fn.resize(
+        image, size=_source("working_size"), interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
+    )
+    filtered = fn.filter(shrunk, _source("kernel", on_gpu))
+    if stage == Stage.FILTER:
+        return plain, filtered
+    map_x, map_y = _source("map_x", on_gpu), _source("map_y", on_gpu)
     if on_gpu:
         # Its border is constant black, which is never seen: the maps stay inside the crop.
-        warped = fn.experimental.remap(
-            fn.filter(shrunk, kernel.gpu()),
-            map_x.gpu(),
-            map_y.gpu(),
-            interp=DALIInterpType.INTERP_LINEAR,
-            pixel_origin="center",
+        return plain, fn.experimental.remap(
+            filtered, map_x, map_y, interp=DALIInterpType.INTERP_LINEAR, pixel_origin="center"
         )
-        return plain, warped
-    filtered = fn.filter(shrunk, kernel)
-    warped = fn.python_function(
+    return plain, fn.python_function(
         filtered, map_x, map_y, function=_warp, batch_processing=True, output_layouts="HWC"
     )
-    return plain, warped
 
 
-def _decode() -> Any:
-    # On the CPU even for views made on the GPU: no GPU decoder was found faster on tiny crops.
-    return fn.decoders.image(
-        _source("encoded"), device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
-    )
+def _source(name: str, on_gpu: bool = False) -> Any:
+    source: Any = fn.external_source(name=name)
+    return source.gpu() if on_gpu else source
 
 
-def _source(name: str) -> Any:
-    return fn.external_source(name=name)
+def _broken_rows(encoded: Sequence[bytes]) -> list[int]:
+    """The images that the pipeline's decoder refuses, found one by one."""
+    broken: list[int] = []
+    pipeline: Pipeline | None = None
+    for row, image in enumerate(encoded):
+        if pipeline is None:
+            pipeline = build_pipeline(
+                Stage.DECODE, batch_size=1, threads=1, device_id=None, image_size=(1, 1)
+            )
+        feed(pipeline, Stage.DECODE, [image], None)
+        try:
+            pipeline.run()
+        except RuntimeError:
+            broken.append(row)
+            pipeline = None
+    return broken
 
 
 def _warp(
@@ -168,10 +209,3 @@ def _warp(
         cv2.remap(image, map_x, map_y, cv2.INTER_LINEAR)
         for image, map_x, map_y in zip(images, maps_x, maps_y, strict=True)
     ]
-
-
-def _short(message: str) -> str:
-    """The telling line of a DALI error."""
-    lines = [line.strip() for line in message.splitlines()]
-    telling = [line for line in lines if "rror" in line and "Critical" not in line and "operator" not in line]
-    return (telling or [line for line in lines if line] or ["cannot be decoded"])[0][:200]

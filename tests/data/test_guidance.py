@@ -190,9 +190,9 @@ def test_colours_of_flat_crops_are_the_literal_ones_in_any_order():
 
 
 # Floors in dB, (median, 5th percentile), about two below what these crops give. What separates the views: the
-# literal one resamples a crop once per operation, the program once (small crops blur), and it rounds and clamps
-# after every operation, the program between its stages. Solarize comes after the warp here; at its literal place
-# it leaves no intermediate values at edges. The hue shift in HSV is a rotation of the colours here.
+# literal one resamples a crop once per operation, the program once (small crops blur), and it rounds and
+# clamps after every operation, the program between its stages. Solarize comes after the warp here; at its
+# literal place it leaves no intermediate values at edges. The hue shift in HSV is a rotation of colours here.
 FLOORS = {
     Operation.CONTRAST: (42.5, 33.0),
     Operation.BLUR: (45.0, 37.0),
@@ -222,8 +222,9 @@ def test_large_crops_are_not_aliased(real_crops):
         for encoded, image in crops(real_crops, ["test/IC13_1015", "test/SVT_647"], 300)
         if image.shape[0] > 100
     ]
-    assert len(large) > 40
-    assert_floors(agreement(only(draw(len(large))), large), 42.0, 34.5)
+    assert len(large) >= 30
+    # Sampled at their own size, these crops come to 34.7 and 26.6 dB.
+    assert_floors(agreement(only(draw(len(large))), large), 42.0, 37.0)
 
 
 def test_whole_views_of_real_crops_agree_with_the_literal_view(sources):

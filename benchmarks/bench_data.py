@@ -1,0 +1,182 @@
+"""Images per second of the input pipeline, stage by stage, on a user's own LMDBs.
+
+    python -m benchmarks.bench_data --data PATH... [--batch 256] [--seconds 10] [--threads 2] [--json FILE]
+
+The DALI stages grow by one operator at a time on batches that are already in memory; "whole pipeline" is
+`ViewPipeline` as training uses it: reading, header checks, programs, both views, and the photometric op.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from nvidia import dali
+
+from lmim_fast.config import DataConfig, GuidanceConfig
+from lmim_fast.data.guidance import sample_parameters
+from lmim_fast.data.guidance_program import GuidanceProgram, make_program
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.pipeline import ViewPipeline
+from lmim_fast.data.probe import Status, probe
+from lmim_fast.data.records import RecordStore
+from lmim_fast.data.view_graph import Stage, ViewGraph, build_pipeline, feed
+from lmim_fast.ops.photometric import photometric
+
+_MEMORY_BATCHES = 8  # different batches that the DALI stages take turns with
+_ENDLESS = 10**9
+_IMAGE_SIZE = (32, 128)
+_NAMES = {
+    Stage.DECODE: "decode",
+    Stage.PLAIN: "+ bicubic resize: the plain view",
+    Stage.FILTER: "+ shrink and filter",
+    Stage.WARP: "+ warp: both views",
+}
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    stage: str
+    images_per_second: float
+    lowest: float
+    highest: float
+
+
+class Inputs(NamedTuple):
+    """A batch in memory."""
+
+    encoded: list[bytes]
+    program: GuidanceProgram
+
+
+def measure(stage: str, batch: int, seconds: float, run: Callable[[], object]) -> Row:
+    """Median, lowest and highest rate of five parts of `seconds` in all, after a warm-up."""
+    for _ in range(3):
+        run()
+    rates = []
+    for _ in range(5):
+        count, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds / 5 or not count:
+            run()
+            count += batch
+        rates.append(count / elapsed)
+    return Row(stage, statistics.median(rates), min(rates), max(rates))
+
+
+def inputs_in_memory(store: RecordStore, batch: int) -> list[Inputs]:
+    order, batches = SampleOrder(len(store), batch, 0), []
+    for step in range(_MEMORY_BATCHES):
+        epochs, indices = order.batch(step)
+        images = store.images(indices.tolist())
+        status, heights, widths = probe(images)
+        good = np.flatnonzero(status == Status.OK)
+        rows = np.resize(good, batch)  # broken records give way to good ones
+        parameters = sample_parameters(
+            GuidanceConfig(), 0, torch.from_numpy(epochs), torch.from_numpy(indices)
+        )
+        program = make_program(parameters, heights[rows], widths[rows])
+        batches.append(Inputs([images[row] for row in rows], program))
+    return batches
+
+
+def dali_stage(stage: Stage, args: argparse.Namespace, batches: Iterator[Inputs]) -> Row:
+    pipeline = build_pipeline(
+        stage,
+        batch_size=args.batch,
+        threads=args.threads,
+        device_id=0 if args.device == "gpu" else None,
+        image_size=_IMAGE_SIZE,
+    )
+
+    def run() -> None:
+        feed(pipeline, stage, *next(batches))
+        pipeline.run()
+
+    return measure(_NAMES[stage], args.batch, args.seconds, run)
+
+
+def whole(stage: str, store: RecordStore, args: argparse.Namespace, guidance: bool, views: bool) -> Row:
+    order = SampleOrder(len(store), args.batch, 0)
+    with ViewPipeline(
+        store,
+        order,
+        guidance=GuidanceConfig() if guidance else None,
+        loader=DataConfig(threads=args.threads, device=args.device, max_bad_fraction=1.0),
+        seed=0,
+        device="cuda" if args.device == "gpu" else "cpu",
+        end_step=_ENDLESS,
+    ) as batches:
+
+        def run() -> None:
+            batch = next(batches)
+            if views:
+                batch.views()
+            if args.device == "gpu":
+                torch.cuda.synchronize()
+
+        return measure(stage, args.batch, args.seconds, run)
+
+
+def stages(store: RecordStore, args: argparse.Namespace) -> Iterator[Row]:
+    batches = inputs_in_memory(store, args.batch)
+    for stage in Stage:
+        yield dali_stage(stage, args, itertools.cycle(batches))
+    graph = ViewGraph(
+        batch_size=args.batch,
+        threads=args.threads,
+        device=torch.device("cuda" if args.device == "gpu" else "cpu"),
+        image_size=_IMAGE_SIZE,
+        guidance=True,
+    )
+    plain, warped = graph(*batches[0])
+    color = batches[0].program.color.to(plain.device)
+    yield measure("photometric alone", args.batch, args.seconds, lambda: photometric(plain, warped, color))
+    graph.close()
+    yield whole("whole pipeline, plain view alone", store, args, guidance=False, views=True)
+    yield whole("whole pipeline, both views as bytes", store, args, guidance=True, views=False)
+    yield whole("whole pipeline, both views normalised", store, args, guidance=True, views=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="+", required=True, help="LMDB folders, or folders that hold some")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=10.0, help="per stage")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="DALI threads")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--json", help="write the table there too")
+    args = parser.parse_args(argv)
+    store = RecordStore(args.data)
+    where = torch.cuda.get_device_name() if args.device == "gpu" else platform.processor() or "CPU"
+    cores = len(os.sched_getaffinity(0))
+    print(f"{where}, {cores} cores, {args.threads} DALI threads, batch {args.batch}, {len(store)} records")
+    print(f"{'stage':40s} {'images/s':>9s} {'lowest':>9s} {'highest':>9s}")
+    rows = []
+    for row in stages(store, args):
+        print(
+            f"{row.stage:40s} {row.images_per_second:9.0f} {row.lowest:9.0f} {row.highest:9.0f}", flush=True
+        )
+        rows.append(row._asdict())
+    if args.json:
+        versions = dict(torch=torch.__version__, dali=dali.__version__, numpy=np.__version__)
+        settings = dict(batch=args.batch, threads=args.threads, device=where, cores=cores, records=len(store))
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(dict(benchmark="data", **settings, versions=versions, rows=rows), file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
