@@ -70,11 +70,14 @@ class ViewGraph:
         guidance: bool,
     ) -> None:
         self._device, self._image_size = device, image_size
+        device_id = None
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
         self._options: dict[str, Any] = dict(
             stage=Stage.WARP if guidance else Stage.PLAIN,
             batch_size=batch_size,
             threads=threads,
-            device_id=(device.index or 0) if device.type == "cuda" else None,
+            device_id=device_id,
             image_size=image_size,
         )
         self._pipeline: Pipeline | None = build_pipeline(**self._options)

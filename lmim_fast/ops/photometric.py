@@ -10,8 +10,8 @@ from torch import Tensor
 LUMA = (0.299, 0.587, 0.114)
 """Gray weights of ITU-R BT.601, as PIL, OpenCV and torchvision use them."""
 
-# Images at once on the CPU: fewer values than torch gives to a second thread (32,768). A thread team for operations
-# of microseconds is far slower while the data threads hold the cores. It all stays in the cache, too.
+# Images at once on the CPU: fewer values than torch gives to a second thread (32,768). A thread team for
+# operations of microseconds is far slower while the data threads hold the cores. All stays in the cache, too.
 _CPU_CHUNK = 2
 
 
@@ -107,10 +107,8 @@ def _affine(matrix: Tensor, value: Tensor) -> Tensor:
     """
     rows = matrix[:, :, :, None, None]
     result = rows[:, :, 0] * value[:, 0:1]
-    result += rows[:, :, 1] * value[:, 1:2]
-    result += rows[:, :, 2] * value[:, 2:3]
-    result += rows[:, :, 3]
-    return result.clamp_(0.0, 255.0)
+    result.addcmul_(rows[:, :, 1], value[:, 1:2]).addcmul_(rows[:, :, 2], value[:, 2:3])
+    return result.add_(rows[:, :, 3]).clamp_(0.0, 255.0)
 
 
 def _planes(image: Tensor) -> Tensor:

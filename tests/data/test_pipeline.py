@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import random
 import threading
 
 import cv2
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import torch
 from crop_views import as_bytes, decoded, png, psnr
-from encoded_images import by_opencv, by_pillow, variants
+from encoded_images import by_opencv, by_pillow, mutations, variants
 from lmdb_folders import write_database
 from reference_view import reference_plain
 
@@ -269,6 +270,17 @@ def test_a_store_without_a_readable_record_stops_the_run(tmp_path):
         pytest.raises(DataError, match="no readable record"),
     ):
         next(batches)
+
+
+def test_mutated_files_never_stop_a_run_that_tolerates_them(tmp_path):
+    files = list(mutations(random.Random(0), 200))
+    folder = database(tmp_path / "lmdb", dict(enumerate(files)), count=len(files) + 20)
+    loader = DataConfig(threads=2, max_bad_fraction=1.0, max_pixels=2**20)
+    with pipeline(folder, batch_size=20, end_step=11, loader=loader) as batches:
+        for batch in batches:
+            assert torch.isfinite(batch.views()[1]).all()
+        assert 20 < batches.bad.count < 200
+        assert len(batches.bad.entries) == batches.bad.count
 
 
 def test_images_of_one_pixel_and_of_one_row_work(tmp_path):
