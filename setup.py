@@ -1,4 +1,4 @@
-"""`kernels/` becomes `lmim_fast.kernels`, `csrc/` is built as `lmim_fast._C`; the rest is in pyproject.toml."""
+"""`kernels/` becomes `lmim_fast.kernels`, `csrc/` becomes `lmim_fast._C`; the rest is in pyproject.toml."""
 
 from glob import glob
 
