@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LmimError as error:
         _complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
+    except (
+        BrokenPipeError
+    ):  # `lmim ... | head`: the reader has left; so that Python's own flush at exit is quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -151,6 +151,13 @@ def test_help_lists_commands_and_options_and_the_version_is_the_packages(capsys)
     assert capsys.readouterr().out.strip() == lmim_fast.__version__
 
 
+def test_a_reader_that_leaves_early_sees_no_traceback():
+    command = f"{sys.executable} -m lmim_fast.cli pretrain --help | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: lmim pretrain")
+    assert result.stderr == ""
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys; from lmim_fast import cli; cli.main(['pretrain', '--help'])"
     code += "; sys.exit('torch' in sys.modules)"
