@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/lmim pretrain --objective mae --preset tiny --data $(RUN)/data --output $(RUN)/mae \
 		--steps 300 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 30
 	$(BIN)/lmim pretrain --objective lmim --preset tiny --data $(RUN)/data --output $(RUN)/lmim \
-		--teacher $(RUN)/mae --steps 300 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 30
+		--teacher $(RUN)/mae --steps 200 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 30
 	$(BIN)/lmim report $(RUN)/lmim
 	@echo "Open $(RUN)/lmim/report.html in a browser."
 

@@ -69,9 +69,7 @@ def test_twenty_training_steps_equal_the_release(model: ReferenceLMIM, recorded:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     for step in range(20):
         output = learner(trajectory["imgs"], trajectory["imgs_aug"], trajectory["noise"][step])
-        assert output.loss.item() == pytest.approx(trajectory["loss"][step].item(), rel=1e-4), step
-        if step == 0:
-            assert output.loss.item() == pytest.approx(trajectory["loss"][0].item(), rel=1e-5)
+        assert output.loss.item() == pytest.approx(trajectory["loss"][step].item(), rel=1e-5), step
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -83,7 +81,7 @@ def test_twenty_training_steps_equal_the_release(model: ReferenceLMIM, recorded:
         ours = p.detach()
         if name.endswith(("qkv.bias", "in_proj_bias")):  # the key third has a mathematically zero gradient
             ours, final = (torch.cat([t[:width], t[2 * width :]]) for t in (ours, final))
-        assert (ours - final).norm() / final.norm() < 2e-3, name
+        assert (ours - final).norm() / final.norm() < 2e-5, name
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} holds more than tensors, not read: {_first_line(error)}") from error
+    except pickle.UnpicklingError as error:  # torch's own text would advise to load it unsafely
+        raise WeightsError(
+            f"{path} was not read: it is no checkpoint, or holds objects other than tensors and "
+            "argparse.Namespace, which could run code"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     for key in ("model", "module", "state_dict"):
@@ -94,10 +97,19 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
         WeightsError: a tensor holds a value that is not finite.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    check_finite(state)
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse to hand on weights that no model can use.
+
+    Raises:
+        WeightsError: a tensor holds a value that is not finite.
+    """
     broken = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise WeightsError(f"not exported: non-finite values in {_names(broken)}")
-    return state
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
@@ -122,16 +134,28 @@ def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], 
     return kind, chosen, tuple(name for name in state if name not in used)
 
 
-def load_encoder(path: str | os.PathLike[str], encoder: nn.Module) -> LoadReport:
+def load_encoder(
+    path: str | os.PathLike[str], encoder: nn.Module, *, keep_positions: bool = False
+) -> LoadReport:
     """Load the encoder of a released LMIM, a MAERec/MAE or a plain encoder file.
 
     Args:
-        path:    checkpoint file; of an LMIM file the student is taken.
-        encoder: `Encoder` (such as `model.model_maeenc_momentum`) or `MAE`, whose decoder is left as it is.
+        path:           checkpoint file; of an LMIM file the student is taken.
+        encoder:        `Encoder` (such as `model.model_maeenc_momentum`) or `MAE`, without its decoder.
+        keep_positions: refuse a file whose position table is not the encoder's own. A teacher takes the
+                        table it was trained with; a student must have that of its decoder.
     Raises:
         WeightsError: unreadable file, or missing, extra or misshaped tensors, with names and shapes.
     """
     kind, state, ignored = encoder_state(read_state_dict(path))
+    positions = encoder.state_dict()["pos_embed"]
+    if keep_positions and "pos_embed" in state and state["pos_embed"].shape == positions.shape:
+        difference = float((state["pos_embed"].float() - positions.cpu()).abs().max())
+        if difference > 1e-3:
+            raise WeightsError(
+                f"{path} was trained with other positions (its pos_embed differs by {difference:.2g}); "
+                "set --model.pos-grid to the file's, released or true"
+            )
     _load(state, encoder, str(path), only=set(_encoder_names(encoder)))
     return LoadReport(kind, tuple(state), ignored)
 

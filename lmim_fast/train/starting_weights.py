@@ -67,7 +67,7 @@ def load_starting_weights(config: PretrainConfig, model: nn.Module, tell: Callab
         WeightsError: a file does not fit; lists names and shapes.
     """
     if config.init is not None:
-        weights.load_encoder(encoder_file(config.init), encoder_of(model))
+        weights.load_encoder(encoder_file(config.init), encoder_of(model), keep_positions=True)
         tell(f"student starts from {config.init}")
     if not needs_teacher(config):
         return

@@ -1,6 +1,7 @@
 """Released and plain weights in and out."""
 
 import argparse
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_loading_an_encoder_leaves_an_mae_decoder_alone(tmp_path: Path) -> None:
     assert torch.equal(model.norm.weight, load_file(path)["norm.weight"])
 
 
+def test_a_student_refuses_weights_of_another_position_grid_and_a_teacher_takes_them(tmp_path: Path) -> None:
+    folded = LMIM(CONFIG)
+    path = save_encoder(folded, tmp_path / "encoder.safetensors")
+    model = LMIM(dataclasses.replace(CONFIG, pos_grid="true"))
+    with pytest.raises(WeightsError, match=r"pos_embed differs by .*--model.pos-grid"):
+        load_encoder(path, model.model_maeenc, keep_positions=True)
+    load_encoder(path, model.model_maeenc_momentum)
+    assert torch.equal(model.model_maeenc_momentum.pos_embed, folded.model_maeenc.pos_embed)
+    load_encoder(path, LMIM(CONFIG).model_maeenc, keep_positions=True)
+
+
 def test_saved_encoder_holds_the_student_without_prefix(tmp_path: Path) -> None:
     for model in (LMIM(CONFIG), MAE(CONFIG)):
         tensors = load_file(save_encoder(model, tmp_path / "encoder.safetensors"))
@@ -123,7 +135,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": LMIM(CONFIG).state_dict(), "args": Trap()}, tmp_path / "trap.pth")
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps({"model": Trap()}))
     for name in ("trap.pth", "trap.pkl"):
-        with pytest.raises(WeightsError, match=r"not read: |not a readable"):
+        with pytest.raises(WeightsError, match=r"was not read: it is no checkpoint, or holds objects"):
             read_state_dict(tmp_path / name)
     assert not witness.exists()
 
