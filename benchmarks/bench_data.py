@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from nvidia import dali
 
+from benchmarks.machine import describe
 from lmim_fast.config import DataConfig, GuidanceConfig
 from lmim_fast.data.guidance import sample_parameters
 from lmim_fast.data.guidance_program import GuidanceProgram, make_program
@@ -160,9 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write the table there too")
     args = parser.parse_args(argv)
     store = RecordStore(args.data)
-    where = torch.cuda.get_device_name() if args.device == "gpu" else platform.processor() or "CPU"
-    cores = len(os.sched_getaffinity(0))
-    print(f"{where}, {cores} cores, {args.threads} DALI threads, batch {args.batch}, {len(store)} records")
+    machine = describe(torch.device("cuda" if args.device == "gpu" else "cpu"))
+    settings = dict(batch=args.batch, dali_threads=args.threads, records=len(store))
+    print(", ".join(f"{name} {value}" for name, value in (machine | settings).items() if name != "versions"))
     print(f"{'stage':40s} {'images/s':>9s} {'lowest':>9s} {'highest':>9s}")
     rows = []
     for row in stages(store, args):
@@ -171,10 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         rows.append(row._asdict())
     if args.json:
-        versions = dict(torch=torch.__version__, dali=dali.__version__, numpy=np.__version__)
-        settings = dict(batch=args.batch, threads=args.threads, device=where, cores=cores, records=len(store))
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(dict(benchmark="data", **settings, versions=versions, rows=rows), file, indent=1)
+            json.dump(dict(benchmark="data", **machine, **settings, rows=rows), file, indent=1)
     return 0
 
 

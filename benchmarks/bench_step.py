@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import describe
 from lmim_fast.config import ModelConfig, preset
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.reference import ReferenceLMIM
@@ -231,13 +231,9 @@ def main() -> None:
     flops = step_flops(preset(arguments.preset))
     for row in rows:
         row["share_of_gemm_rate"] = row["images_per_second"] * flops / rate
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    )
     result = {
-        "device": name,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "benchmark": "step",
+        **describe(device),
         "dtype": dtype,
         "preset": arguments.preset,
         "gemm_4096_flops": rate,
@@ -247,7 +243,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{name}, {dtype}, {arguments.preset}: 4096^3 product {rate / 1e9:.0f} GFLOP/s")
+    print(f"{result['device']}, {dtype}, {arguments.preset}: 4096^3 product {rate / 1e9:.0f} GFLOP/s")
     print(
         f"{'variant':>10} {'batch':>6} {'dropout':>8} {'ms':>9} {'images/s':>9} {'of GEMM':>8} {'peak MB':>8}"
     )

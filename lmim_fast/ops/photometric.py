@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lmim_fast.ops.dispatch import run
+
 LUMA = (0.299, 0.587, 0.114)
 """Gray weights of ITU-R BT.601, as PIL, OpenCV and torchvision use them."""
 
@@ -72,6 +74,12 @@ def photometric(
     Source: LMIM's released augmentation (imgaug's solarize, torchvision's ColorJitter), composed.
     """
     _check(plain, warped, program)
+    return run("photometric", _eager, plain, warped, program, dtype)
+
+
+def _eager(
+    plain: Tensor, warped: Tensor | None, program: ColorProgram | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     batch, height, width, _ = plain.shape
     views = [
         torch.empty((batch, 3, height, width), dtype=dtype, device=plain.device)
