@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Objective = Literal["lmim", "mae"]
 PresetName = Literal["tiny", "small", "base"]
 
+MAX_PIXELS_LIMIT = 2**40
+"""Largest `DataConfig.max_pixels`: keeps every size in the header reader's arithmetic far below 2^64."""
+MAX_BLUR_SIGMA = 5.0
+"""Largest `GuidanceConfig.blur_sigma`: its kernel is 27 pixels wide, about the height of a word crop."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**64, f"seed must be in [0, 2^64), got {seed}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,11 @@ class ModelConfig:
         _require(
             self.mae_decoder_depth > 0, f"mae_decoder_depth must be positive, got {self.mae_decoder_depth}"
         )
-        _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        narrowest = min(self.width, self.decoder_width)  # the MAE stage's decoder uses the ratio too
+        _require(
+            1 <= narrowest * self.mlp_ratio < math.inf,
+            f"mlp_ratio must give at least one hidden unit at width {narrowest}, got {self.mlp_ratio}",
+        )
         _require(
             height > 0 and width > 0 and height % self.patch_size == 0 and width % self.patch_size == 0,
             f"image_size {self.image_size} must be positive multiples of patch_size {self.patch_size}",
@@ -130,11 +144,6 @@ class ModelConfig:
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @property
-    def num_masked(self) -> int:
-        """Patches the LMIM loss reads."""
-        return self.num_patches - self.num_visible
-
-    @property
     def target_width(self) -> int:
         """Features of one reconstructed patch."""
         return self.width if self.target == "teacher" else self.patch_pixels
@@ -177,11 +186,11 @@ class GuidanceConfig:
     contrast: tuple[float, float] = (0.5, 1.0)
     """Factor around 128."""
     blur_sigma: tuple[float, float] = (0.5, 1.5)
-    """Gaussian sigma in pixels of the crop's own size."""
+    """Gaussian sigma in pixels of the crop's own size, above 0 and at most 5."""
     crop_vertical: tuple[float, float] = (0.0, 0.10)
-    """Share of the height cut at the top and at the bottom, each drawn."""
+    """Share of the height cut at the top and at the bottom, each drawn, below 0.5."""
     crop_horizontal: tuple[float, float] = (0.0, 0.02)
-    """Share of the width cut at the left and at the right, each drawn."""
+    """Share of the width cut at the left and at the right, each drawn, below 0.5."""
     sharpen_alpha: tuple[float, float] = (0.0, 0.5)
     """Blend of the sharpened image."""
     sharpen_lightness: tuple[float, float] = (0.0, 0.5)
@@ -212,10 +221,31 @@ class GuidanceConfig:
             value = getattr(self, item.name)
             if isinstance(value, tuple) and len(value) == 2:
                 _require(value[0] <= value[1], f"{item.name} must be (low, high), got {value}")
-        for name in ("jitter_probability", "grayscale_probability"):
-            _require(
-                0.0 <= getattr(self, name) <= 1.0, f"{name} must be in [0, 1], got {getattr(self, name)}"
-            )
+            if isinstance(value, tuple):
+                _require(all(map(math.isfinite, value)), f"{item.name} must be finite, got {value}")
+        self._require_between(0.0, 1.0, "sharpen_alpha", "grayscale_alpha")
+        self._require_between(0.0, 1.0, "jitter_probability", "grayscale_probability")
+        self._require_between(0.0, 255.0, "solarize_threshold")
+        self._require_between(
+            0.0, math.inf, "contrast", "sharpen_lightness", "piecewise_scale", "perspective_scale", "jitter"
+        )
+        for name in ("crop_vertical", "crop_horizontal"):
+            low, high = getattr(self, name)
+            _require(low >= 0.0 and high < 0.5, f"{name} must be in [0, 0.5), got {(low, high)}")
+        low, high = self.blur_sigma
+        _require(
+            low > 0.0 and high <= MAX_BLUR_SIGMA,
+            f"blur_sigma must be in (0, {MAX_BLUR_SIGMA:g}], got {self.blur_sigma}",
+        )
+        _require(self.jitter[3] <= 0.5, f"the hue of jitter must be at most 0.5 turns, got {self.jitter}")
+
+    def _require_between(self, least: float, most: float, *names: str) -> None:
+        """Refuse those of the named fields that leave [least, most]."""
+        for name in names:
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            bounds = f"in [{least:g}, {most:g}]" if math.isfinite(most) else f">= {least:g}"
+            _require(all(least <= part <= most for part in values), f"{name} must be {bounds}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -227,7 +257,7 @@ class DataConfig:
     prefetch: int = 2
     """Batches prepared ahead."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where views are made; auto: gpu when training runs on CUDA and DALI sees it."""
+    """Where views are made; auto: where training runs. gpu: the same, but refused unless that is CUDA."""
     max_bad_fraction: float = 0.10
     """The run stops when more than this share of the records seen so far could not be decoded."""
     max_pixels: int = 2**26
@@ -240,7 +270,10 @@ class DataConfig:
             0.0 <= self.max_bad_fraction <= 1.0,
             f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}",
         )
-        _require(self.max_pixels >= 1, f"max_pixels must be >= 1, got {self.max_pixels}")
+        _require(
+            1 <= self.max_pixels <= MAX_PIXELS_LIMIT,
+            f"max_pixels must be in [1, 2^40], got {self.max_pixels}",
+        )
 
 
 @dataclass(frozen=True)
@@ -333,6 +366,7 @@ class PretrainConfig:
             _require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         _require(self.steps is None or self.steps >= 1, f"steps must be >= 1, got {self.steps}")
         _require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        _require_seed(self.seed)
         _require(
             self.batch_size % self.accumulation == 0,
             f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}",
@@ -362,6 +396,7 @@ class RenderConfig:
 
     def __post_init__(self) -> None:
         _require(self.count >= 1, f"count must be >= 1, got {self.count}")
+        _require_seed(self.seed)
         _require(self.max_length >= 1, f"max_length must be >= 1, got {self.max_length}")
         _require(0.0 <= self.random_share <= 1.0, f"random_share must be in [0, 1], got {self.random_share}")
         _require(self.processes >= 0, f"processes must be >= 0, got {self.processes}")

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from lmim_fast.config import GuidanceConfig, ModelConfig, PretrainConfig, preset
+from lmim_fast.config import (
+    DataConfig,
+    GuidanceConfig,
+    ModelConfig,
+    PretrainConfig,
+    RenderConfig,
+    preset,
+)
 from lmim_fast.config_io import config_hash, from_dict, to_dict
 
 OPTIONAL = (
@@ -56,7 +63,7 @@ def test_public_names_exist() -> None:
 
 def test_sizes_of_the_small_model() -> None:
     config = preset("small")
-    assert (config.grid, config.num_patches, config.num_visible, config.num_masked) == ((8, 32), 256, 51, 205)
+    assert (config.grid, config.num_patches, config.num_visible) == ((8, 32), 256, 51)
     assert (config.patch_pixels, config.target_width) == (48, 384)
     assert preset("small", target="pixel").target_width == 48
 
@@ -72,11 +79,84 @@ def test_sizes_of_the_small_model() -> None:
         ({"image_size": (30, 128)}, "patch_size 4"),
         ({"image_size": (32, 100)}, "square number of patches, got 200"),
         ({"depth": 0}, "depth must be positive"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio .* width 384, got 0.001"),
+        ({"mlp_ratio": 0.01, "decoder_width": 96}, "mlp_ratio .* width 96, got 0.01"),
+        ({"mlp_ratio": -4.0}, "mlp_ratio .*-4"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio .*inf"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio .*nan"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused(override: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         preset("small", **override)
+
+
+def test_an_mlp_of_one_unit_is_allowed() -> None:
+    assert preset("small", mlp_ratio=1 / 384).mlp_ratio == 1 / 384
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"contrast": (-0.1, 1.0)}, r"contrast must be >= 0, got \(-0.1, 1.0\)"),
+        ({"contrast": (0.5, float("inf"))}, "contrast must be finite"),
+        ({"blur_sigma": (0.0, 1.0)}, r"blur_sigma must be in \(0, 5\], got \(0.0, 1.0\)"),
+        ({"blur_sigma": (0.5, 5.1)}, "blur_sigma .*5.1"),
+        ({"blur_sigma": (float("nan"), 1.0)}, "blur_sigma .*nan"),
+        ({"crop_vertical": (0.0, 0.5)}, r"crop_vertical must be in \[0, 0.5\), got \(0.0, 0.5\)"),
+        ({"crop_horizontal": (-0.1, 0.1)}, "crop_horizontal .*-0.1"),
+        ({"sharpen_alpha": (0.0, 1.5)}, r"sharpen_alpha must be in \[0, 1\], got \(0.0, 1.5\)"),
+        ({"sharpen_lightness": (-1.0, 0.5)}, "sharpen_lightness must be >= 0"),
+        ({"rotate_degrees": (-15.0, float("inf"))}, "rotate_degrees must be finite"),
+        ({"piecewise_scale": (-0.01, 0.05)}, "piecewise_scale must be >= 0"),
+        ({"perspective_scale": (-0.01, 0.05)}, "perspective_scale must be >= 0"),
+        ({"solarize_threshold": (32.0, 256.0)}, r"solarize_threshold must be in \[0, 255\]"),
+        ({"solarize_threshold": (-1.0, 128.0)}, "solarize_threshold"),
+        ({"grayscale_alpha": (-0.5, 1.0)}, "grayscale_alpha"),
+        ({"jitter": (0.4, -0.4, 0.2, 0.1)}, "jitter must be >= 0"),
+        ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "hue of jitter must be at most 0.5"),
+        ({"jitter": (0.4, float("nan"), 0.2, 0.1)}, "jitter must be finite"),
+        ({"jitter_probability": 1.1}, r"jitter_probability must be in \[0, 1\], got 1.1"),
+        ({"grayscale_probability": -0.1}, "grayscale_probability"),
+    ],
+)
+def test_a_guidance_view_that_cannot_be_made_is_refused(override: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GuidanceConfig(**override)
+
+
+def test_the_bounds_of_a_guidance_view_are_allowed() -> None:
+    GuidanceConfig(
+        contrast=(0.0, 3.0),
+        blur_sigma=(0.01, 5.0),
+        crop_vertical=(0.0, 0.49),
+        crop_horizontal=(0.0, 0.49),
+        sharpen_alpha=(0.0, 1.0),
+        sharpen_lightness=(0.0, 2.0),
+        rotate_degrees=(-180.0, 180.0),
+        piecewise_scale=(0.0, 0.0),
+        perspective_scale=(0.0, 0.0),
+        solarize_threshold=(0.0, 255.0),
+        grayscale_alpha=(0.0, 1.0),
+        jitter=(0.0, 2.0, 2.0, 0.5),
+        jitter_probability=1.0,
+        grayscale_probability=0.0,
+    )
+
+
+@pytest.mark.parametrize("pixels", [0, 2**40 + 1])
+def test_a_pixel_limit_that_the_header_reader_refuses_is_refused(pixels: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_pixels must be in \[1, 2\^40\], got {pixels}"):
+        DataConfig(max_pixels=pixels)
+    assert DataConfig(max_pixels=2**40).max_pixels == 2**40
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
+    for config, options in ((PretrainConfig, {"data": ("a",)}), (RenderConfig, {})):
+        with pytest.raises(ValueError, match=rf"seed must be in \[0, 2\^64\), got {seed}"):
+            config(seed=seed, **options)
+        assert config(seed=2**64 - 1, **options).seed == 2**64 - 1
 
 
 def test_unknown_preset_is_named() -> None:

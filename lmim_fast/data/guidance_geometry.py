@@ -74,7 +74,7 @@ def inverse_maps(
         parameters: what is drawn.
         sizes:      (B, 2) height and width of the crops.
         working:    (B, 2) height and width of the shrunk crops that are sampled.
-        image_size: height and width of the view; multiples of 4.
+        image_size: height and width of the view.
     """
     chain = _compose(parameters, sizes[:, ::-1])
     view = _mesh(len(parameters), image_size)
@@ -242,24 +242,29 @@ def _coverage(
 def _mesh(batch: int, image_size: tuple[int, int]) -> Points:
     """Centres of the mesh cells over the view [0, 1]^2 and of one ring around it."""
     y, x = (
-        (np.arange(-1, side // cell + 1, dtype=np.float32) + np.float32(0.5)) * np.float32(cell / side)
-        for side, cell in zip(image_size, _CELL, strict=True)
+        (np.arange(-1, cells + 1, dtype=np.float32) + np.float32(0.5)) * np.float32(cell / side)
+        for side, cell, cells in zip(image_size, _CELL, _cells(image_size), strict=True)
     )
     columns, rows = np.meshgrid(x, y)
     shape = (batch, columns.size)
     return np.broadcast_to(columns.ravel(), shape), np.broadcast_to(rows.ravel(), shape)
 
 
+def _cells(image_size: tuple[int, int]) -> list[int]:
+    """Rows and columns of mesh cells that cover the view; the last ones may stand out of it."""
+    return [-(-side // cell) for side, cell in zip(image_size, _CELL, strict=True)]
+
+
 def _densify(values: Array32, image_size: tuple[int, int]) -> Array32:
     """Interpolate (B, N) on the mesh to (B, H, W), not contiguous."""
     high, wide = _CELL
-    rows, columns = image_size[0] // high + 2, image_size[1] // wide + 2
+    rows, columns = (cells + 2 for cells in _cells(image_size))
     batch = len(values)
     # One tall image: neighbouring samples only touch in the rings, which are cut off.
     size = (columns * wide, batch * rows * high)
     tall: Any = cv2.resize(values.reshape(batch * rows, columns), size, interpolation=cv2.INTER_LINEAR)
     dense: Array32 = tall.reshape(batch, rows * high, columns * wide)
-    return dense[:, high:-high, wide:-wide]
+    return dense[:, high : high + image_size[0], wide : wide + image_size[1]]
 
 
 def _project(matrix: Array, points: Points) -> Points:

@@ -71,11 +71,6 @@ class Summary:
     broken_examples: tuple[Broken, ...]
     """The first NAMED_BROKEN of them."""
 
-    @property
-    def broken_share(self) -> float:
-        """Broken records over sampled records, 0..1."""
-        return self.broken / self.sampled
-
 
 def inspect(
     paths: Sequence[str], *, sample: int = SAMPLE, max_pixels: int = 2**26, console: Console | None = None

@@ -59,18 +59,26 @@ class SampleOrder:
             UsageError: the batch does not divide evenly.
             ValueError: rank or micro out of range.
         """
+        size = self.share_size(world_size, accumulation)
+        if not (0 <= rank < world_size and 0 <= micro < accumulation):
+            raise ValueError(
+                f"need 0 <= rank < {world_size}, 0 <= micro < {accumulation}; got rank {rank}, micro {micro}"
+            )
+        return self._slice(step, (micro * world_size + rank) * size, size)
+
+    def share_size(self, world_size: int, accumulation: int) -> int:
+        """Samples of one share.
+
+        Raises:
+            UsageError: the batch does not divide evenly.
+        """
         parts = world_size * accumulation
         if parts < 1 or self.batch_size % parts:
             raise UsageError(
                 f"batch_size {self.batch_size} must be a multiple of world_size x accumulation"
                 f" = {world_size} x {accumulation} = {parts}"
             )
-        if not (0 <= rank < world_size and 0 <= micro < accumulation):
-            raise ValueError(
-                f"need 0 <= rank < {world_size}, 0 <= micro < {accumulation}; got rank {rank}, micro {micro}"
-            )
-        size = self.batch_size // parts
-        return self._slice(step, (micro * world_size + rank) * size, size)
+        return self.batch_size // parts
 
     def substitute(self, epoch: int, index: int, attempt: int) -> int:
         """The attempt-th (from 0) candidate to stand in for a broken record: any other sample, uniform."""

@@ -1,7 +1,7 @@
 """Batches of plain and guidance views in training order, made ahead of the consumer.
 
-Two threads: one reads the records and writes the guidance programs, the other runs DALI. A sample's views
-are a function of (seed, epoch, index) alone; a run's place in the order is a step.
+Three threads: one follows the sample order, one reads the records and writes the guidance programs, one runs
+DALI. A sample's views are a function of (seed, epoch, index) alone; a run's place in the order is a step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from lmim_fast.data.substitution import BadRecords, SampleReader, Samples
 from lmim_fast.data.view_graph import BrokenImages, ViewGraph
 from lmim_fast.errors import UsageError
 from lmim_fast.ops.photometric import ColorProgram, photometric
+
+# Shares drawn ahead, a few MB: seconds of training, so that at the end of an epoch the next permutation
+# (3 s for 10 M samples) is there in time.
+_SHARES_AHEAD = 256
 
 
 @dataclass
@@ -69,7 +73,7 @@ class ViewPipeline:
         guidance:     strength of the guidance view; None: plain views only.
         loader:       threads, prefetch, device of the views, tolerance for broken records.
         seed:         the run's.
-        image_size:   height and width of the views, multiples of 4.
+        image_size:   height and width of the views.
         rank:         this process of `world_size`.
         accumulation: micro-batches of a step.
         device:       where the batches end up.
@@ -95,23 +99,28 @@ class ViewPipeline:
         start_step: int = 0,
         end_step: int,
     ) -> None:
-        self._order, self._guidance, self._seed, self._image_size = order, guidance, seed, image_size
-        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
+        self._guidance, self._seed, self._image_size = guidance, seed, image_size
         self._device = torch.device(device)
         if loader.device == "gpu" and self._device.type != "cuda":
             raise UsageError(f'loader device "gpu" needs training on a CUDA device, not on {self._device}')
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        epochs, _ = order.share(0, rank, world_size, 0, accumulation)  # refuses a batch that does not divide
+        batch_size = order.share_size(world_size, accumulation)
         self.bad = BadRecords(store, loader.max_bad_fraction)
         self._reader = SampleReader(store, order, self.bad, loader.max_pixels)
         self._graph = ViewGraph(
-            batch_size=len(epochs),
+            batch_size=batch_size,
             threads=loader.threads or _default_threads(world_size),
             device=self._device if loader.device != "cpu" else torch.device("cpu"),
             image_size=image_size,
             guidance=guidance is not None,
         )
-        self._prepared = Background(self._prepare(start_step, end_step), loader.prefetch, "lmim-programs")
+        shares = (
+            (step, micro, order.share(step, rank, world_size, micro, accumulation))
+            for step in range(start_step, end_step)
+            for micro in range(accumulation)
+        )
+        self._shares = Background(shares, _SHARES_AHEAD, "lmim-order")
+        self._prepared = Background(self._prepare(), loader.prefetch, "lmim-programs")
         self._batches = Background(self._run(), loader.prefetch, "lmim-views")
 
     def __enter__(self) -> ViewPipeline:
@@ -135,20 +144,19 @@ class ViewPipeline:
 
     def close(self) -> None:
         """End the threads and free the DALI pipeline; the store stays open."""
+        self._shares.close()
         self._prepared.close()
         self._batches.close()
         self._graph.close()
 
-    def _prepare(self, start_step: int, end_step: int) -> Iterator[_Prepared]:
-        for step in range(start_step, end_step):
-            for micro in range(self._accumulation):
-                share = self._order.share(step, self._rank, self._world_size, micro, self._accumulation)
-                samples = self._reader.read(*share)
-                parameters = None
-                if self._guidance is not None:
-                    epochs, indices = (torch.from_numpy(part) for part in share)
-                    parameters = sample_parameters(self._guidance, self._seed, epochs, indices)
-                yield _Prepared(step, micro, samples, parameters, self._program(samples, parameters))
+    def _prepare(self) -> Iterator[_Prepared]:
+        for step, micro, share in self._shares:
+            samples = self._reader.read(*share)
+            parameters = None
+            if self._guidance is not None:
+                epochs, indices = (torch.from_numpy(part) for part in share)
+                parameters = sample_parameters(self._guidance, self._seed, epochs, indices)
+            yield _Prepared(step, micro, samples, parameters, self._program(samples, parameters))
 
     def _program(self, samples: Samples, parameters: GuidanceParameters | None) -> GuidanceProgram | None:
         if parameters is None:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lmim_fast.config import MAX_PIXELS_LIMIT
 from lmim_fast.data import image_headers
-
-_MAX_PIXELS_LIMIT = 2**40  # keeps every size in the native form's arithmetic far below 2^64
 
 
 class Status(enum.IntEnum):
@@ -60,7 +59,7 @@ def probe(images: Sequence[bytes], max_pixels: int = 2**26) -> Probe:
         ValueError: max_pixels out of range.
         TypeError:  an image is not a buffer.
     """
-    if not 1 <= max_pixels <= _MAX_PIXELS_LIMIT:
+    if not 1 <= max_pixels <= MAX_PIXELS_LIMIT:
         raise ValueError(f"max_pixels must be in [1, 2^40], got {max_pixels}")
     return Probe(*_form()(images, max_pixels))
 

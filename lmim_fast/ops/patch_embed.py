@@ -73,7 +73,7 @@ def _eager(
     place = position[:, 1:]
     if ids is not None:
         patches = gather_rows(patches, ids)
-        place = place[0][ids]
+        place = gather_rows(place.expand(len(ids), -1, -1), ids)
     dtype = position.dtype
     tokens = linear(patches.to(compute_dtype(weight)), weight.flatten(1)).to(dtype) + (place + bias.to(dtype))
     cls = (cls_token.to(dtype) + position[:, :1]).expand(tokens.shape[0], -1, -1)

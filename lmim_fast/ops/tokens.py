@@ -50,9 +50,11 @@ def _eager(
     ids_masked: Tensor,
 ) -> Tensor:
     dtype = position.dtype
-    place = torch.cat([position[:, :1].expand(len(visible), -1, -1), position[0, 1:][ids_visible]], dim=1)
+    place = torch.cat(
+        [position[:, :1].expand(len(visible), -1, -1), gather_table(position[0, 1:], ids_visible)], dim=1
+    )
     shown = visible.to(dtype) + (place + bias.to(dtype))
-    return torch.cat([shown, mask_table(mask_token, position)[ids_masked]], dim=1)
+    return torch.cat([shown, gather_table(mask_table(mask_token, position), ids_masked)], dim=1)
 
 
 def mask_table(mask_token: Tensor, position: Tensor) -> Tensor:
@@ -61,6 +63,9 @@ def mask_table(mask_token: Tensor, position: Tensor) -> Tensor:
 
 
 def gather_table(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (B, M), unique in an image, of a table (L, D), as (B, M, D); backward has no atomics."""
+    """Rows `ids` (B, M), unique in an image, of a table (L, D), as (B, M, D).
+
+    Not `table[ids]`, whose backward adds with atomics: its result changes from run to run.
+    """
     expanded = table.expand(ids.shape[0], -1, -1)
     return expanded.gather(1, ids[:, :, None].expand(-1, -1, table.shape[1]))

@@ -42,21 +42,21 @@ def only(parameters: GuidanceParameters, operations=(), *, jitter=False) -> Guid
 
 
 @functools.cache
-def _graph():
+def _graph(image_size):
     return ViewGraph(
-        batch_size=512, threads=2, device=torch.device("cpu"), image_size=(32, 128), guidance=True
+        batch_size=512, threads=2, device=torch.device("cpu"), image_size=image_size, guidance=True
     )
 
 
 def run_programs(encoded, program: GuidanceProgram):
-    """Plain and guidance views, (B, 3, 32, 128) in [-1, 1], through DALI and the photometric op."""
-    plain, warped = _graph()(encoded, program)
+    """Plain and guidance views, (B, 3, H, W) in [-1, 1], through DALI and the photometric op."""
+    plain, warped = _graph(program.map_x.shape[1:])(encoded, program)
     return photometric(plain, warped, program.color)
 
 
 def as_bytes(view):
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    return ((view.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    return ((view.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def psnr(left, right):

@@ -118,12 +118,12 @@ def test_sizes_that_are_not_positive_are_refused():
         make_program(draw(2), np.array([3, 0]), np.array([3, 3]))
 
 
-def agreement(parameters: GuidanceParameters, sources) -> np.ndarray:
+def agreement(parameters: GuidanceParameters, sources, image_size=(32, 128)) -> np.ndarray:
     """(B,) PSNR of the programs' views against the literal views."""
     encoded, images = zip(*sources, strict=True)
     heights, widths = np.array([image.shape[:2] for image in images]).T
-    _, guidance = run_programs(encoded, make_program(parameters, heights, widths))
-    literal = [reference_guidance(image, parameters, row) for row, image in enumerate(images)]
+    _, guidance = run_programs(encoded, make_program(parameters, heights, widths, image_size))
+    literal = [reference_guidance(image, parameters, row, image_size) for row, image in enumerate(images)]
     return psnr(as_bytes(guidance), np.stack(literal))
 
 
@@ -168,6 +168,27 @@ GEOMETRY = {  # operation -> floor of the worst of 24 smooth crops, dB
 def test_each_geometry_of_smooth_crops_is_the_literal_one(operation):
     result = agreement(only(draw(24), [operation]), smooth_crops(24, 150, 420))
     assert result.min() >= GEOMETRY[operation], result
+
+
+@pytest.mark.parametrize("image_size", [(30, 90), (33, 127), (47, 129)], ids=str)
+@pytest.mark.parametrize("operation", GEOMETRY, ids=lambda operation: operation.name.lower())
+def test_geometry_is_the_literal_one_at_any_view_size(operation, image_size):
+    result = agreement(only(draw(12), [operation]), smooth_crops(12, 150, 420), image_size)
+    # The blunt edges and folds weigh the more, the fewer pixels there are.
+    assert result.min() >= GEOMETRY[operation] - 3.0, result
+
+
+@pytest.mark.parametrize("image_size", [(1, 1), (2, 3), (5, 1), (31, 6)], ids=str)
+def test_maps_of_tiny_views_are_finite_and_inside_the_crop(image_size):
+    program = make_program(draw(200), np.full(200, 40), np.full(200, 90), image_size)
+    assert program.map_x.shape == program.color.coverage.shape == (200, *image_size)
+    for values, last in (
+        (program.map_x, program.working_size[:, 1]),
+        (program.map_y, program.working_size[:, 0]),
+    ):
+        assert np.isfinite(values).all()
+        assert (values >= 0).all()
+        assert (values <= last[:, None, None] - 1).all()
 
 
 def test_geometry_of_smooth_crops_is_the_literal_one_in_any_order():

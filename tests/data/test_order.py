@@ -142,6 +142,14 @@ def test_a_batch_that_does_not_divide_is_a_usage_error_with_the_numbers():
         order.share(0, 0, 4, 0, 2)
 
 
+def test_the_size_of_a_share_takes_no_permutation(monkeypatch):
+    order = SampleOrder(10, 12, 0)
+    monkeypatch.setattr(order, "_sort_keys", None)
+    assert order.share_size(2, 3) == 2
+    with pytest.raises(UsageError, match=r"batch_size 12 must be a multiple of .* = 4 x 2 = 8"):
+        order.share_size(4, 2)
+
+
 @pytest.mark.parametrize(("rank", "micro"), [(2, 0), (-1, 0), (0, 3), (0, -1)])
 def test_a_rank_or_pass_out_of_range_is_an_error(rank, micro):
     with pytest.raises(ValueError, match=f"got rank {rank}, micro {micro}"):

@@ -128,6 +128,26 @@ def test_dropout_gives_the_oracle_loss_in_distribution() -> None:
     assert ours.std() > 0
 
 
+@pytest.mark.parametrize("kind", [LMIM, MAE])
+def test_two_threads_give_the_same_bits_every_time(kind: type[nn.Module]) -> None:
+    """Enough rows that torch shares every op between the threads; atomics would show in a few repeats."""
+    model = kind(preset("tiny", depth=1, decoder_depth=1, mae_decoder_depth=1)).train()
+    images, guidance, noise = batch_of(model.config, 16)
+    batch = (images, guidance, noise) if kind is LMIM else (images, noise)
+    runs = []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(12):
+            model.zero_grad()
+            torch.manual_seed(1)
+            model(*batch).loss.backward()
+            runs.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        torch.set_num_threads(1)
+    for name, first in runs[0].items():
+        assert all(torch.equal(run[name], first) for run in runs[1:]), name
+
+
 def test_teacher_gets_no_gradient_and_eval_mode_has_no_dropout() -> None:
     fast = LMIM(preset("tiny"))
     batch = batch_of(fast.config)
