@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 import lmim_fast
 from lmim_fast.config import ModelConfig, PretrainConfig, RenderConfig, ReportConfig, preset
 from lmim_fast.errors import DataError, LmimError, UsageError
+from lmim_fast.train.failures import is_shared, shared
 
 Config = TypeVar("Config")
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except LmimError as error:
-        _complain(str(error))
+        _complain(error, str(error))
         return 2 if isinstance(error, UsageError) else 1
     except (
         BrokenPipeError
@@ -54,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _complain(error, f"disk full: {error}")
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _complain(error, f"no permission: {error}")
+        else:
             raise
-        _complain(f"disk full: {error}")
         return 1
     except SystemExit as stop:  # tyro's way to end after --help
         return int(stop.code or 0)
@@ -64,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _complain(message: str) -> None:
-    """One line on stderr, from one process of a run."""
-    if os.environ.get("RANK", "0") == "0":
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+def _complain(error: Exception, message: str) -> None:
+    """One line on stderr: of rank 0, or of another one whose failure rank 0 does not know."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and is_shared(error):
+        return
+    suffix = "" if rank == "0" else f" (rank {rank})"
+    print("error: " + " ".join(message.split()) + suffix, file=sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -80,7 +87,7 @@ def _dispatch(arguments: list[str]) -> int:
     words = 2 if arguments[0] == "data" else 1
     name = " ".join(arguments[:words])
     if name not in _COMMANDS:
-        raise UsageError(f"unknown command {name!r}; `lmim --help` lists them")
+        raise shared(UsageError(f"unknown command {name!r}; `lmim --help` lists them"))
     return _COMMANDS[name](arguments[words:])
 
 
@@ -203,7 +210,7 @@ def _chosen_model(arguments: Sequence[str]) -> ModelConfig:
     try:
         return preset(name)
     except ValueError as error:
-        raise UsageError(f"--preset: {error}") from error
+        raise shared(UsageError(f"--preset: {error}")) from error
 
 
 def _parse(
@@ -229,7 +236,7 @@ def _parse(
         if stop.code in (0, None):
             raise
         printed.seek(0)
-        raise UsageError(f"{_first_message(printed.read())}; see `{program} --help`") from None
+        raise shared(UsageError(f"{_first_message(printed.read())}; see `{program} --help`")) from None
     return result
 
 

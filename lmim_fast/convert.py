@@ -33,7 +33,7 @@ def convert(
     Returns:
         The file written.
     Raises:
-        UsageError: a path that does not fit, or a layout that `source` does not hold enough for.
+        UsageError: a path or step that does not fit, or a layout that `source` does not hold enough for.
         CheckpointError, WeightsError: the source is damaged or its weights are not finite.
     """
     source, target = Path(source), Path(target)
@@ -47,6 +47,7 @@ def convert(
     if not source.exists():
         raise UsageError(f"{source} does not exist; it should be a run folder or a checkpoint file")
     state = _state_of_run(source, step) if source.is_dir() else _state_of_file(source, step)
+    weights.check_finite(state)
     if layout == "encoder":
         write_file(target, weights.encoder_safetensors(state))
         return target
@@ -74,6 +75,12 @@ def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:
         if step is not None or not number.isdigit():
             raise UsageError(f"{source}: name the run folder and --step, or a finished checkpoint folder")
         source, step = source.parent.parent, int(number)
+    steps = checkpoint.steps(source)
+    if not steps:
+        raise UsageError(f"{source} has no checkpoint: it is not the folder of a run")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, sorted(steps)))
+        raise UsageError(f"{source} has no checkpoint of step {step}; --step may be {there}")
     model, _ = checkpoint.load_model(source, step)
     return weights.to_released(model)
 

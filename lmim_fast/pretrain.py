@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lmim_fast.config import PretrainConfig
@@ -46,10 +49,12 @@ def run_pretrain(config: PretrainConfig) -> Path:
     """
     check_teacher(config)
     with parallel.join(config.device) as world:
-        return _run(_resolved(config, world), world, _say if world.is_main else _say_nothing)
+        config = world.together(lambda: _resolved(config, world))
+        return _run(config, world, _say if world.is_main else _say_nothing)
 
 
 def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
+    # What can fail on one rank runs `together`: the others then end with its message and do not wait for it.
     run = Path(config.output)
     store = world.together(lambda: _open_records(config))
     order = SampleOrder(len(store), config.batch_size, config.seed)
@@ -57,12 +62,10 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
         "config": to_dict(config),
         "config_hash": config_hash(config),
         "versions": versions(),
-        "data": store.fingerprint(),
+        "data": world.together(store.fingerprint),
         "seed": config.seed,
     }
-    saved = resume.find(run, config, world, tell)
-    if saved is not None:
-        resume.check_same_run(saved, config, identity["data"])
+    saved = resume.find(run, config, identity["data"], world, tell)
 
     model = world.together(lambda: _model(config, run, saved, tell))
     world.main_only(lambda: _prepare_folder(run, identity))
@@ -71,34 +74,36 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
     )
     identity["teacher"] = saved.state["teacher"] if saved else world.gather(stored)[0]
 
-    model.to(world.device)
+    world.together(lambda: model.to(world.device))
     optimizer = optim.make_optimizer(model, config.optim)
     progress = Progress(Meter())
     if saved is not None:
-        checkpoint.restore(saved, model, optimizer)
-        progress = Progress.from_state(saved.state, world.device)
+        progress = world.together(partial(_restore, saved, model, optimizer, world.device))
+        saved = None  # frees the host's copy of weights and moments
         tell(f"continuing {run} from step {progress.step}")
     _summarise(config, world, model, store, tell)
 
     total = optim.total_steps(config, len(store))
     guided = config.objective == "lmim" and config.model.guidance
-    with (
-        Telemetry(run if world.is_main else None, total=total, start_step=progress.step) as telemetry,
-        ViewPipeline(
-            store,
-            order,
-            guidance=config.view if guided else None,
-            loader=config.loader,
-            seed=config.seed,
-            image_size=config.model.image_size,
-            rank=world.rank,
-            world_size=world.size,
-            accumulation=config.accumulation,
-            device=world.device,
-            start_step=progress.step,
-            end_step=total,
-        ) as batches,
-    ):
+    make_telemetry = partial(Telemetry, run if world.is_main else None, total=total, start_step=progress.step)
+    make_batches = partial(
+        ViewPipeline,
+        store,
+        order,
+        guidance=config.view if guided else None,
+        loader=config.loader,
+        seed=config.seed,
+        image_size=config.model.image_size,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.accumulation,
+        device=world.device,
+        start_step=progress.step,
+        end_step=total,
+    )
+    with contextlib.ExitStack() as stack:  # closes also what was made while another rank failed
+        telemetry = world.together(lambda: stack.enter_context(make_telemetry()))
+        batches = world.together(lambda: stack.enter_context(make_batches()))
         session = Session(config, run, world, model, optimizer, order, progress, telemetry, identity)
         stopped_by = train(session, batches)
 
@@ -142,7 +147,18 @@ def _model(config: PretrainConfig, run: Path, saved: Checkpoint | None, tell: Te
         load_starting_weights(config, model, tell)
     else:
         checkpoint.load_teacher(run, saved.state["teacher"], model)
+        for option in ("teacher", "init"):
+            now = getattr(config, option)
+            if now is not None and now != saved.state["config"][option]:
+                tell(f"--{option} {now} is not read: the run keeps the weights that it has")
     return model
+
+
+def _restore(
+    saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Progress:
+    checkpoint.restore(saved, model, optimizer)
+    return Progress.from_state(saved.state, device)
 
 
 def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
@@ -151,8 +167,11 @@ def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {run}: cannot be made ({error.strerror})") from error
-    if not os.access(run, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {run}: no permission to write")
+    for folder in (run, run / "checkpoints", run / "tensorboard"):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--output {run}: {folder} is in the way, it should be a folder")
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"--output {run}: no permission to write in {folder}")
     checkpoint.remove_unfinished(run)
     content = {name: identity[name] for name in ("config", "versions", "data")}
     write_file(run / "config.json", json.dumps(content, indent=1).encode())

@@ -1,16 +1,19 @@
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from pretrain_runs import ENVIRONMENT, options, write_lmdb
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lmim_fast
 from lmim_fast import cli, pretrain
-from lmim_fast.errors import UsageError
+from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.models import weights
 from lmim_fast.train import checkpoint
+from lmim_fast.train.failures import shared
 from lmim_fast.train.parallel import World
 
 
@@ -114,9 +117,30 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys):
     assert "--device cuda: no CUDA device" in error_of(capsys, arguments)
 
 
-def test_only_the_first_rank_prints_an_error(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments",
+    [["frob"], ["pretrain", "--frob"], ["pretrain", "--data", "x"], ["pretrain", "--preset", "huge"]],
+)
+def test_only_the_first_rank_prints_what_is_wrong_in_the_command_line(capsys, monkeypatch, arguments):
     monkeypatch.setenv("RANK", "1")
-    assert cli.main(["frob"]) == 2
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", [LmimError, PermissionError])
+def test_another_rank_prints_a_failure_that_the_first_one_does_not_know(capsys, monkeypatch, kind):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    failure = kind(13, "broken")
+    assert cli.main([]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.endswith("(rank 3)\n")
+    failure = shared(kind(13, "broken"))
+    assert cli.main([]) == 1
     assert capsys.readouterr().err == ""
 
 
@@ -126,6 +150,27 @@ def test_a_full_disk_outside_a_checkpoint_is_one_line_too(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_dispatch", full)
     assert "No space left" in error_of(capsys, ["pretrain"], code=1)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_missing_permission_is_one_line(capsys, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "run/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "_dispatch", refuse)
+    told = error_of(capsys, ["pretrain"], code=1)
+    assert "no permission: " in told
+    assert "run/metrics.jsonl" in told
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+def test_a_file_where_a_folder_of_the_run_should_be_is_noticed_before_training(tmp_path, capsys, name):
+    data = write_lmdb(tmp_path / "words", 8)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("in the way")
+    told = error_of(capsys, ["pretrain", *options(data, tmp_path / "run")])
+    assert f"{tmp_path / 'run' / name} is in the way" in told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_preset_is_chosen_first_and_single_values_override_it():
@@ -215,5 +260,22 @@ def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
     assert "exists; choose another name" in error_of(capsys, ["convert", run, encoder])
     assert "is not a folder" in error_of(capsys, ["convert", run, tmp_path / "no" / "x.pth"])
     assert "is for run folders" in error_of(capsys, ["convert", encoder, target, "--step", "1"])
-    assert "step-00000009" in error_of(capsys, ["convert", run, target, "--step", "9"], code=1)
+    told = error_of(capsys, ["convert", run, target, "--step", "9"])
+    assert "has no checkpoint of step 9; --step may be 1, 2" in told
+    assert "is not the folder of a run" in error_of(capsys, ["convert", tmp_path, target])
     assert not target.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_converted(run, tmp_path, capsys, value):
+    state = checkpoint.load_model(run)[0].state_dict()
+    state["model_maeenc.norm.weight"][3] = value
+    torch.save({"model": state}, tmp_path / "bad.pth")
+    encoder = load_file(run / "encoder.safetensors")
+    encoder["norm.weight"][3] = value
+    save_file(encoder, tmp_path / "bad.safetensors")
+    for source, target in (("bad.pth", "x.pth"), ("bad.pth", "x.safetensors"), ("bad.safetensors", "y.bin")):
+        arguments = ["convert", tmp_path / source, tmp_path / target]
+        arguments += ["--to", "encoder"] if target == "y.bin" else []
+        assert "not exported: non-finite values in" in error_of(capsys, arguments, code=1)
+        assert not (tmp_path / target).exists()

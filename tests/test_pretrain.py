@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from pretrain_runs import curve, lines, options, weights_of, write_lmdb
 from safetensors.torch import load_file
 
 from lmim_fast import cli
+from lmim_fast.data.pipeline import ViewPipeline
+from lmim_fast.data.records import RecordStore
 from lmim_fast.models.mae import MAE
+from lmim_fast.train import checkpoint, resume
+from lmim_fast.train.parallel import World
+from lmim_fast.train.telemetry import Telemetry
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,74 @@ def test_too_many_broken_records_stop_the_run_with_one_line(tmp_path, capsys):
     data = write_lmdb(tmp_path / "words", 40, broken=tuple(range(1, 21)))
     assert pretrain(options(data, tmp_path / "run", steps=15)) == 1
     assert "max_bad_fraction" in only_error(capsys).replace("-", "_")
+
+
+def test_broken_records_are_named_before_a_run_ends_for_too_many_of_them(tmp_path, capsys):
+    data = write_lmdb(tmp_path / "words", 40, broken=tuple(range(1, 21)))
+    assert pretrain(options(data, tmp_path / "run", "--log-every", "1000", steps=15)) == 1
+    assert "max_bad_fraction" in only_error(capsys)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert len({entry["key"] for entry in entries}) > 0.1 * 40
+    assert all(entry["reason"] for entry in entries)
+
+
+def test_broken_records_are_named_with_each_checkpoint(tmp_path, monkeypatch):
+    data = write_lmdb(tmp_path / "words", 8, broken=(3,))  # met in the first batch, which is all of them
+    named, save = [], checkpoint.save
+
+    def look(run, state, *parts, **more):
+        named.append((state["step"], (run / "bad_records.jsonl").exists()))
+        return save(run, state, *parts, **more)
+
+    monkeypatch.setattr(checkpoint, "save", look)
+    more = ("--log-every", "1000", "--loader.max-bad-fraction", "0.5")
+    assert pretrain(options(data, tmp_path / "run", *more, steps=5)) == 0
+    assert named[0] == (4, True)
+
+
+def test_what_can_fail_on_one_rank_before_training_is_done_together(data, mae, tmp_path, monkeypatch):
+    depth, seen, together = [0], [], World.together
+
+    def entered(self, action):
+        depth[0] += 1
+        try:
+            return together(self, action)
+        finally:
+            depth[0] -= 1
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+
+        def watched(*parts, **more):
+            seen.append((name, owner, depth[0] > 0))
+            return function(*parts, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    run = tmp_path / "run"
+    shutil.copytree(mae, run)  # a run to continue: every step is taken
+    monkeypatch.setattr(World, "together", entered)
+    for owner, name in (
+        (RecordStore, "fingerprint"),
+        (checkpoint, "read"),
+        (resume, "check_same_run"),
+        (MAE, "to"),
+        (checkpoint, "restore"),
+        (Telemetry, "__init__"),
+        (ViewPipeline, "__init__"),
+    ):
+        watch(owner, name)
+    assert pretrain(options(data, run, steps=30)) == 0
+    assert {name for name, _, _ in seen} >= {
+        "fingerprint",
+        "read",
+        "check_same_run",
+        "to",
+        "restore",
+        "__init__",
+    }
+    assert len([name for name, _, _ in seen if name == "__init__"]) == 2
+    assert all(inside for _, _, inside in seen), seen
 
 
 def test_a_wrong_number_of_samples_is_one_clear_line(tmp_path, capsys):

@@ -31,6 +31,10 @@ if kind == "nan" and rank == "1":
             output.loss = output.loss * float("nan")
         return output
     MAE.forward = poisoned
+if kind == "no pipeline" and rank == "1":
+    def refusing(self, *parts, **more):
+        raise DataError("no pipeline here")
+    ViewPipeline.__init__ = refusing
 if kind == "broken" and rank == "1":
     following, calls = ViewPipeline.__next__, []
     def breaking(self):
@@ -46,6 +50,14 @@ sys.exit(cli.main(["pretrain", *sys.argv[2:]]))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_lmdb(tmp_path_factory.mktemp("data") / "words", 30)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +110,19 @@ def test_two_processes_give_the_curve_of_one_and_one_process_can_continue_them(d
 
 
 @pytest.mark.slow
+def test_two_processes_give_the_lmim_curve_of_one_where_there_is_no_dropout(data, tmp_path, one_thread):
+    # With dropout they do not: its draws depend on the rank.
+    more = ("--teacher", "random", "--model.decoder-dropout", "0")
+    alone, run = tmp_path / "one", tmp_path / "two"
+    assert cli.main(["pretrain", *options(data, alone, *more, objective="lmim", steps=STEPS)]) == 0
+    done = launch(options(data, run, *more, objective="lmim", steps=STEPS), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_close(run, alone)
+    for found, wanted in zip(lines(run), lines(alone), strict=True):
+        assert found["loss_align"] == pytest.approx(wanted["loss_align"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(data, tmp_path):
     run = tmp_path / "run"
     process = torchrun_script(tmp_path, "nan", options(data, run, steps=STEPS))
@@ -109,10 +134,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(data, tmp_path
 
 
 @pytest.mark.slow
-def test_a_failure_on_one_rank_ends_all_and_is_told_once(data, tmp_path):
-    process = torchrun_script(tmp_path, "broken", options(data, tmp_path / "run", steps=STEPS))
+@pytest.mark.parametrize(
+    ("kind", "message"), [("broken", "record 17 of rank 1 is broken"), ("no pipeline", "no pipeline here")]
+)
+def test_a_failure_on_one_rank_ends_all_and_is_told_once(data, tmp_path, kind, message):
+    process = torchrun_script(tmp_path, kind, options(data, tmp_path / "run", steps=STEPS))
     assert process.returncode == 1
-    assert process.stderr.count("error: record 17 of rank 1 is broken (rank 1)\n") == 1
+    assert process.stderr.count("error: ") == process.stderr.count(f"error: {message} (rank 1)\n") == 1
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from pretrain_runs import ENVIRONMENT, curve, options, weights_of, write_lmdb
 
 from lmim_fast import cli
+from lmim_fast.train import checkpoint
 from lmim_fast.train.telemetry import Telemetry
 
 STEPS = 14  # of 8 images each: several epochs of 30 records; checkpoints at 4, 8, 12, 14
@@ -172,6 +174,44 @@ def test_a_finished_run_is_left_as_it_is(data, whole, capsys):
     assert f"from step {STEPS}" in capsys.readouterr().out
 
 
+def test_a_run_continues_with_its_own_teacher_whatever_the_option_names_now(
+    data, whole, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    arguments = arguments_of("lmim", data, run)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5, signal.SIGTERM)
+        assert cli.main(["pretrain", *arguments]) == 0
+    assert cli.main(["pretrain", *arguments, "--teacher", "gone.pth", "--init", "gone.pth"]) == 0
+    shown = capsys.readouterr().out
+    assert "--teacher gone.pth is not read: the run keeps the weights that it has" in shown
+    assert "--init gone.pth is not read" in shown
+    assert_same_run(run, whole("lmim"))
+
+
+def test_the_checkpoint_is_not_kept_in_memory_while_the_run_goes_on(data, tmp_path, monkeypatch):
+    arguments = arguments_of("mae", data, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5, signal.SIGTERM)
+        assert cli.main(["pretrain", *arguments]) == 0
+    held, alive, read = [], [], checkpoint.read
+
+    def watched(path):
+        found = read(path)
+        held.append([weakref.ref(found), *map(weakref.ref, found.model.values())])
+        held[-1] += map(weakref.ref, found.optimizer.values())
+        return found
+
+    monkeypatch.setattr(checkpoint, "read", watched)
+    monkeypatch.setattr(
+        Telemetry, "advance", lambda self, step: alive.append(sum(ref() is not None for ref in held[0]))
+    )
+    assert cli.main(["pretrain", *arguments]) == 0
+    assert len(held) == 1
+    assert len(held[0]) > 50
+    assert alive == [0] * (STEPS - 5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,9 +225,9 @@ def test_a_run_folder_of_other_settings_is_refused_by_field(data, whole, capsys,
     assert message in capsys.readouterr().err
 
 
-def test_a_run_folder_of_other_data_is_refused_and_a_moved_database_is_not(data, whole, tmp_path, capsys):
+def test_a_run_folder_of_other_data_is_refused_and_a_renamed_database_is_not(data, whole, tmp_path, capsys):
     other = write_lmdb(tmp_path / "other" / "words", 31)
     assert cli.main(["pretrain", *arguments_of("mae", other, whole("mae"))]) == 2
     assert "data.count was 30, now 31" in capsys.readouterr().err
-    moved = write_lmdb(tmp_path / "moved" / "words", 30)
+    moved = write_lmdb(tmp_path / "moved" / "renamed", 30)
     assert cli.main(["pretrain", *arguments_of("mae", moved, whole("mae"))]) == 0

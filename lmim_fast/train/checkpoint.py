@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 def save(
     run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
 ) -> Path:
-    """Write the checkpoint of `state["step"]`, then delete all but the `keep` newest.
+    """Write the checkpoint of `state["step"]`, then delete all but the `keep` newest (or warn).
 
     Raises:
         LmimError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -113,7 +114,7 @@ def save(
     student = {name: _host(tensor) for name, tensor in _own(model, teacher=False).items()}
     moments = _optimizer_tensors(model, optimizer)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)  # there, if it could not be removed
         files = {
             MODEL_FILE: write_flushed(temporary / MODEL_FILE, safetensors.torch.save(student)),
             _OPTIMIZER: write_flushed(temporary / _OPTIMIZER, safetensors.torch.save(moments)),
@@ -128,7 +129,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise explain(error, final) from error
     for old in _folders(run)[keep:]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
 
 
@@ -142,7 +143,20 @@ def save_teacher(run: Path, model: nn.Module) -> dict[str, Any] | None:
 def remove_unfinished(run: Path) -> None:
     """Delete what an interrupted save left behind."""
     for path in run.glob("checkpoints/step-*.tmp"):
-        shutil.rmtree(path)
+        _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder that nobody needs; where that fails the run is still healthy."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        # The same text for every folder, so that Python shows it once.
+        reason = error.strerror or error
+        warnings.warn(
+            f"old folders in {folder.parent} cannot be deleted ({reason}); delete them by hand",
+            stacklevel=1,
+        )
 
 
 def set_aside(path: Path) -> Path:
@@ -166,9 +180,9 @@ def _folders(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def exists(run: Path) -> bool:
-    """Whether the run folder has a finished checkpoint, good or damaged."""
-    return bool(_folders(run))
+def steps(run: Path) -> list[int]:
+    """Steps of a run's finished checkpoints, good or damaged, newest first."""
+    return [int(path.name.removeprefix("step-")) for path in _folders(run)]
 
 
 def _read_state(path: Path) -> dict[str, Any]:

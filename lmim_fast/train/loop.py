@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lmim_fast.config import PretrainConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import Batch, ViewPipeline
-from lmim_fast.data.substitution import BadRecord
 from lmim_fast.errors import LmimError
 from lmim_fast.ops.masking import mask_noise
 from lmim_fast.ops.philox import Stream
@@ -95,7 +94,7 @@ def train(session: Session, batches: ViewPipeline) -> int:
 
             losses = torch.zeros(3, device=world.device)  # loss, loss_recon, loss_align
             for micro in range(config.accumulation):
-                batch: Batch = world.together(lambda: next(batches))
+                batch = _next_batch(session, batches)
                 clock.waited += batch.wait_seconds
                 torch.manual_seed(dropout_seed(config.seed, step, micro, world.rank))
                 with parallel.gradient_sync(model, enabled=micro == config.accumulation - 1):
@@ -121,10 +120,22 @@ def train(session: Session, batches: ViewPipeline) -> int:
                 _log(session, batches, clock, lr)
             stop = world.largest(stop_signals.received)
             if stop or progress.step % config.checkpoint_every == 0 or progress.step == total:
-                _save(session, clock)
+                _save(session, batches, clock)
             if stop:
                 return stop if progress.step < total else 0
     return 0
+
+
+def _next_batch(session: Session, batches: ViewPipeline) -> Batch:
+    """The next batch; where there is none on some rank, all raise, after the broken records are named."""
+    try:
+        return session.world.together(lambda: next(batches))
+    except Exception:
+        try:
+            _tell_bad_records(session, batches)
+        except LmimError as problem:  # not worth hiding the failure for
+            session.telemetry.say(f"warning: {problem}")
+        raise
 
 
 def forward(model: nn.Module, batch: Batch, config: PretrainConfig, device: torch.device) -> Tensor:
@@ -176,6 +187,7 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
     config, world, progress = session.config, session.world, session.progress
     means, skipped = progress.meter.close_window()
     steps_per_second, data_wait = clock.close_window()
+    _tell_bad_records(session, batches)
     line: dict[str, Value] = {
         "step": progress.step,
         "epoch": progress.step * config.batch_size / session.order.num_samples,
@@ -183,14 +195,12 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         "lr": lr,
         "images_per_second": steps_per_second * config.batch_size,
         "data_wait_fraction": data_wait,
-        "bad_records": 0,  # counted where the file of them is
+        "bad_records": session.bad_records,
         "skipped_steps": progress.meter.skipped,
         "memory_bytes": memory_bytes(world.device),
         "elapsed_seconds": clock.elapsed(),
     }
-    bad = world.gather((batches.bad.count, list(batches.bad.entries[session.bad_told :])))
-    session.bad_told = len(batches.bad.entries)
-    world.main_only(lambda: _write(session, line, skipped, bad))
+    world.main_only(lambda: _write(session, line, skipped))
     in_a_row = progress.meter.skipped_in_a_row
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise LmimError(
@@ -200,14 +210,22 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         )
 
 
-def _write(
-    session: Session, line: dict[str, Value], skipped: list[int], bad: list[tuple[int, list[BadRecord]]]
-) -> None:
-    """Write one line of metrics, and name what went wrong in its steps; `bad` has a part for every rank."""
-    named = add_new_lines(
-        session.run / "bad_records.jsonl", [entry._asdict() for _, entries in bad for entry in entries]
-    )
-    line["bad_records"] = session.bad_records = max(named, *(count for count, _ in bad))
+def _tell_bad_records(session: Session, batches: ViewPipeline) -> None:
+    """Name and count the broken records that the ranks have met since the last time; all ranks call it."""
+    known = list(batches.bad.entries)  # it grows meanwhile
+    new, session.bad_told = known[session.bad_told :], len(known)
+    found = session.world.gather((batches.bad.count, new))
+
+    def write() -> None:
+        entries = [entry._asdict() for _, entries in found for entry in entries]
+        named = add_new_lines(session.run / "bad_records.jsonl", entries)
+        session.bad_records = max(named, *(count for count, _ in found))
+
+    session.world.main_only(write)
+
+
+def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None:
+    """Write one line of metrics, and name the skipped ones of its steps."""
     session.telemetry.log(line)
     if skipped:
         # Seed, epoch and index replay a sample's views and mask.
@@ -223,8 +241,9 @@ def _write(
         session.telemetry.say(f"warning: skipped {len(skipped)} steps whose loss or gradient was not finite")
 
 
-def _save(session: Session, clock: _Clock) -> None:
-    """Write a checkpoint; every rank waits for it."""
+def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
+    """Write a checkpoint, and what is known of broken records by then; every rank waits for it."""
+    _tell_bad_records(session, batches)
     progress = session.progress
     state = {
         **session.identity,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lmim_fast.errors import LmimError, UsageError
+from lmim_fast.train.failures import shared
 
 Result = TypeVar("Result")
 
@@ -65,7 +66,8 @@ class World:
         """Run `action` on every rank; when it fails on one, every rank raises and none waits for ever.
 
         Raises:
-            LmimError: on the ranks where it did not fail, with the message of the one where it did.
+            LmimError: on the ranks where it did not fail, with the message of the one where it did. Marked
+                as `shared`, as the failure itself is: rank 0 tells of it.
         """
         if self.control is None:
             return action()
@@ -79,9 +81,9 @@ class World:
             return result
         messages = self.gather(None if failure is None else _told(failure))
         if failure is not None:
-            raise failure
+            raise shared(failure)
         rank, message = next((rank, found) for rank, found in enumerate(messages) if found is not None)
-        raise LmimError(f"{message} (rank {rank})")
+        raise shared(LmimError(f"{message} (rank {rank})"))
 
     def main_only(self, action: Callable[[], object]) -> None:
         """Run `action` on the main process; the others wait for it, and fail when it does."""
@@ -93,14 +95,15 @@ def _told(failure: Exception) -> str:
     return str(failure) if isinstance(failure, LmimError) else f"{type(failure).__name__}: {failure}"
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _device(name: str, local_rank: int, local_size: int) -> torch.device:
+    """The device of one of the `local_size` processes of this machine; all of them fail, or none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available here; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if local_size > torch.cuda.device_count():
         raise UsageError(
-            f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
+            f"{local_size} processes on this machine, but {torch.cuda.device_count()} visible GPUs: "
             "lower --nproc-per-node or pass --device cpu"
         )
     return torch.device("cuda", local_rank)
@@ -126,7 +129,13 @@ def join(device: str = "auto") -> Iterator[World]:
         UsageError: CUDA is asked for and not there, or there are fewer GPUs than local processes.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        place = _device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+    except UsageError as error:
+        if local_rank > 0:  # the first of each machine tells: rank 0 may be on a healthy one
+            shared(error)
+        raise
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size == 1:

@@ -14,10 +14,15 @@ from lmim_fast.train.checkpoint import Checkpoint
 from lmim_fast.train.files import CheckpointError
 from lmim_fast.train.parallel import World
 
-# Values that change no weight. `data` is decided by the fingerprint: a database may have moved.
+# Values that change no weight. `data` is decided by the fingerprint: a database may have moved. `teacher` and
+# `init` name what a run began with, and its folder holds that. `device` is the exception, so that a run can
+# move to another machine: products then differ by rounding, views by how CPU and GPU decode and resample.
+# On one machine nothing need differ, so `loader.device` may not change.
 _MAY_CHANGE = {
     "config.data",
     "config.output",
+    "config.teacher",
+    "config.init",
     "config.device",
     "config.resume",
     "config.checkpoint_every",
@@ -25,27 +30,40 @@ _MAY_CHANGE = {
     "config.log_every",
     "config.loader.threads",
     "config.loader.prefetch",
-    "config.loader.device",
     "config.loader.max_bad_fraction",
 }
 
 
-def find(run: Path, config: PretrainConfig, world: World, tell: Callable[[str], None]) -> Checkpoint | None:
+def find(
+    run: Path,
+    config: PretrainConfig,
+    fingerprint: dict[str, Any],
+    world: World,
+    tell: Callable[[str], None],
+) -> Checkpoint | None:
     """The checkpoint to continue from, None for a fresh start; every rank reads the same one.
 
+    Args:
+        fingerprint: of the records that `config.data` names.
     Raises:
-        UsageError: the folder has checkpoints and the config says not to resume.
+        UsageError: the folder has checkpoints, and the config says not to resume or is of another run.
         CheckpointError: it has checkpoints and none of them is whole.
     """
     choice = world.together(lambda: _choose(run, config, tell) if world.is_main else None)
     path = world.gather(choice.path if choice else None)[0]
     if path is None:
         return None
-    return world.together(lambda: choice or checkpoint.read(path))
+
+    def read() -> Checkpoint:
+        saved = choice or checkpoint.read(path)
+        check_same_run(saved, config, fingerprint)
+        return saved
+
+    return world.together(read)
 
 
 def _choose(run: Path, config: PretrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
-    if not checkpoint.exists(run):
+    if not checkpoint.steps(run):
         return None
     if not config.resume:
         raise UsageError(f"{run} already has checkpoints: choose another --output, or drop --no-resume")
@@ -68,7 +86,7 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
     """
     found = [
         *differences(saved.state["config"], to_dict(config), "config"),
-        *differences(saved.state["data"], fingerprint, "data"),
+        *differences(_content(saved.state["data"]), _content(fingerprint), "data"),
     ]
     found = [line for line in found if line[0].partition("[")[0] not in _MAY_CHANGE]
     if found:
@@ -79,6 +97,15 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
         raise UsageError(
             f"{saved.path} is of another run: {lines}{more}; use the same values or another --output"
         )
+
+
+def _content(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint of records without the names of their folders."""
+    databases = [
+        {key: value for key, value in database.items() if key != "name"}
+        for database in fingerprint["databases"]
+    ]
+    return {**fingerprint, "databases": databases}
 
 
 def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:

@@ -13,6 +13,7 @@ from lmim_fast.models import weights
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.train import checkpoint
 from lmim_fast.train.build import needs_teacher
+from lmim_fast.train.failures import shared
 
 NO_TEACHER = (
     "no teacher: pass --teacher FILE (an encoder from `--objective mae`, a released LMIM or MAERec file) "
@@ -27,10 +28,11 @@ def check_teacher(config: PretrainConfig) -> None:
         UsageError: the objective needs a teacher and none is named, or one is named that nothing reads.
     """
     if needs_teacher(config) and config.teacher is None:
-        raise UsageError(NO_TEACHER)
+        raise shared(UsageError(NO_TEACHER))
     if config.teacher is not None and not needs_teacher(config):
         reason = "--objective mae" if config.objective == "mae" else f"--model.target {config.model.target}"
-        raise UsageError(f"--teacher {config.teacher}: {reason} has no teacher; leave the option out")
+        message = f"--teacher {config.teacher}: {reason} has no teacher; leave the option out"
+        raise shared(UsageError(message))
 
 
 def encoder_of(model: nn.Module) -> nn.Module:

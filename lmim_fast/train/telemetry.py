@@ -89,6 +89,8 @@ class Telemetry:
         run:        run folder, or None to write and show nothing.
         total:      optimiser steps of the run.
         start_step: steps done before; metrics past them are dropped, so that the file is one clean curve.
+    Raises:
+        LmimError: the disk is full or a file of the run folder cannot be written.
     """
 
     def __init__(self, run: Path | None, *, total: int, start_step: int) -> None:
@@ -120,7 +122,10 @@ class Telemetry:
         except ImportError as error:
             self.say(f"warning: no TensorBoard files ({error}); pip install tensorboard")
             return None
-        return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        try:
+            return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        except OSError as error:
+            raise explain(error, run / "tensorboard") from error
 
     def say(self, text: str) -> None:
         """One line for the user."""

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -133,6 +135,24 @@ def test_retention_keeps_the_newest_and_at_least_one(save, tmp_path):
         save(step, keep=2)
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
     save(5, keep=1)
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_a_folder_that_cannot_be_deleted_is_warned_of_once_and_the_run_goes_on(save, tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    save(1)
+    with monkeypatch.context() as patched, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        patched.setattr(shutil, "rmtree", refuse)
+        for step in (2, 3, 4):
+            save(step, keep=1)
+        (tmp_path / "checkpoints" / "step-00000005.tmp").mkdir()
+        checkpoint.remove_unfinished(tmp_path)
+    (only,) = told
+    assert f"{tmp_path / 'checkpoints'} cannot be deleted (Permission denied)" in str(only.message)
+    assert save(5, keep=1) == checkpoint.latest(tmp_path)  # into the folder that was left
     assert names(tmp_path) == ["step-00000005"]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lmim_fast.errors import DataError, LmimError, UsageError
 from lmim_fast.train import parallel
+from lmim_fast.train.failures import is_shared
 
 
 def _talk(world):
@@ -26,7 +27,8 @@ def _fail(world, kind, on):
     try:
         return world.together(action)
     except Exception as error:
-        return type(error).__name__, str(error), world.together(lambda: "still talking")
+        said = world.together(lambda: "still talking")
+        return type(error).__name__, str(error), said, is_shared(error)
 
 
 def _average_gradients(world):
@@ -83,8 +85,8 @@ def test_ranks_average_agree_and_gather(ranks):
 
 @pytest.mark.parametrize("on", [0, 1])
 def test_a_failure_on_one_rank_is_raised_on_all_and_nobody_waits(ranks, on):
-    assert ranks[on][f"fail on {on}"] == ("DataError", "record 7 is broken", "still talking")
-    told = ("LmimError", f"record 7 is broken (rank {on})", "still talking")
+    assert ranks[on][f"fail on {on}"] == ("DataError", "record 7 is broken", "still talking", True)
+    told = ("LmimError", f"record 7 is broken (rank {on})", "still talking", True)
     assert ranks[1 - on][f"fail on {on}"] == told
 
 
@@ -118,6 +120,18 @@ def test_cuda_that_is_not_there_is_a_usage_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="--device cuda"), parallel.join("cuda"):
         pass
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_too_few_gpus_fail_every_process_alike_and_the_first_of_the_machine_tells(monkeypatch, local_rank):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    # The second machine of two: its ranks are 2 and 3.
+    for name, value in (("RANK", 2 + local_rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UsageError, match="2 processes on this machine, but 1 visible GPUs") as raised:
+        parallel.join("auto").__enter__()
+    assert is_shared(raised.value) == (local_rank == 1)
 
 
 def test_restarts_under_torchrun_warn_about_the_shared_store(monkeypatch):

@@ -119,6 +119,12 @@ def test_a_terminal_of_100_columns_shows_losses_rate_and_data_wait_beside_the_ba
     assert "step 2/4000" not in shown
 
 
+def test_a_tensorboard_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(LmimError, match=r"cannot write .*tensorboard: "):
+        Telemetry(tmp_path, total=4, start_step=0)
+
+
 def test_missing_tensorboard_is_said_once_and_the_curve_is_still_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with Telemetry(tmp_path, total=4, start_step=0) as telemetry:
