@@ -70,20 +70,29 @@ Size jpeg_frame(const Reader& image, uint64_t at, uint64_t length, uint64_t mark
     const bool known = marker == 0xC0 || marker == 0xC1 || marker == 0xC2 || marker == 0xC9 || marker == 0xCA;
     if (!known || precision != 8 || !(components == 1 || components == 3 || components == 4))
         throw Verdict{Status::UNSUPPORTED};
+    for (uint64_t i = 0; i < components; ++i) {
+        const uint64_t sampling = image.big(at + 9 + 3 * i, 1), across = sampling >> 4, down = sampling & 15;
+        if (across < 1 || across > 4 || down < 1 || down > 4) invalid();
+    }
     return checked(image.big(at + 3, 2), image.big(at + 5, 2), max_pixels);
 }
 
-// Walks the markers to the end of the image; what follows it is ignored, as decoders do.
+// Walks the markers to the end of the image; what follows it is ignored, as decoders do. Up to the first scan,
+// segment must follow segment: libjpeg would search for the next one, DALI's parser refuses the file.
 Size jpeg(const Reader& image, uint64_t max_pixels) {
     Size size{0, 0};
     bool framed = false, scanned = false;
     uint64_t at = 2;
     while (true) {
-        at = image.find_ff(at);
+        if (scanned) at = image.find_ff(at);
+        if (image.big(at, 1) != 0xFF) invalid();
         while (image.big(at, 1) == 0xFF) ++at;
         const uint64_t marker = image.big(at, 1);
         ++at;
-        if (marker <= 1 || (marker >= 0xD0 && marker <= 0xD7)) continue;  // stuffed byte, TEM, restart: no segment
+        if (marker <= 1 || (marker >= 0xD0 && marker <= 0xD7)) {  // stuffed byte, TEM, restart: no segment
+            if (!scanned) invalid();
+            continue;
+        }
         if (marker == 0xD8) invalid();
         if (marker == 0xD9) {  // end of image
             if (!framed || !scanned) invalid();
@@ -203,15 +212,18 @@ Size webp(const Reader& image, uint64_t max_pixels) {
     } else {
         invalid();
     }
-    bool has_pixels = false;
+    // DALI's parser refuses a file that announces EXIF data and has none.
+    const bool announces_exif = image.starts_with("VP8X", 12) && (image.little(20, 1) & 8);
+    bool has_pixels = false, has_exif = false;
     uint64_t at = 12;
     while (at + 8 <= end) {
         const uint64_t length = image.little(at + 4, 4);
         if (at + 8 + length > end) throw Verdict{Status::TRUNCATED};
         has_pixels |= image.starts_with("VP8 ", at) || image.starts_with("VP8L", at) || image.starts_with("ANMF", at);
+        has_exif |= image.starts_with("EXIF", at);
         at += 8 + length + (length & 1);
     }
-    if (!has_pixels) invalid();
+    if (!has_pixels || (announces_exif && !has_exif)) invalid();
     return size;
 }
 

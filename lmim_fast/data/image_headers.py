@@ -85,17 +85,26 @@ def _checked(height: int, width: int, max_pixels: int) -> Size:
 
 
 def _jpeg(image: _Reader, max_pixels: int) -> Size:
-    """Walks the markers to the end of the image; what follows it is ignored, as decoders do."""
+    """Walks the markers to the end of the image; what follows it is ignored, as decoders do.
+
+    Up to the first scan, segment must follow segment: libjpeg would search for the next one, DALI's parser
+    refuses the file.
+    """
     size: Size | None = None
     scanned = False
     at = 2
     while True:
-        at = image.find_ff(at)
+        if scanned:
+            at = image.find_ff(at)
+        if image.big(at, 1) != 0xFF:
+            _invalid()
         while image.big(at, 1) == 0xFF:
             at += 1
         marker = image.big(at, 1)
         at += 1
         if marker <= 1 or 0xD0 <= marker <= 0xD7:  # stuffed byte, TEM, restart: no segment
+            if not scanned:
+                _invalid()
             continue
         if marker == 0xD8:
             _invalid()
@@ -125,6 +134,10 @@ def _jpeg_frame(image: _Reader, at: int, length: int, marker: int, max_pixels: i
     # baseline, extended, progressive, and the arithmetic-coded forms of the last two
     if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) or precision != 8 or components not in (1, 3, 4):
         raise _Verdict(_UNSUPPORTED)
+    for component in range(components):
+        sampling = image.big(at + 9 + 3 * component, 1)
+        if not (1 <= sampling >> 4 <= 4 and 1 <= sampling & 15 <= 4):
+            _invalid()
     return _checked(image.big(at + 3, 2), image.big(at + 5, 2), max_pixels)
 
 
@@ -199,15 +212,18 @@ def _webp(image: _Reader, max_pixels: int) -> Size:
         size = _webp_lossless(image, max_pixels)
     else:
         _invalid()
-    has_pixels = False
+    # DALI's parser refuses a file that announces EXIF data and has none.
+    announces_exif = image.starts_with(b"VP8X", 12) and bool(image.little(20, 1) & 8)
+    has_pixels = has_exif = False
     at = 12
     while at + 8 <= end:
         length = image.little(at + 4, 4)
         if at + 8 + length > end:
             raise _Verdict(_TRUNCATED)
         has_pixels |= any(image.starts_with(kind, at) for kind in (b"VP8 ", b"VP8L", b"ANMF"))
+        has_exif |= image.starts_with(b"EXIF", at)
         at += 8 + length + (length & 1)
-    if not has_pixels:
+    if not has_pixels or (announces_exif and not has_exif):
         _invalid()
     return size
 

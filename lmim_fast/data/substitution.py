@@ -157,8 +157,8 @@ class SampleReader:
         status, heights, widths = probe(images, self._max_pixels)
         encoded = list(images)
         for row, image in enumerate(encoded):
-            if status[row] == Status.OK and image[:3] == b"GIF":
-                encoded[row], size = _gif_to_bmp(image)
+            if status[row] == Status.OK and image[:2] in (b"GI", b"BM"):
+                encoded[row], size = _plain_bmp(image)
                 heights[row], widths[row] = size
                 status[row] = Status.OK if encoded[row] else Status.UNSUPPORTED
         return encoded, status, heights, widths
@@ -168,9 +168,15 @@ def _reason(status: int) -> str:
     return Status(status).name.lower().replace("_", " ")
 
 
-def _gif_to_bmp(image: bytes) -> tuple[bytes, tuple[int, int]]:
-    """The first frame of a GIF, which DALI does not read, as a BMP; empty where OpenCV cannot decode it."""
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+def _plain_bmp(image: bytes) -> tuple[bytes, tuple[int, int]]:
+    """The first frame of a GIF or BMP as a BMP of 24 bits a pixel; empty where OpenCV cannot decode it.
+
+    DALI does not read GIFs, and a BMP whose palette is damaged can crash it.
+    """
+    try:
+        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # more pixels than OpenCV takes
+        pixels = None
     if pixels is None:
         return b"", (0, 0)
     return cv2.imencode(".bmp", pixels)[1].tobytes(), pixels.shape[:2]

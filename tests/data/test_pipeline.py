@@ -4,7 +4,10 @@ import gc
 import itertools
 import logging
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,7 +15,7 @@ import psutil
 import pytest
 import torch
 from crop_views import as_bytes, decoded, png, psnr
-from encoded_images import by_opencv, by_pillow, mutations, variants
+from encoded_images import by_opencv, by_pillow, mutations, patched, variants
 from lmdb_folders import write_database
 from reference_view import reference_plain
 
@@ -134,6 +137,57 @@ def test_a_run_started_in_the_middle_continues_the_same_views(folder, expected):
         samples(folder, end_step=2) | samples(folder, start_step=2, end_step=4),
         expected,
     )
+
+
+def counted_permutations(monkeypatch, wait=lambda epoch: None):
+    """The epochs whose permutation is computed, in that order; `wait` runs before each."""
+    computed = []
+    keys = SampleOrder._sort_keys
+
+    def sort_keys(order, epoch):
+        computed.append(epoch)
+        wait(epoch)
+        return keys(order, epoch)
+
+    monkeypatch.setattr(SampleOrder, "_sort_keys", sort_keys)
+    return computed
+
+
+def test_a_run_started_in_a_later_epoch_computes_the_permutations_of_its_own_epochs_alone(
+    folder, monkeypatch
+):
+    computed = counted_permutations(monkeypatch)
+    with pipeline(folder, start_step=9, end_step=11) as batches:  # 8 of 23: places 72 to 87, epoch 3
+        assert len(list(batches)) == 2
+    assert computed == [3]
+
+
+def test_the_next_permutation_is_computed_while_the_epoch_is_still_running(folder, monkeypatch):
+    started, release = threading.Event(), threading.Event()
+
+    def wait(epoch):
+        if epoch == 1:
+            started.set()
+            assert release.wait(20)
+
+    computed = counted_permutations(monkeypatch, wait)
+    with pipeline(folder, batch_size=1, end_step=COUNT + 2) as batches:
+        next(batches)
+        assert started.wait(20)  # with 22 samples of epoch 0 to come
+        for _ in range(COUNT - 1):
+            assert next(batches).epochs.item() == 0
+        release.set()
+        assert [batch.epochs.item() for batch in batches] == [1, 1]
+    assert computed == [0, 1]
+
+
+@pytest.mark.parametrize("image_size", [(30, 90), (33, 127)], ids=str)
+def test_views_of_any_size_can_be_made(folder, image_size):
+    with pipeline(folder, image_size=image_size, end_step=2) as batches:
+        for batch in batches:
+            plain, guidance = batch.views()
+            assert plain.shape == guidance.shape == (8, 3, *image_size)
+            assert torch.isfinite(guidance).all()
 
 
 def test_views_change_with_the_epoch_and_the_seed(folder, expected):
@@ -281,6 +335,52 @@ def test_mutated_files_never_stop_a_run_that_tolerates_them(tmp_path):
             assert torch.isfinite(batch.views()[1]).all()
         assert 20 < batches.bad.count < 200
         assert len(batches.bad.entries) == batches.bad.count
+
+
+def damaged_headers():
+    """Files whose damage DALI's decoder finds while it reads headers, with what becomes of them."""
+    jpeg = variants()["jpeg"]
+    tables, colours = jpeg.index(b"\xff\xdb"), 46  # the latter: place of a BMP's number of palette entries
+    return {
+        jpeg[:2] + b"junk" + jpeg[2:]: "invalid",
+        jpeg[:tables] + b"\0" + jpeg[tables:]: "invalid",
+        jpeg[:tables] + b"\xff\xd0" + jpeg[tables:]: "invalid",
+        patched("webp animated", 20, b"\x0a"): "invalid",
+        patched("bmp gray", colours, b"\0\0\0\1"): "unsupported",
+        patched("bmp 1 bit", colours, b"\xff\xff\xff\xff"): "unsupported",
+    }
+
+
+RUN_OF_64 = """
+import sys
+from lmim_fast.config import DataConfig
+from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.pipeline import ViewPipeline
+from lmim_fast.data.records import RecordStore
+store = RecordStore([sys.argv[1]])
+for seed in range(8):
+    loader = DataConfig(threads=4, max_bad_fraction=1.0)
+    order = SampleOrder(len(store), 64, seed)
+    with ViewPipeline(store, order, guidance=None, loader=loader, seed=seed, end_step=2) as batches:
+        assert [batch.plain.shape[0] for batch in batches] == [64, 64]
+        reasons = {int(entry.key[-9:]) - 1: entry.reason for entry in batches.bad.entries}
+print(sorted(reasons.items()))
+"""
+
+
+def test_large_batches_survive_images_that_fail_in_the_decoders_header_step(tmp_path):
+    files = list(damaged_headers()) * 4
+    folder = database(tmp_path / "lmdb", dict(enumerate(files)), count=64)
+    run = subprocess.run(  # DALI's decoder would end the process
+        [sys.executable, "-c", RUN_OF_64, str(folder)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    reasons = list(damaged_headers().values()) * 4
+    assert run.stdout.strip() == str(list(enumerate(reasons)))
 
 
 def test_images_of_one_pixel_and_of_one_row_work(tmp_path):

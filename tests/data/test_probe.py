@@ -139,6 +139,7 @@ def test_bombs_are_too_large_with_the_size_they_claim():
         ("webp lossless", 20, b"\0"),
         ("webp lossless", 24, b"\xf0"),  # version
         ("webp extended", 16, b"\x04\0\0\0"),
+        ("webp animated", 20, b"\x0a"),  # announces EXIF data and has none
         ("bmp", 18, b"\0\0\0\0"),
         ("bmp", 18, b"\xff\xff\xff\xff"),  # width -1
         ("bmp", 22, b"\0\0\0\x80"),  # height -2^31
@@ -164,6 +165,34 @@ def test_jpegs_without_a_frame_or_scan_and_with_two_frames_are_invalid():
         b"\xff\xd8" + jpeg,
     ]
     assert both_forms(images) == [(Status.INVALID, 0, 0)] * len(images)
+
+
+@pytest.mark.parametrize("name", [name for name in variants() if name.startswith("jpeg")])
+def test_jpegs_with_anything_but_segments_before_the_first_scan_are_invalid(name):
+    jpeg = variants()[name]
+    starts, at = [], 2
+    while jpeg[at + 1] != 0xDA:
+        starts.append(at)
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    starts.append(at)
+    assert len(starts) >= 5
+    for at in starts:
+        for junk in (b"\0", b"junk", b"\xff\0", b"\xff\x01", b"\xff\xd0", b"\xff\xd7"):  # TEM, restarts
+            assert both_forms([jpeg[:at] + junk + jpeg[at:]]) == [(Status.INVALID, 0, 0)], (at, junk)
+        filled = jpeg[:at] + b"\xff\xff" + jpeg[at:]  # bytes that may stand before a marker
+        assert both_forms([filled]) == [(Status.OK, HEIGHT, WIDTH)], at
+        short = jpeg[: at + 2] + b"\0\1" + jpeg[at + 4 :]  # a length that does not count itself
+        assert both_forms([short]) == [(Status.INVALID, 0, 0)], at
+        long = jpeg[: at + 2] + b"\xff\xff" + jpeg[at + 4 :]
+        assert both_forms([long])[0][0] in (Status.TRUNCATED, Status.INVALID), at
+
+
+@pytest.mark.parametrize("sampling", [0x00, 0x01, 0x10, 0x15, 0x51, 0xFF])
+@pytest.mark.parametrize("component", range(3))
+def test_jpegs_with_impossible_sampling_factors_are_invalid(component, sampling):
+    at = frame_at(variants()["jpeg"]) + 7 + 3 * component
+    assert both_forms([patched("jpeg", at, bytes([sampling]))]) == [(Status.INVALID, 0, 0)]
+    assert both_forms([patched("jpeg", at, b"\x11")]) == [(Status.OK, HEIGHT, WIDTH)]
 
 
 def test_forms_that_decoders_refuse_are_unsupported():
@@ -244,7 +273,7 @@ def test_the_native_form_under_address_and_undefined_behaviour_sanitizers(tmp_pa
 
 
 def test_the_native_form_lets_other_threads_run():
-    endless = b"\xff\xd8" + b"\xff\x00" * 2**22
+    endless = variants()["jpeg"][:-2] + b"\xff\x00" * 2**22
     images, ticks, done = [endless] * 8, [], threading.Event()
 
     def tick():

@@ -1,0 +1,77 @@
+"""How broken images of a batch are found."""
+
+import random
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from crop_views import png
+from encoded_images import mutations, variants
+
+from lmim_fast.data import view_graph
+from lmim_fast.data.probe import Status, probe
+from lmim_fast.data.view_graph import BrokenImages, Stage, ViewGraph
+
+GOOD = png(np.full((8, 20, 3), 120, np.uint8))
+
+
+def undecodable():
+    """A JPEG with an impossible Huffman table."""
+    data = cv2.imencode(".jpg", np.full((16, 16, 3), 9, np.uint8))[1].tobytes()
+    at = data.index(b"\xff\xc4") + 5
+    return data[:at] + b"\xff" * 16 + data[at + 16 :]
+
+
+@pytest.fixture
+def decode_runs(monkeypatch):
+    """Sizes of the batches given to pipelines that only decode."""
+    runs = []
+    feed = view_graph.feed
+
+    def counted(pipeline, stage, encoded, program):
+        if stage == Stage.DECODE:
+            runs.append(len(encoded))
+        feed(pipeline, stage, encoded, program)
+
+    monkeypatch.setattr(view_graph, "feed", counted)
+    return runs
+
+
+@pytest.mark.parametrize("row", [0, 21, 63])
+def test_one_broken_image_is_found_in_few_runs(row, decode_runs):
+    images = [GOOD] * 64
+    images[row] = undecodable()
+    graph = ViewGraph(
+        batch_size=64, threads=1, device=torch.device("cpu"), image_size=(32, 128), guidance=False
+    )
+    with pytest.raises(BrokenImages) as caught:
+        graph(images, None)
+    assert caught.value.rows == [row]
+    assert len(decode_runs) == 64 // 8 + 2 * 3  # eights, then one of them in halves
+    assert max(decode_runs) == 8  # larger ones can crash in DALI
+    images[row] = GOOD
+    plain, _ = graph(images, None)  # the graph can be called again
+    assert plain.shape == (64, 32, 128, 3)
+    graph.close()
+
+
+def test_the_broken_images_of_any_batch_are_those_found_one_by_one():
+    rng = random.Random(1)
+    images = [data for data in mutations(rng, 12) if data] + [GOOD] * 37
+    rng.shuffle(images)
+    one_by_one = [row for row, image in enumerate(images) if view_graph._broken_rows([image])]
+    assert 5 < len(one_by_one) < 15
+    assert view_graph._broken_rows(images) == one_by_one
+    bad = [images[row] for row in one_by_one]
+    assert view_graph._broken_rows(bad) == list(range(len(bad)))
+    assert view_graph._broken_rows([GOOD] * 5) == []
+
+
+def test_fill_bytes_before_markers_pass_the_probe_and_are_decoded():
+    jpeg = variants()["jpeg"]
+    filled = [
+        jpeg[:at] + b"\xff\xff" + jpeg[at:] for at in (2, jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xda"))
+    ]
+    assert set(probe(filled).status) == {Status.OK}
+    assert view_graph._broken_rows(filled) == []
