@@ -27,7 +27,12 @@ class Rendering:
             "render(RenderConfig(output=sys.argv[1], count=100_000, processes=2))"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, output], stderr=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-c", code, output],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            # A shell's background jobs ignore Ctrl-C, and so would this child of theirs.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.children = []
         partial = output.with_name(output.name + ".partial") / "records.partial"
