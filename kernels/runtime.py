@@ -1,21 +1,102 @@
-"""Whether a Triton kernel can run on a device in this process."""
+"""Where kernels run and how they are launched: on a CUDA device, in Triton's interpreter, or recorded."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED_MULTIPROCESSORS = 2  # few, so that the loops over rows are run in the interpreter too
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as it would be compiled."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class Recording:
+    """Launches that were asked for while it was open, for a device of this compute capability."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    launches: list[Launch]
+
+
+_recording: Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(capability: tuple[int, int], multiprocessors: int = 132) -> Iterator[Recording]:
+    """Inside the block kernels are not run: their launches, on tensors of any device, are collected."""
+    global _recording
+    previous, _recording = _recording, Recording(capability, multiprocessors, [])
+    try:
+        yield _recording
+    finally:
+        _recording = previous
 
 
 def can_run(device: torch.device) -> bool:
     """True on a CUDA device with Triton installed, and on a CPU under Triton's interpreter."""
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 1, **constants: Any
+) -> None:
+    """Run `kernel` on the device of its first tensor argument.
+
+    Args:
+        kernel:     a function under `triton.jit`.
+        grid:       programs along each axis; nothing is launched where one is 0.
+        arguments:  tensors and numbers, in the kernel's order.
+        num_warps:  warps of a program.
+        num_stages: depth of software pipelines.
+        constants:  the kernel's constexpr arguments.
+    """
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, arguments, constants, num_warps, num_stages))
+        return
+    if 0 in grid:
+        return
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability that launch configurations are chosen for; the interpreter counts as (9, 0)."""
+    if _recording is not None:
+        return _recording.capability
+    return _properties(device)[0] if device.type == "cuda" else (9, 0)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device."""
+    if _recording is not None:
+        return _recording.multiprocessors
+    return _properties(device)[1] if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count

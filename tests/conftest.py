@@ -1,9 +1,15 @@
 """Shared fixtures: the recorded tensors of the released code, and seeds."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if (
+    not torch.cuda.is_available()
+):  # kernels run in Triton's interpreter, which is chosen before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # One thread: OpenMP threads that share their cores with other processes wait for each other far too long.
 torch.set_num_threads(1)

@@ -2,6 +2,8 @@
 
 An op checks its arguments and calls `run` with its eager form; a kernel is registered with the inputs it is
 made for. `LMIM_FAST_BACKEND` (auto, eager or triton) and the `backend` context manager override the choice.
+"auto" launches kernels on CUDA devices alone; in Triton's interpreter, on a CPU, they run where "triton" is
+asked for by name.
 """
 
 from __future__ import annotations
@@ -23,11 +25,17 @@ BACKENDS = ("auto", "eager", "triton")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What to launch, for which dtypes, and a rule that says why an input does not fit."""
+    """What to launch, for which dtypes, and a rule that says why an input does not fit.
+
+    launch:  takes the arguments of the eager form.
+    refuses: takes the same arguments; a reason, or None where the kernel fits.
+    proven:  False keeps the kernel out of "auto": nothing measured shows yet that it is the faster form.
+    """
 
     launch: Callable[..., Any]
     dtypes: tuple[torch.dtype, ...]
     refuses: Callable[..., str | None]
+    proven: bool = True
 
 
 _kernels: dict[str, Kernel] = {}
@@ -68,34 +76,54 @@ def run(op: str, eager: Callable[..., Result], *arguments: Any) -> Result:
     Raises:
         RuntimeError: as `select`.
     """
-    kernel = select(op, *(value for value in arguments if isinstance(value, Tensor)))
+    kernel = select(op, *arguments)
     return eager(*arguments) if kernel is None else kernel.launch(*arguments)
 
 
-def select(op: str, *tensors: Tensor) -> Kernel | None:
-    """The kernel to launch for these inputs, or None for the eager form.
+def select(op: str, *arguments: Any) -> Kernel | None:
+    """The kernel to launch for these arguments of the op, or None for the eager form.
 
     Raises:
-        RuntimeError: backend "triton" is asked for and the op has no kernel for these inputs.
+        RuntimeError: backend "triton" is asked for and the op has no kernel for these arguments.
     """
     name = current_backend()
     if name == "eager":
         return None
-    reason = _refusal(op, tensors)
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if name == "auto" and any(tensor.device.type != "cuda" for tensor in tensors):
+        return None
+    reason = _refusal(op, tensors, arguments)
     if reason is None:
-        return _kernels[op]
+        kernel = _kernels[op]
+        return kernel if kernel.proven or name == "triton" else None
     if name == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {op} {reason}")
     return None
 
 
-def _refusal(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+def _refusal(op: str, tensors: list[Tensor], arguments: tuple[Any, ...]) -> str | None:
     kernel = _kernels.get(op)
     if kernel is None:
         return "has no kernel"
     for tensor in tensors:
         if not runtime.can_run(tensor.device):
             return f"cannot run a kernel on {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype not in kernel.dtypes:
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype not in kernel.dtypes:
             return f"has no kernel for {tensor.dtype}"
-    return kernel.refuses(*tensors)
+        if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+            return "has no kernel for torch.bfloat16 in Triton's interpreter, whose products of it are wrong"
+    return kernel.refuses(*arguments)
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Check that an op's inputs are on one device.
+
+    Raises:
+        ValueError: they are not; the message names each.
+    """
+    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(places.values())) > 1:
+        named = ", ".join(f"{name} on {place}" for name, place in places.items())
+        raise ValueError(f"inputs must be on one device, got {named}")

@@ -23,6 +23,7 @@ class Stream(enum.IntEnum):
     GUIDANCE = 1
     ORDER = 2
     MAE_MASK = 3
+    DROPOUT = 4
 
 
 def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +33,11 @@ def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def uint32(seed: int, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
+def uint32(seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
     """Random 32-bit integers for each sample.
 
     Args:
-        seed:   key, 64 bits are used.
+        seed:   key, 64 bits are used; a number, or (1,) int64.
         epoch:  below 2^32; one number, or (B,) int64, one for each sample.
         index:  (B,) int64 sample indices, 0 <= index < 2^32.
         count:  numbers per sample.
@@ -65,7 +66,7 @@ def uint32(seed: int, epoch: int | Tensor, index: Tensor, count: int, stream: in
     return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
 
 
-def uniform(seed: int, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
+def uniform(seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
     """Uniform fp32 numbers in [0, 1) with 24 random bits; arguments and errors as `uint32`.
 
     Returns:
