@@ -2,10 +2,12 @@
 PYTHON ?= python3
 CUDA ?= cuda13
 RUN ?= runs/demo
+RESULTS ?= runs/gpu
+GPU_PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow lint bench bench-compare bench-save static tables gpu clean
 
 install: $(INSTALLED)
 
@@ -36,6 +38,29 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every operation against its floor and its rivals, on whatever this machine has.
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,min,max,rounds
+
+# Fails where an operation got more than 10 % slower than in the last saved run on this device; saves a green run.
+bench-compare: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compare
+
+bench-save: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compare --save
+
+# Compiles every kernel configuration for three GPUs (none needed) into benchmarks/results.
+static: $(INSTALLED)
+	$(BIN)/python -m benchmarks.static --arch all --results benchmarks/results
+
+# docs/BENCHMARKS.md from benchmarks/results.
+tables: $(INSTALLED)
+	$(BIN)/python -m benchmarks.tables
+
+# What needs a CUDA device, with this machine's own Python: tests, operations, whole steps, into RESULTS.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(RESULTS)
 
 clean:
 	rm -rf .venv build *.egg-info lmim_fast/*.so

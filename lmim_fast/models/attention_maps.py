@@ -7,8 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lmim_fast.models.decoder import DecoderLayer, PlainRows
-from lmim_fast.models.encoder import Block
+from lmim_fast.layers.block import norm_linear
+from lmim_fast.layers.rows import PlainRows
+from lmim_fast.models.decoder import GuidedLayer
+from lmim_fast.models.encoder import PackedBlock
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops.attention import attention_weights
@@ -37,11 +39,12 @@ def encoder_cls_attention(model: LMIM | MAE, images: Tensor) -> Tensor:
         (B, heads, rows, columns) fp32; a map sums to 1 minus what cls gives itself.
     """
     encoder = model.model_maeenc if isinstance(model, LMIM) else model
-    attention = cast(Block, encoder.blocks[-1]).attn
-    qkv = _first_inputs(attention, lambda: encoder.encode(images))[0]
+    block = cast(PackedBlock, encoder.blocks[-1])
+    residual, branch, branch_bias, _ = _first_inputs(block, lambda: encoder.encode(images))
+    qkv = norm_linear(residual, branch, branch_bias, block.norm1, block.attn.qkv)[0]
     q, k, _ = (
-        (qkv + attention.qkv.bias)
-        .unflatten(1, (3, attention.heads, -1))
+        (qkv + block.attn.qkv.bias)
+        .unflatten(1, (3, block.attn.num_heads, -1))
         .unflatten(0, (len(images), -1))
         .unbind(2)
     )
@@ -74,19 +77,16 @@ def decoder_cross_attention(
     try:
         ids_visible, ids_masked = select_patches(noise, model.config.num_visible)
         latent, memory = model.encode_views(images, guidance, ids_visible)
-        layer = cast(DecoderLayer, model.decoder_blocks[-1])
+        layer = cast(GuidedLayer, model.decoder_blocks[-1])
         x, kv, kv_bias = _first_inputs(
             layer, lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)
         )
         if layer.order == "sa_ca":
             x = PlainRows(layer.attend_self(x, masked_only=True), 0)
-        width, heads = x.rows.shape[2], layer.heads
-        attention = layer.multihead_attn
-        q = x.project(attention.in_proj_weight[:width]) + attention.in_proj_bias[:width]
-        k = (kv + kv_bias)[..., :width]
-        weights = attention_weights(
-            q[:, -ids_masked.shape[1] :].unflatten(2, (heads, -1)), k.unflatten(2, (heads, -1))
-        )
+        attention, heads = layer.multihead_attn, (layer.num_heads, -1)
+        q = x.project(attention.q_weight) + attention.q_bias
+        k = (kv + kv_bias).chunk(2, dim=-1)[0]
+        weights = attention_weights(q[:, -ids_masked.shape[1] :].unflatten(2, heads), k.unflatten(2, heads))
     finally:
         model.train(training)
     return ids_masked, weights[..., 1:].unflatten(3, model.config.grid)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
-from lmim_fast.models.decoder import DecoderLayer, MaskedRows, PlainRows, memory_projection
-from lmim_fast.models.encoder import LAYER_NORM_EPS, Encoder, initialise
+from lmim_fast.layers.norm import LAYER_NORM_EPS
+from lmim_fast.layers.rows import MaskedRows, PlainRows
+from lmim_fast.models.decoder import GuidedLayer, memory_projection
+from lmim_fast.models.encoder import Encoder, initialise
 from lmim_fast.models.positions import position_table
 from lmim_fast.ops.feature_loss import masked_feature_target, masked_mse, masked_pixel_target
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -61,7 +63,7 @@ class LMIM(nn.Module):
             self.model_maeenc_momentum = Encoder(config).requires_grad_(False)
         self.decoder_embed = nn.Linear(config.width, width)
         self.decoder_embed2 = nn.Linear(config.width, width)
-        self.decoder_blocks = nn.ModuleList([DecoderLayer(config) for _ in range(config.decoder_depth)])
+        self.decoder_blocks = nn.ModuleList([GuidedLayer(config) for _ in range(config.decoder_depth)])
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.target_width)
         self.apply(initialise)
@@ -134,7 +136,7 @@ class LMIM(nn.Module):
 
     def decoder_input(
         self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor
-    ) -> tuple[MaskedRows | PlainRows, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[MaskedRows | PlainRows, list[tuple[Tensor, Tensor | None]]]:
         """Token rows of the first layer, and each layer's memory keys and values with their bias."""
         dtype = compute_dtype(self.decoder_embed.weight)
         shown = linear(latent, self.decoder_embed.weight)
@@ -144,17 +146,16 @@ class LMIM(nn.Module):
         table = mask_table(self.mask_token, self.decoder_pos_embed)
         return MaskedRows(rows.to(dtype), table.to(dtype), ids_masked), self.memory_keys(memory)
 
-    def memory_keys(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def memory_keys(self, memory: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """For each layer, keys and values (B, N, 2 x decoder width) without bias, and the bias."""
         embed = self.decoder_embed2
-        layers = [cast(DecoderLayer, layer).multihead_attn for layer in self.decoder_blocks]
+        layers = [cast(GuidedLayer, layer).multihead_attn for layer in self.decoder_blocks]
         folded = memory_projection(embed, layers)
         if folded is not None:
             products, biases = linear(memory, folded[0]), folded[1]
             return list(zip(products.chunk(len(layers), -1), biases.chunk(len(layers)), strict=True))
         embedded = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
-        width = embed.weight.shape[0]
-        return [(linear(embedded, a.in_proj_weight[width:]), a.in_proj_bias[width:]) for a in layers]
+        return [(linear(embedded, layer.kv_weight), layer.kv_bias) for layer in layers]
 
     def align(self, masked: Tensor, guidance: Tensor) -> Tensor:
         """Mean squared distance of the two cls features (B, D), in fp32."""

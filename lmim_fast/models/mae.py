@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
-from lmim_fast.models.encoder import LAYER_NORM_EPS, Block, Encoder, initialise, run_blocks
+from lmim_fast.layers.norm import LAYER_NORM_EPS
+from lmim_fast.models.encoder import Encoder, PackedBlock, initialise, run_blocks
 from lmim_fast.models.lmim import LMIMOutput
 from lmim_fast.models.positions import position_table
 from lmim_fast.ops.feature_loss import masked_mse, masked_pixel_target
@@ -31,7 +32,8 @@ class MAE(Encoder):
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
         self.decoder_embed = nn.Linear(config.width, width)
         depth, heads = config.mae_decoder_depth, config.decoder_heads
-        self.decoder_blocks = nn.ModuleList([Block(width, heads, config.mlp_ratio) for _ in range(depth)])
+        blocks = [PackedBlock(width, heads, config.mlp_ratio) for _ in range(depth)]
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.patch_pixels)
         self.apply(initialise)

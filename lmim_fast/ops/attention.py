@@ -6,50 +6,65 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lmim_fast.ops.dispatch import run
+from lmim_fast.ops import attention_backends, attention_kernels, dispatch, dropout
+from lmim_fast.ops.attention_backends import backend
+
+__all__ = ["Segment", "attention_weights", "backend", "cross_attention", "self_attention"]
 
 Segment = tuple[int, int]  # sequences, tokens of each
 
 
 def self_attention(
-    qkv: Tensor, qkv_bias: Tensor | None, heads: int, segments: Sequence[Segment], *, p: float = 0.0
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    heads: int,
+    segments: Sequence[Segment],
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Self-attention of several groups of sequences that lie in one matrix.
 
     Args:
-        qkv:      (rows, 3D) product of the qkv linear without its bias; rows segment after segment.
-        qkv_bias: (3D,) or None.
+        qkv:      (rows, 3D) product of the qkv linear without its bias, fp64 | fp32 | bf16 | fp16; rows segment
+                  after segment.
+        qkv_bias: (3D,) or None, any float dtype; its gradient comes out of this op.
         heads:    H, D a multiple of it.
-        segments: (sequences, tokens) of each group; rows = sum of their products.
-        p:        dropout probability of the attention weights, from torch's generator.
+        segments: (sequences, tokens) of each group, tokens >= 1; rows = sum of their products.
+        p:        dropout probability of the attention weights, in [0, 1); in steps of 1/256 where a seed is given
+                  or the kernel runs (`ops/dropout.py`).
+        seed:     one int64: the dropout mask is a function of it; None draws from torch's generator.
     Returns:
         (rows, D) context in qkv's dtype.
     Raises:
-        ValueError: shapes do not fit, or p outside [0, 1).
-    Source: Vaswani et al. 2017.
+        ValueError: shapes, dtypes or devices do not fit, p is outside [0, 1), or the seed is no int64.
+        RuntimeError: a backend is asked for by name that cannot run this input.
+    Source: Vaswani et al. 2017; dispatch and backends: `backend`.
     """
+    segments = tuple((int(sequences), int(tokens)) for sequences, tokens in segments)
     rows = sum(sequences * tokens for sequences, tokens in segments)
-    if qkv.dim() != 2 or qkv.shape[0] != rows or qkv.shape[1] % (3 * heads):
+    if heads < 1 or qkv.dim() != 2 or qkv.shape[0] != rows or qkv.shape[1] % (3 * heads):
         raise ValueError(
             f"qkv {tuple(qkv.shape)} must be ({rows}, 3D) for segments {list(segments)} and {heads} heads"
         )
-    _check_probability(p)
-    return run("self_attention", _self_attention_eager, qkv, qkv_bias, heads, tuple(segments), p)
-
-
-def _self_attention_eager(
-    qkv: Tensor, qkv_bias: Tensor | None, heads: int, segments: Sequence[Segment], p: float
-) -> Tensor:
+    if any(sequences < 0 or tokens < 1 for sequences, tokens in segments):
+        raise ValueError(f"segments need at least one token a sequence, got {list(segments)}")
+    _check_bias("qkv", qkv, qkv_bias)
+    _check_rest(p, seed, qkv=qkv, qkv_bias=qkv_bias, seed=seed)
+    arguments = (qkv, qkv_bias, heads, segments, p, seed)
+    name = _choose("self_attention", arguments)
+    if name == "triton":
+        return attention_kernels.self_attention(*arguments)
     if qkv_bias is not None:
         qkv = qkv + qkv_bias.to(qkv.dtype)
-    contexts = []
+    contexts, first = [], 0
     parts = qkv.split([sequences * tokens for sequences, tokens in segments])
     for part, (sequences, tokens) in zip(parts, segments, strict=True):
-        q, k, v = part.view(sequences, tokens, 3, heads, -1).unbind(2)  # (B, N, H, D/H)
-        contexts.append(_attend(q, k, v, p).flatten(2).flatten(0, 1))
+        q, k, v = part.unflatten(0, (sequences, tokens)).unflatten(2, (3, heads, -1)).unbind(2)
+        contexts.append(_attend(name, q, k, v, p, seed, first).flatten(2).flatten(0, 1))
+        first += sequences
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
@@ -61,24 +76,27 @@ def cross_attention(
     heads: int,
     *,
     p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries over the keys and values of another sequence.
 
     Args:
-        q:       (B, N, D) product of the query linear without its bias.
-        q_bias:  (D,) or None.
-        kv:      (B, M, 2D) product of the key and value linears without their bias, keys first.
-        kv_bias: (2D,) or None.
+        q:       (B, N, D) product of the query linear without its bias, fp64 | fp32 | bf16 | fp16.
+        q_bias:  (D,) or None, any float dtype.
+        kv:      (B, M, 2D) product of the key and value linears without their bias, keys first; q's dtype.
+        kv_bias: (2D,) or None, any float dtype.
         heads:   H, D a multiple of it.
-        p:       dropout probability of the attention weights, from torch's generator.
+        p, seed: as for `self_attention`.
     Returns:
         (B, N, D) context in q's dtype.
     Raises:
-        ValueError: shapes do not fit, or p outside [0, 1).
+        ValueError: as `self_attention`.
+        RuntimeError: as `self_attention`.
     Source: Vaswani et al. 2017.
     """
     if (
-        q.dim() != 3
+        heads < 1
+        or q.dim() != 3
         or kv.dim() != 3
         or q.shape[0] != kv.shape[0]
         or kv.shape[2] != 2 * q.shape[2]
@@ -87,19 +105,23 @@ def cross_attention(
         raise ValueError(
             f"q {tuple(q.shape)} and kv {tuple(kv.shape)} must be (B, N, D), (B, M, 2D), {heads} heads"
         )
-    _check_probability(p)
-    return run("cross_attention", _cross_attention_eager, q, q_bias, kv, kv_bias, heads, p)
-
-
-def _cross_attention_eager(
-    q: Tensor, q_bias: Tensor | None, kv: Tensor, kv_bias: Tensor | None, heads: int, p: float
-) -> Tensor:
+    if 0 in (q.shape[1], kv.shape[1]):
+        raise ValueError(f"q {tuple(q.shape)} and kv {tuple(kv.shape)} must have at least one token")
+    if q.dtype != kv.dtype:
+        raise ValueError(f"q and kv must have one dtype, got {q.dtype} and {kv.dtype}")
+    _check_bias("q", q, q_bias)
+    _check_bias("kv", kv, kv_bias)
+    _check_rest(p, seed, q=q, q_bias=q_bias, kv=kv, kv_bias=kv_bias, seed=seed)
+    arguments = (q, q_bias, kv, kv_bias, heads, p, seed)
+    name = _choose("cross_attention", arguments)
+    if name == "triton":
+        return attention_kernels.cross_attention(*arguments)
     if q_bias is not None:
         q = q + q_bias.to(q.dtype)
     if kv_bias is not None:
         kv = kv + kv_bias.to(kv.dtype)
     k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
-    return _attend(q.unflatten(2, (heads, -1)), k, v, p).flatten(2)
+    return _attend(name, q.unflatten(2, (heads, -1)), k, v, p, seed, 0).flatten(2)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -108,12 +130,45 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
-def _check_probability(p: float) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p must be in [0, 1), got {p}")
+def _check_bias(name: str, product: Tensor, bias: Tensor | None) -> None:
+    if not product.is_floating_point():
+        raise ValueError(f"{name} must be floating-point, got {product.dtype}")
+    if bias is not None and (bias.shape != product.shape[-1:] or not bias.is_floating_point()):
+        raise ValueError(
+            f"{name}_bias must be ({product.shape[-1]},) and floating-point for {name} {tuple(product.shape)}, "
+            f"got {tuple(bias.shape)} {bias.dtype}"
+        )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """(B, N, H, d), (B, M, H, d) twice to (B, N, H, d)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
+def _check_rest(p: float, seed_value: Tensor | None, **tensors: Tensor | None) -> None:
+    dropout.check_probability(p)
+    dropout.check_seed(seed_value)
+    dispatch.same_device(**tensors)
+
+
+def _choose(op: str, arguments: tuple[object, ...]) -> str:
+    """Name of the backend that runs these arguments."""
+    name = attention_backends.current()
+    if name == "triton":
+        dispatch.select(op, *arguments, backend="triton")  # raises where the kernel does not fit
+    p, seed = arguments[-2:]
+    seeded = bool(p) and seed is not None
+    if seeded and name in ("flash", "cudnn", "sdpa"):
+        raise RuntimeError(f"attention backend {name!r} draws its own dropout mask and takes no seed")
+    if name != "auto":
+        return name
+    if dispatch.select(op, *arguments) is not None:
+        return "triton"
+    return "eager" if seeded else "sdpa"
+
+
+def _attend(
+    name: str, q: Tensor, k: Tensor, v: Tensor, p: float, seed: Tensor | None, first_sequence: int
+) -> Tensor:
+    """(B, N, H, d), (B, M, H, d) twice to (B, N, H, d) on a backend other than the kernel."""
+    if not p or seed is None:
+        return attention_backends.PLAIN[name](q, k, v, p)
+    sequences, rows, heads, _ = q.shape
+    masks = first_sequence * heads + torch.arange(sequences * heads, device=q.device)
+    keep = dropout.keep_mask(seed, masks, rows, k.shape[1], p).view(sequences, heads, rows, k.shape[1])
+    return attention_backends.eager(q, k, v, p, keep)

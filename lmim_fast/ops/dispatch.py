@@ -80,13 +80,17 @@ def run(op: str, eager: Callable[..., Result], *arguments: Any) -> Result:
     return eager(*arguments) if kernel is None else kernel.launch(*arguments)
 
 
-def select(op: str, *arguments: Any) -> Kernel | None:
+def select(op: str, *arguments: Any, backend: str | None = None) -> Kernel | None:
     """The kernel to launch for these arguments of the op, or None for the eager form.
 
+    Args:
+        op:        name in the table.
+        arguments: those of the eager form.
+        backend:   in place of the one in force.
     Raises:
         RuntimeError: backend "triton" is asked for and the op has no kernel for these arguments.
     """
-    name = current_backend()
+    name = backend or current_backend()
     if name == "eager":
         return None
     tensors = [value for value in arguments if isinstance(value, Tensor)]

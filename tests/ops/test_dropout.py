@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from accuracy import DEVICE
-from lmim_fast.kernels.dropout import keep_tile
+from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
 
 from lmim_fast.ops import dropout
 
@@ -18,6 +18,25 @@ def write_mask(
     keep = keep_tile(tl.load(seed_ptr), rows, groups, sequence, threshold, R, G)
     at = tl.arange(0, R)[:, None] * (16 * G) + tl.arange(0, 16 * G)[None, :]
     tl.store(mask_ptr + at, keep.to(tl.int8))
+
+
+@triton.jit
+def write_turned(seed_ptr, mask_ptr, column_ptr, sequence, threshold: tl.constexpr, column: tl.constexpr):
+    seed, rows = tl.load(seed_ptr), tl.arange(0, 8)
+    keep = keep_tile_transposed(seed, rows, tl.arange(0, 2), sequence, threshold, 8, 2)
+    tl.store(mask_ptr + tl.arange(0, 32)[:, None] * 8 + rows[None, :], keep.to(tl.int8))
+    tl.store(column_ptr + rows, keep_column(seed, rows, column, sequence, threshold).to(tl.int8))
+
+
+@pytest.mark.parametrize("column", [0, 5, 10, 15, 16, 31])
+def test_masks_turned_or_of_one_column_are_the_same(column: int) -> None:
+    seed = dropout.draw_seed(DEVICE)
+    mask = torch.empty(32, 8, dtype=torch.int8, device=DEVICE)
+    one = torch.empty(8, dtype=torch.int8, device=DEVICE)
+    write_turned[(1,)](seed, mask, one, 3, 128, column)
+    truth = dropout.keep_mask(seed, torch.tensor([3], device=DEVICE), 8, 32, 0.5)[0]
+    assert torch.equal(mask.T.bool(), truth)
+    assert torch.equal(one.bool(), truth[:, column])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.996])

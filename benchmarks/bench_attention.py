@@ -1,0 +1,135 @@
+"""Self-attention of the encoders and the decoder, cross-attention of the decoder, against PyTorch's backends.
+
+"eager" spells the softmax out; "compiled" is that under torch.compile; "sdpa" is PyTorch's own choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import floors
+from benchmarks.harness import DEVICE, Operation, Unavailable, measure, seconds_a_call
+from benchmarks.shapes import DECODER, MASKED, MODELS, SMALL
+from lmim_fast.ops.attention import cross_attention, self_attention
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+VARIANTS = ("ours", "eager", "compiled", "sdpa", *BACKENDS, "flash_attn")
+pytestmark = pytest.mark.benchmark(timer=seconds_a_call)
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (B, N, H, d), (B, M, H, d) twice, p
+
+
+def test_attention(benchmark: Any, operation: Operation, direction: str, variant: str) -> None:
+    measure(benchmark, operation, direction, variant)
+
+
+def operations(batch: int) -> Iterator[Operation]:
+    for model in MODELS:
+        for tokens in model.tokens:
+            for p in model.dropouts:
+                yield _self_attention(model.name, batch, tokens, model.width, model.heads, p)
+    for queries in (MASKED, DECODER.tokens[0]):
+        for p in DECODER.dropouts:
+            yield _cross_attention(batch, queries, DECODER.tokens[0], DECODER.width, DECODER.heads, p)
+
+
+def _self_attention(model: str, batch: int, tokens: int, width: int, heads: int, p: float) -> Operation:
+    def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        qkv = torch.randn(batch * tokens, 3 * width, device=device, dtype=dtype)
+        return qkv.requires_grad_(), torch.randn(3 * width, device=device).requires_grad_()
+
+    def ours(qkv: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
+        return self_attention(qkv, bias, heads, [(batch, tokens)], p=p, seed=seed)
+
+    def plain(attend: Attend, qkv: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (qkv + bias.to(qkv.dtype)).view(batch, tokens, 3, heads, -1).unbind(2)
+        return attend(q, k, v, p).reshape(batch * tokens, width)
+
+    def passes(itemsize: int, training: bool) -> floors.Passes:
+        return floors.attention(batch, tokens, tokens, width, heads, itemsize)
+
+    sizes = dict(model=model, batch=batch, tokens=tokens, memory=tokens, width=width, heads=heads, p=p)
+    return _operation("self_attention", sizes, inputs, ours, plain, passes)
+
+
+def _cross_attention(batch: int, queries: int, memory: int, width: int, heads: int, p: float) -> Operation:
+    def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        q = torch.randn(batch, queries, width, device=device, dtype=dtype)
+        kv = torch.randn(batch, memory, 2 * width, device=device, dtype=dtype)
+        biases = (torch.randn(count * width, device=device) for count in (1, 2))
+        return tuple(tensor.requires_grad_() for tensor in (q, kv, *biases))
+
+    def ours(q: Tensor, kv: Tensor, q_bias: Tensor, kv_bias: Tensor, seed: Tensor | None = None) -> Tensor:
+        return cross_attention(q, q_bias, kv, kv_bias, heads, p=p, seed=seed)
+
+    def plain(attend: Attend, q: Tensor, kv: Tensor, q_bias: Tensor, kv_bias: Tensor) -> Tensor:
+        q = (q + q_bias.to(q.dtype)).view(batch, queries, heads, -1)
+        k, v = (kv + kv_bias.to(kv.dtype)).view(batch, memory, 2, heads, -1).unbind(2)
+        return attend(q, k, v, p).reshape(batch, queries, width)
+
+    def passes(itemsize: int, training: bool) -> floors.Passes:
+        return floors.attention(batch, queries, memory, width, heads, itemsize)
+
+    sizes = dict(
+        model=DECODER.name, batch=batch, tokens=queries, memory=memory, width=width, heads=heads, p=p
+    )
+    return _operation("cross_attention", sizes, inputs, ours, plain, passes)
+
+
+def _operation(
+    name: str,
+    sizes: dict[str, Any],
+    inputs: Callable[..., tuple[Tensor, ...]],
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    passes: Callable[..., floors.Passes],
+) -> Operation:
+    others: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
+    others = {"sdpa": partial(plain, _sdpa), "flash_attn": partial(plain, _flash_attn)}
+    others |= {key: partial(plain, partial(_sdpa_of, backend)) for key, backend in BACKENDS.items()}
+    leading = sizes["model"] == SMALL.name and sizes["tokens"] == 257
+    return Operation(
+        name, sizes, inputs, partial(plain, _softmax), {"ours": ours}, passes, others, leading=leading
+    )
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+    return (F.dropout(weights, p) @ v).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
+
+
+def _sdpa_of(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    if DEVICE.type != "cuda":
+        raise Unavailable("PyTorch has this backend for CUDA devices alone")
+    with sdpa_kernel(backend):
+        return _sdpa(q, k, v, p)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    if DEVICE.type != "cuda":
+        raise Unavailable("flash-attn needs a CUDA device")
+    try:
+        flash_attn = importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise Unavailable("flash-attn is not installed") from error
+    context: Tensor = flash_attn.flash_attn_func(q, k, v, dropout_p=p)
+    return context

@@ -1,0 +1,74 @@
+"""Holds a form of an operation against plain PyTorch before its speed is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lmim_fast.ops import dispatch
+
+FACTOR = 3.0  # times the error of plain PyTorch in the same precision
+
+
+def assert_correct(
+    ours: Callable[..., Tensor | tuple[Tensor, ...]],
+    plain: Callable[..., Tensor | tuple[Tensor, ...]],
+    make_inputs: Callable[[torch.device, torch.dtype], tuple[Tensor, ...]],
+    p: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Outputs and gradients of `ours` are as near to the truth as those of `plain` in the same dtype.
+
+    The truth is `plain` in fp64 on a CPU, in fp32 elsewhere. With dropout the eager form of our own op stands
+    for `plain`: it draws the same mask.
+
+    Raises:
+        AssertionError: they are not; the message says which tensor, its error and what is allowed.
+    """
+    inputs = make_inputs(device, dtype)
+    high = torch.float64 if device.type == "cpu" else torch.float32
+    seed = torch.tensor([20], device=device) if p else None
+
+    def reference(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if seed is None:
+            return plain(*tensors)
+        with dispatch.backend("eager"):
+            return ours(*tensors, seed=seed)
+
+    exact = [tensor.detach().to(high).requires_grad_(tensor.requires_grad) for tensor in inputs]
+    gradients = [torch.randn_like(output) for output in _as_list(reference(*inputs))]
+    truth = _results(reference, exact, [gradient.to(high) for gradient in gradients])
+    low = _results(reference, inputs, gradients)
+    mine = _results(lambda *tensors: ours(*tensors, seed=seed), inputs, gradients)
+    for number, tensors in enumerate(zip(mine, low, truth, strict=True)):
+        _assert_near(number, *tensors)
+
+
+def _results(
+    run: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs, then the gradients of all inputs that require one."""
+    outputs = _as_list(run(*inputs))
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = torch.autograd.grad(outputs, wanted, gradients)
+    return [*(output.detach() for output in outputs), *found]
+
+
+def _assert_near(number: int, mine: Tensor, low: Tensor, truth: Tensor) -> None:
+    """By the largest error; for parameters (1-D: sums over rows) by the root mean square."""
+
+    def size(tensor: Tensor) -> float:
+        full = tensor.double()
+        return (full.square().mean().sqrt() if full.dim() == 1 else full.abs().max()).item()
+
+    rounding = torch.finfo(mine.dtype).eps / 2 * size(truth)
+    allowed = FACTOR * max(size(low.to(truth.dtype) - truth), rounding)
+    error = size(mine.to(truth.dtype) - truth)
+    assert error <= allowed, f"tensor {number} is wrong: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _as_list(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)

@@ -1,0 +1,263 @@
+"""How one operation is timed: inputs beyond the cache, a CUDA graph of repetitions, and a floor beside it.
+
+On CUDA a round replays a graph of `repetitions` calls on rotating copies of the inputs and waits for it; on
+a CPU it calls them in turn. Our forms are held against plain PyTorch before they are timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from lmim_fast.kernels import runtime
+from torch import Tensor
+
+from benchmarks import ceilings, floors
+from benchmarks.correctness import assert_correct
+
+Result = Tensor | tuple[Tensor, ...]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+BATCHES = (512, 64, 8) if DEVICE.type == "cuda" else (8,)  # a CPU takes seconds a call at 64
+DIRECTIONS = ("forward", "forward+backward")
+
+_ROUNDS = {"cuda": 20, "cpu": 5}
+_ROUND_SECONDS = {"cuda": 3e-3, "cpu": 5e-3}  # far above a launch, a wait, and the clock
+# Only to choose how often a call is repeated in a round: never a figure, so that runs stay comparable.
+_NOMINAL = {"cuda": floors.Ceilings(4e12, 7e14, 3.8e12), "cpu": floors.Ceilings(1e10, 1e11)}
+_CPU_CACHE = 32 * 2**20
+_LETTERS = {"batch": "B", "tokens": "N", "memory": "M"}
+_IMPLIED = ("model", "width", "heads", "hidden")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is timed.
+
+    sizes:  JSON-ready; holds `model`, `batch`, `tokens` and `p`, the dropout probability.
+    inputs: random inputs for a device and a dtype; floating ones require gradients.
+    plain:  the same in plain PyTorch, on the same inputs; compiled too.
+    ours:   our forms by name, each taking `seed` by keyword; checked before they are timed.
+    others: other people's forms by name; they raise `Unavailable`, or a RuntimeError, where they cannot run.
+    passes: floors, from the bytes of an element and whether a backward pass follows.
+    leading: compiled on a CPU too.
+    """
+
+    name: str
+    sizes: dict[str, Any]
+    inputs: Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
+    plain: Callable[..., Result]
+    ours: Mapping[str, Callable[..., Result]]
+    passes: Callable[[int, bool], floors.Passes]
+    others: Mapping[str, Callable[..., Result]] = field(default_factory=dict)
+    leading: bool = False
+
+    def __str__(self) -> str:
+        """What tells it from the others, in words for pytest's -k; the model implies widths and heads."""
+        shown = {name: value for name, value in self.sizes.items() if name not in _IMPLIED}
+        if shown.get("memory") == shown["tokens"]:
+            del shown["memory"]
+        if not shown["p"]:
+            del shown["p"]
+        words = (f"{_LETTERS.get(name, name)}{value}" for name, value in shown.items())
+        return " ".join([self.name, self.sizes["model"], *words])
+
+
+class Unavailable(Exception):
+    """This machine cannot run the variant; the message says why."""
+
+
+@dataclass
+class Settings:
+    """Options of the command line (see conftest.py)."""
+
+    compiled_batches: Sequence[int] = BATCHES
+    budget: float = math.inf  # seconds
+    start: float = field(default_factory=time.monotonic)
+
+
+settings = Settings()
+rows: list[dict[str, Any]] = []  # results of this process
+_forms: dict[tuple[str, str], str] = {}  # what was checked
+_repetitions = 1
+
+
+def seconds_a_call() -> float:
+    """The clock of the benchmarks: it runs slower by the repetitions of a round."""
+    return time.perf_counter() / _repetitions
+
+
+def measure(benchmark: Any, operation: Operation, direction: str, variant: str) -> None:
+    """Time `variant` of the operation, after checking it where it is ours, and file the result.
+
+    Skips with the reason where this machine cannot run the variant.
+    """
+    if time.monotonic() - settings.start > settings.budget:
+        pytest.skip(f"the budget of {settings.budget:.0f} s is spent")
+    run = choose(operation, variant)
+    form = check(operation, variant) if variant in operation.ours else variant
+    copies = [_copy(operation) for _ in range(_copy_count(operation))]
+    passes = operation.passes(DTYPE.itemsize, direction != "forward")
+    stages = passes.of(direction)
+    repetitions = max(
+        len(copies) if DEVICE.type == "cuda" else 1,
+        min(
+            200, math.ceil(_ROUND_SECONDS[DEVICE.type] / floors.floor_seconds(stages, _NOMINAL[DEVICE.type]))
+        ),
+    )
+    call = partial(_call, run, itertools.cycle(copies), direction)
+    try:
+        round_of_calls = _graph(call, repetitions) if DEVICE.type == "cuda" else partial(call, repetitions)
+    except (RuntimeError, ImportError) as error:
+        if variant not in operation.others:
+            raise
+        pytest.skip(_does_not_run(variant, error))
+    _time(benchmark, round_of_calls, repetitions, f"{operation} {direction}")
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    row = _row(benchmark.stats.stats.data, stages)
+    row |= dict(variant=variant, form=form, direction=direction, repetitions=repetitions)
+    row |= dict(copies=len(copies), dtype=str(DTYPE).removeprefix("torch."))
+    benchmark.extra_info.update({name: value for name, value in row.items() if name != "microseconds"})
+    benchmark.extra_info.update(operation.sizes)
+    rows.append(dict(operation=operation.name, sizes=operation.sizes, **row))
+
+
+def choose(operation: Operation, variant: str) -> Callable[..., Result]:
+    """The callable of a variant, or a skip."""
+    if variant in operation.ours:
+        return operation.ours[variant]
+    if variant == "eager":
+        return operation.plain
+    if variant == "compiled":
+        if DEVICE.type == "cpu" and not operation.leading:
+            pytest.skip("on a CPU only the leading size is compiled: it takes seconds each")
+        if operation.sizes["batch"] not in settings.compiled_batches:
+            pytest.skip(f"compiled at batches {list(settings.compiled_batches)} only: it takes seconds each")
+        torch.compiler.reset()
+        return torch.compile(lambda *inputs: operation.plain(*inputs), dynamic=False, fullgraph=True)
+    if variant not in operation.others:
+        pytest.skip(f"{operation.name} has no variant {variant}")
+    try:
+        operation.others[variant](*operation.inputs(DEVICE, DTYPE))
+    except (Unavailable, RuntimeError, ImportError) as error:
+        pytest.skip(_does_not_run(variant, error))
+    return operation.others[variant]
+
+
+def _does_not_run(variant: str, error: Exception) -> str:
+    return f"{variant} does not run this: {str(error).strip().splitlines()[0][:150]}"
+
+
+def check(operation: Operation, variant: str) -> str:
+    """Hold our form against plain PyTorch, once; what ran: the names of the kernels, or "PyTorch alone"."""
+    key = str(operation), variant
+    if key not in _forms:
+        try:
+            with _launches() as names:
+                run = operation.ours[variant]
+                assert_correct(run, operation.plain, operation.inputs, operation.sizes["p"], DEVICE, DTYPE)
+        except Unavailable as error:
+            pytest.skip(_does_not_run(variant, error))
+        _forms[key] = "kernels " + ", ".join(dict.fromkeys(names)) if names else "PyTorch alone"
+    return _forms[key]
+
+
+@contextmanager
+def _launches() -> Iterator[list[str]]:
+    """Names of the kernels that are launched inside."""
+    names: list[str] = []
+    launch = runtime.launch
+
+    def counted(kernel: Any, *arguments: Any, **options: Any) -> None:
+        names.append(getattr(kernel, "__name__", str(kernel)))
+        launch(kernel, *arguments, **options)
+
+    with mock.patch.object(runtime, "launch", counted):
+        yield names
+
+
+def _copy(operation: Operation) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs, and gradients of the outputs."""
+    inputs = operation.inputs(DEVICE, DTYPE)
+    with torch.no_grad():
+        outputs = _as_tuple(operation.plain(*inputs))
+    return inputs, tuple(torch.randn_like(output) for output in outputs)
+
+
+def _copy_count(operation: Operation) -> int:
+    """Copies of the inputs that together do not fit into the cache."""
+    size = sum(tensor.nbytes for tensor in operation.inputs(DEVICE, DTYPE))
+    if DEVICE.type == "cpu":
+        return min(8, _CPU_CACHE // size + 1)
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size // size + 1
+
+
+def _call(
+    run: Callable[..., Result],
+    turns: Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    direction: str,
+    count: int,
+) -> None:
+    for inputs, gradients in itertools.islice(turns, count):
+        if direction == "forward":
+            with torch.no_grad():
+                run(*inputs)
+        else:
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            torch.autograd.grad(_as_tuple(run(*inputs)), wanted, gradients)
+
+
+def _graph(call: Callable[[int], None], repetitions: int) -> Callable[[], None]:
+    """Replays the repetitions at once, and waits."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(3)  # compiles what is compiled at a first call, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(repetitions)
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def _time(benchmark: Any, calls: Callable[[], None], repetitions: int, group: str) -> None:
+    global _repetitions
+    _repetitions = repetitions
+    benchmark.group = group
+    benchmark.pedantic(calls, rounds=_ROUNDS[DEVICE.type], iterations=1, warmup_rounds=1)
+
+
+def _row(times: Sequence[float], stages: Sequence[floors.Work]) -> dict[str, Any]:
+    median, work = statistics.median(times), floors.total(stages)
+    floor = floors.floor_seconds(stages, ceilings.measure(DEVICE, DTYPE))
+    return dict(
+        bytes=work.bytes,
+        flops=work.flops,
+        exponentials=work.exponentials,
+        floor_us=floor * 1e6,
+        percent_of_floor=100 * floor / median,
+        gigabytes_per_second=work.bytes / median / 1e9,
+        teraflops_per_second=work.flops / median / 1e12,
+        microseconds=[seconds * 1e6 for seconds in times],
+    )
+
+
+def _as_tuple(result: Result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)

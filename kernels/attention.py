@@ -1,0 +1,262 @@
+"""Attention forward for short sequences: one program is one head of one sequence.
+
+All keys and values of the head stay in shared memory while the program walks over blocks of queries, so each
+input is read once. Biases: that of the queries is added on load; that of the keys shifts all scores of a query
+alike and so changes nothing; that of the values is added to the context, weighted by the row sum of the
+(dropped) probabilities.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lmim_fast.kernels import runtime
+from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows (R,) of a (limit, D) matrix as (R, BLOCK_D), zero outside; `whole`: all rows are inside."""
+    columns = tl.arange(0, BLOCK_D)
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    if whole and BLOCK_D == D:
+        return tl.load(at)
+    inside = (rows[:, None] < limit) & (columns[None, :] < D)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_row(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """D values as (BLOCK_D,) fp32, zero outside; zeros where ptr is None."""
+    columns = tl.arange(0, BLOCK_D)
+    if ptr is None:
+        return tl.zeros([BLOCK_D], tl.float32)
+    if BLOCK_D == D:
+        return tl.load(ptr + columns).to(tl.float32)
+    return tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The inverse of `load_tile`, in the pointer's type."""
+    columns = tl.arange(0, BLOCK_D)
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    tile = tile.to(ptr.dtype.element_ty)
+    if whole and BLOCK_D == D:
+        tl.store(at, tile)
+    else:
+        tl.store(at, tile, mask=(rows[:, None] < limit) & (columns[None, :] < D))
+
+
+@triton.jit
+def _forward_rows(
+    q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, sequence, factor,
+    stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    threshold: tl.constexpr,
+):  # fmt: skip
+    """Context of ROWS queries; the softmax is carried from one chunk of keys to the next."""
+    rows = start + tl.arange(0, ROWS)
+    q = load_tile(q_ptr, rows, stride_q, N, whole, D, BLOCK_D).to(tl.float32)
+    q = (q + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q_ptr.dtype.element_ty)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    if TAIL:
+        last = tl.sum(q.to(tl.float32) * load_row(k_tail_ptr, D, BLOCK_D)[None, :], 1) * (factor * LOG2E)
+        top = last
+    total = tl.zeros([ROWS], tl.float32)
+    kept = tl.zeros([ROWS], tl.float32)
+    seed = 0
+    if threshold > 0:
+        seed = tl.load(seed_ptr)  # here, since the keys of all rounds would stay in registers over the loop
+    context = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for chunk in tl.static_range(len(keys)):
+        scores = tl.dot(q, tl.trans(keys[chunk]), input_precision="ieee") * (factor * LOG2E)
+        if (chunk + 1) * BLOCK_N > M:
+            columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            scores = tl.where(columns[None, :] < M, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        if chunk > 0:
+            shrink = tl.exp2(top - higher)
+            total *= shrink
+            kept *= shrink
+            context *= shrink[:, None]
+        top = higher
+        total += tl.sum(p, 1)
+        if threshold > 0:
+            groups = chunk * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
+            p = tl.where(keep_tile(seed, rows, groups, sequence, threshold, ROWS, BLOCK_N // 16), p, 0.0)
+            kept += tl.sum(p, 1)
+        context = tl.dot(
+            p.to(values[chunk].dtype), values[chunk], context, input_precision="ieee"
+        )
+    if TAIL:
+        p = tl.exp2(last - top)
+        total += p
+        if threshold > 0:
+            p = tl.where(keep_column(seed, rows, M - 1, sequence, threshold), p, 0.0)
+            kept += p
+        context += p[:, None] * load_row(v_tail_ptr, D, BLOCK_D)[None, :]
+    v_bias = load_row(v_bias_ptr, D, BLOCK_D)
+    if threshold > 0:
+        context = (context + kept[:, None] * v_bias[None, :]) * (256 / (256 - threshold) / total)[:, None]
+    else:
+        context = context / total[:, None] + v_bias[None, :]
+    if normaliser_ptr is not None:
+        tl.store(normaliser_ptr + rows, top + tl.log2(total), mask=rows < N)
+    store_tile(out_ptr, context, rows, stride_o, N, whole, D, BLOCK_D)
+
+
+@triton.jit
+def _forward_rows_transposed(
+    q_ptr, v_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, sequence, factor,
+    stride_q: tl.constexpr, stride_k: tl.constexpr, stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
+):  # fmt: skip
+    """As `_forward_rows` with queries as columns: products of few queries then fill the tensor cores."""
+    rows = start + tl.arange(0, ROWS)
+    q = load_tile(q_ptr, rows, stride_q, N, False, D, BLOCK_D).to(tl.float32)
+    q = (q + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q_ptr.dtype.element_ty)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    if TAIL:
+        last = tl.sum(q.to(tl.float32) * load_row(k_tail_ptr, D, BLOCK_D)[None, :], 1) * (factor * LOG2E)
+        top = last
+    total = tl.zeros([ROWS], tl.float32)
+    kept = tl.zeros([ROWS], tl.float32)
+    seed = 0
+    if threshold > 0:
+        seed = tl.load(seed_ptr)  # here, since the keys of all rounds would stay in registers over the loop
+    context = tl.zeros([BLOCK_D, ROWS], tl.float32)
+    for chunk in tl.static_range(len(keys)):
+        scores = tl.dot(keys[chunk], tl.trans(q), input_precision="ieee") * (factor * LOG2E)
+        if (chunk + 1) * BLOCK_N > M:
+            columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            scores = tl.where(columns[:, None] < M, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        p = tl.exp2(scores - higher[None, :])
+        if chunk > 0:
+            shrink = tl.exp2(top - higher)
+            total *= shrink
+            kept *= shrink
+            context *= shrink[None, :]
+        top = higher
+        total += tl.sum(p, 0)
+        if threshold > 0:
+            groups = chunk * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
+            keep = keep_tile_transposed(seed, rows, groups, sequence, threshold, ROWS, BLOCK_N // 16)
+            p = tl.where(keep, p, 0.0)
+            kept += tl.sum(p, 0)
+        value = values[chunk]
+        if BLOCK_D < 64:  # too few rows for wgmma: with mma the tile would stay in registers from the start
+            places = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            value = load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D, BLOCK_D)
+        context = tl.dot(tl.trans(value), p.to(value.dtype), context, input_precision="ieee")
+    if TAIL:
+        p = tl.exp2(last - top)
+        total += p
+        if threshold > 0:
+            p = tl.where(keep_column(seed, rows, M - 1, sequence, threshold), p, 0.0)
+            kept += p
+        context += p[None, :] * load_row(v_tail_ptr, D, BLOCK_D)[:, None]
+    v_bias = load_row(v_bias_ptr, D, BLOCK_D)
+    if threshold > 0:
+        context = (context + kept[None, :] * v_bias[:, None]) * (256 / (256 - threshold) / total)[None, :]
+    else:
+        context = context / total[None, :] + v_bias[:, None]
+    if normaliser_ptr is not None:
+        tl.store(normaliser_ptr + rows, top + tl.log2(total), mask=rows < N)
+    store_tile(out_ptr, tl.trans(context), rows, stride_o, N, False, D, BLOCK_D)
+
+
+@triton.jit
+def attention_forward(
+    q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, out_ptr, normaliser_ptr,
+    first_sequence, factor, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr, stride_k: tl.constexpr,
+    stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, head): N queries in blocks and a REST of few, M keys in chunks and a TAIL of one."""
+    program = tl.program_id(0)
+    head = program % H
+    number = (program // H).to(tl.int64)
+    q_ptr += number * stride_qs + head * D
+    k_ptr += number * stride_ks + head * D
+    v_ptr += number * stride_ks + head * D
+    out_ptr += number * stride_os + head * D
+    if normaliser_ptr is not None:
+        normaliser_ptr += program.to(tl.int64) * N
+    sequence = first_sequence * H + program
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * D
+    if v_bias_ptr is not None:
+        v_bias_ptr += head * D
+    keys = ()
+    values = ()
+    for chunk in tl.static_range(CHUNKS):
+        places = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+        keys += (load_tile(k_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D, BLOCK_D),)
+        values += (load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D, BLOCK_D),)
+    k_tail_ptr = k_ptr + (M - 1) * stride_k
+    v_tail_ptr = v_ptr + (M - 1) * stride_k
+    for start in range(0, N - REST, BLOCK_M):
+        _forward_rows(
+            q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr,
+            seed_ptr, sequence, factor, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D, BLOCK_D, BLOCK_M,
+            BLOCK_N, TAIL, threshold,
+        )  # fmt: skip
+    if REST > 0:
+        _forward_rows_transposed(
+            q_ptr, v_ptr, out_ptr, normaliser_ptr, N - REST, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
+            v_bias_ptr, seed_ptr, sequence, factor, stride_q, stride_k, stride_o, N, M, D, BLOCK_D,
+            REST_BLOCK, BLOCK_N, TAIL, threshold,
+        )  # fmt: skip
+
+
+def tile(count: int, largest: int) -> int:
+    """The smallest power of two, 16 at least, that holds `count`; `largest` at most."""
+    return min(max(16, triton.next_power_of_2(count)), largest)
+
+
+def geometry(keys: int, dim: int) -> tuple[int, bool, int]:
+    """Padded head width, whether one key stands apart (256 + cls), and the keys in whole tiles."""
+    tail = keys > 128 and keys % 128 == 1
+    return tile(dim, 128), tail, keys - 1 if tail else keys
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, out: Tensor,
+    normaliser: Tensor | None, heads: int, threshold: int, seed: Tensor | None, first_sequence: int,
+) -> None:  # fmt: skip
+    """Write the context of q (S, N, H * d) over k and v (S, M, H * d) into `out` (S, N, H * d).
+
+    `normaliser` (S * H, N) fp32, or None, gets the log2 of each query's softmax denominator for the backward pass.
+    Last dimensions are contiguous; k and v have one stride. Biases are (H * d,) or None. `threshold` and `seed`
+    as in kernels/dropout.py; the mask's sequence is (first_sequence + s) * H + head.
+    """
+    sequences, queries, width = q.shape
+    keys, dim = k.shape[1], width // heads
+    block_d, tail, resident = geometry(keys, dim)
+    block_n = tile(resident, 64)
+    block_m, num_warps = (64, 4) if resident * block_d <= 256 * 64 else (128, 8)
+    block_m = tile(queries, block_m)
+    rest = queries % block_m if queries > block_m else 0
+    if rest > 32 or dim not in (32, 64):  # a block of their own, with masked rows
+        rest = 0
+    runtime.launch(
+        attention_forward, (sequences * heads,),
+        q, k, v, q_bias, v_bias, seed, out, normaliser, first_sequence, dim**-0.5,
+        q.stride(0), k.stride(0), out.stride(0), stride_q=q.stride(1), stride_k=k.stride(1),
+        stride_o=out.stride(1), N=queries, M=keys, H=heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m,
+        REST=rest, REST_BLOCK=tile(rest, 32), BLOCK_N=block_n, CHUNKS=triton.cdiv(resident, block_n),
+        TAIL=tail, threshold=threshold, num_warps=num_warps,
+    )  # fmt: skip

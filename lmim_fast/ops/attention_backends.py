@@ -1,0 +1,113 @@
+"""Attention in other people's kernels and in plain PyTorch, by name; `ops/attention.py` chooses among them.
+
+q (B, N, H, d), k and v (B, M, H, d), biases added, to (B, N, H, d).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lmim_fast.ops import dropout
+
+NAMES = ("auto", "triton", "flash", "cudnn", "sdpa", "eager")
+_override: str | None = None
+
+
+def current() -> str:
+    """The attention backend in force: of the innermost `backend` block, else of LMIM_FAST_ATTENTION."""
+    return _known(_override or os.environ.get("LMIM_FAST_ATTENTION", "auto"))
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run attention inside the block on backend `name`.
+
+    "triton" is this package's kernel; "flash" the flash-attn package (FlashAttention 2, or 4 where only that is
+    installed); "cudnn" and "sdpa" PyTorch's scaled_dot_product_attention by cuDNN and by PyTorch's own choice;
+    "eager" explicit products and softmax; "auto" the kernel where it fits and is the better choice, else "sdpa".
+    A backend that is named and cannot run is an error.
+    """
+    global _override
+    previous, _override = _override, _known(name)
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"unknown attention backend {name!r}; choose from {', '.join(NAMES)}")
+    return name
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, p: float, keep: Tensor | None = None) -> Tensor:
+    """Explicit attention with an fp32 softmax.
+
+    Args:
+        keep: (B, H, N, M) dropout mask, True where a probability is kept; None draws one from torch's generator.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if keep is not None:
+        weights = torch.where(keep, weights * dropout.scale(p), 0.0)
+    else:
+        weights = F.dropout(weights, p)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """cuDNN's attention through PyTorch; RuntimeError where it cannot run."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, p)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """The flash-attn package.
+
+    Raises:
+        RuntimeError: it is not installed, or dropout is asked for and only FlashAttention 4 is installed.
+    """
+    function, version = _flash_function()
+    if version == 2:
+        output: Tensor = function(q, k, v, dropout_p=p)
+        return output
+    if p:
+        raise RuntimeError(f"FlashAttention 4 has no dropout, got p = {p}: install flash-attn 2, or p = 0")
+    result = function(q, k, v)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _flash_function() -> tuple[Callable[..., Any], int]:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise RuntimeError(
+            "attention backend 'flash' was asked for, but flash-attn is not installed: pip install flash-attn"
+        )
+    try:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func, 2
+    except ImportError:  # FlashAttention 4 alone brings only the part below
+        from flash_attn.cute import flash_attn_func
+
+        return flash_attn_func, 4
+
+
+PLAIN: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa": sdpa, "cudnn": cudnn, "flash": flash}

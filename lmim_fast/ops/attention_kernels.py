@@ -1,0 +1,310 @@
+"""The attention kernels as PyTorch operators: fake forms, autograd, and the inputs they are made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmim_fast.kernels import runtime
+from lmim_fast.ops import dispatch, dropout
+
+ALL_ON_CHIP = 64  # keys up to which the backward pass needs nothing of the forward pass
+# Keys that a program can hold on chip without spilling registers (`python -m benchmarks.static`).
+LARGEST, WITH_DROPOUT, WIDE = 512, 257, 128  # heads up to 64 wide; with dropout; heads up to 128 wide
+
+
+def self_attention(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    heads: int,
+    segments: tuple[tuple[int, int], ...],
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`ops.attention.self_attention` by the kernel."""
+    if p and seed is None:
+        seed = dropout.draw_seed(qkv.device)
+    flat = [value for segment in segments for value in segment]
+    context: Tensor = _self(qkv, qkv_bias, seed, heads, flat, p)[0]
+    return context
+
+
+def cross_attention(
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor,
+    kv_bias: Tensor | None,
+    heads: int,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`ops.attention.cross_attention` by the kernel."""
+    if p and seed is None:
+        seed = dropout.draw_seed(q.device)
+    context: Tensor = _cross(q, q_bias, kv, kv_bias, seed, heads, p)[0]
+    return context
+
+
+def _rows_dense(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pairs(flat: list[int]) -> list[tuple[int, int]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _normalisers(sequences: int, queries: int, keys: int, heads: int) -> int:
+    return sequences * heads * queries if keys > ALL_ON_CHIP else 0
+
+
+def _column_sums(parts: Tensor | None, like: Tensor, blocks: int) -> Tensor:
+    """Bias gradient (blocks * D,) of partial sums (k, .., D): zero for the keys, which is the middle block."""
+    if parts is None:
+        return like.new_empty(0, dtype=torch.float32)
+    sums = parts.flatten(1, -2).sum(1)
+    if blocks == 1:
+        return sums[0]
+    zeros = torch.zeros_like(sums[0])
+    return torch.cat([sums[0], zeros, sums[1]] if blocks == 3 else [zeros, sums[1]])
+
+
+@torch.library.custom_op("lmim_fast::self_attention", mutates_args=())
+def _self(
+    qkv: Tensor, qkv_bias: Tensor | None, seed: Tensor | None, heads: int, segments: list[int], p: float
+) -> tuple[Tensor, Tensor]:
+    """Context (rows, D) and normalisers, those of all segments with more than ALL_ON_CHIP tokens."""
+    from lmim_fast.kernels import attention
+
+    qkv = _rows_dense(qkv)
+    width = qkv.shape[1] // 3
+    out = qkv.new_empty(qkv.shape[0], width)
+    normaliser = qkv.new_empty(_self_normalisers(heads, segments), dtype=torch.float32)
+    q_bias, _, v_bias = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
+    for part in _segments(segments, heads, qkv, out, normaliser):
+        (x, context), stored, first = part
+        q, k, v = x.chunk(3, dim=-1)
+        attention.forward(
+            q, k, v, q_bias, v_bias, context, stored, heads, dropout.threshold(p), seed, first
+        )
+    return out, normaliser
+
+
+def _self_normalisers(heads: int, segments: list[int]) -> int:
+    return sum(_normalisers(sequences, tokens, tokens, heads) for sequences, tokens in _pairs(segments))
+
+
+def _segments(
+    segments: list[int], heads: int, *tensors: Tensor
+) -> list[tuple[list[Tensor], Tensor | None, int]]:
+    """For each segment: its rows of the matrices as (S, N, ..), of the normalisers (last), its first sequence."""
+    *matrices, normaliser = tensors
+    parts: list[tuple[list[Tensor], Tensor | None, int]] = []
+    row = first = place = 0
+    for sequences, tokens in _pairs(segments):
+        rows = sequences * tokens
+        count = _normalisers(sequences, tokens, tokens, heads)
+        views = [matrix[row : row + rows].unflatten(0, (sequences, tokens)) for matrix in matrices]
+        parts.append((views, normaliser[place : place + count] if count else None, first))
+        row, first, place = row + rows, first + sequences, place + count
+    return parts
+
+
+@_self.register_fake
+def _(qkv, qkv_bias, seed, heads, segments, p):  # type: ignore[no-untyped-def]
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    return out, qkv.new_empty(_self_normalisers(heads, segments), dtype=torch.float32)
+
+
+@torch.library.custom_op("lmim_fast::self_attention_backward", mutates_args=())
+def _self_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    normaliser: Tensor,
+    heads: int,
+    segments: list[int],
+    p: float,
+    bias_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv (rows, 3D) and of its bias, (3D,) fp32 or empty."""
+    from lmim_fast.kernels import attention_backward
+
+    grad, qkv = _rows_dense(grad), _rows_dense(qkv)
+    width = out.shape[1]
+    d_qkv = qkv.new_empty(qkv.shape)
+    counts = [s * attention_backward.parts(n, width // heads) for s, n in _pairs(segments)]
+    sums = qkv.new_empty(2, sum(counts), width, dtype=torch.float32) if bias_wanted else None
+    q_bias, _, v_bias = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
+    place = 0
+    views = _segments(segments, heads, qkv, grad, out, d_qkv, normaliser)
+    for ((x, d_out, context, d_x), stored, first), count in zip(views, counts, strict=True):
+        partial = None if sums is None else sums[:, place : place + count]
+        attention_backward.backward(
+            *x.chunk(3, dim=-1), d_out, context, stored, q_bias, v_bias, *d_x.chunk(3, dim=-1),
+            None if partial is None else partial[0], None if partial is None else partial[1],
+            heads, dropout.threshold(p), seed, first,
+        )  # fmt: skip
+        place += count
+    return d_qkv, _column_sums(sums, qkv, 3)
+
+
+@_self_backward.register_fake
+def _(grad, qkv, qkv_bias, seed, out, normaliser, heads, segments, p, bias_wanted):  # type: ignore[no-untyped-def]
+    bias = qkv.new_empty(qkv.shape[1] if bias_wanted else 0, dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), bias
+
+
+def _self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, qkv_bias, seed, ctx.heads, ctx.segments, ctx.p = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, qkv_bias, seed, *output)
+
+
+def _self_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    qkv, bias, seed, out, normaliser = ctx.saved_tensors
+    wanted = bias is not None and ctx.needs_input_grad[1]
+    d_qkv, d_bias = _self_backward(
+        grad, qkv, bias, seed, out, normaliser, ctx.heads, ctx.segments, ctx.p, wanted
+    )
+    return d_qkv, d_bias.to(bias.dtype) if wanted else None, None, None, None, None
+
+
+_self.register_autograd(_self_autograd, setup_context=_self_context)
+
+
+@torch.library.custom_op("lmim_fast::cross_attention", mutates_args=())
+def _cross(
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor,
+    kv_bias: Tensor | None,
+    seed: Tensor | None,
+    heads: int,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """Context (B, N, D) and normalisers (B * H * N,), none up to ALL_ON_CHIP keys."""
+    from lmim_fast.kernels import attention
+
+    q, kv = _rows_dense(q), _rows_dense(kv)
+    out = q.new_empty(q.shape)
+    normaliser = q.new_empty(_normalisers(q.shape[0], q.shape[1], kv.shape[1], heads), dtype=torch.float32)
+    k, v = kv.chunk(2, dim=-1)
+    v_bias = None if kv_bias is None else kv_bias.chunk(2)[1]
+    stored = normaliser if len(normaliser) else None
+    attention.forward(q, k, v, q_bias, v_bias, out, stored, heads, dropout.threshold(p), seed, 0)
+    return out, normaliser
+
+
+@_cross.register_fake
+def _(q, q_bias, kv, kv_bias, seed, heads, p):  # type: ignore[no-untyped-def]
+    count = _normalisers(q.shape[0], q.shape[1], kv.shape[1], heads)
+    return q.new_empty(q.shape), q.new_empty(count, dtype=torch.float32)
+
+
+@torch.library.custom_op("lmim_fast::cross_attention_backward", mutates_args=())
+def _cross_backward(
+    grad: Tensor,
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor,
+    kv_bias: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    normaliser: Tensor,
+    heads: int,
+    p: float,
+    biases_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, kv, and of the biases, (D,) and (2D,) fp32 or empty."""
+    from lmim_fast.kernels import attention_backward
+
+    grad, q, kv = _rows_dense(grad), _rows_dense(q), _rows_dense(kv)
+    width, count = q.shape[2], attention_backward.parts(kv.shape[1], q.shape[2] // heads)
+    d_q, d_kv = q.new_empty(q.shape), kv.new_empty(kv.shape)
+    sums = q.new_empty(2, q.shape[0] * count, width, dtype=torch.float32) if biases_wanted else None
+    v_bias = None if kv_bias is None else kv_bias.chunk(2)[1]
+    attention_backward.backward(
+        q, *kv.chunk(2, dim=-1), grad, out, normaliser if len(normaliser) else None, q_bias, v_bias,
+        d_q, *d_kv.chunk(2, dim=-1), None if sums is None else sums[0], None if sums is None else sums[1],
+        heads, dropout.threshold(p), seed, 0,
+    )  # fmt: skip
+    return d_q, d_kv, _column_sums(sums, q, 1), _column_sums(sums, q, 2)
+
+
+@_cross_backward.register_fake
+def _(grad, q, q_bias, kv, kv_bias, seed, out, normaliser, heads, p, biases_wanted):  # type: ignore[no-untyped-def]
+    width = q.shape[2] if biases_wanted else 0
+    sums = [q.new_empty(count * width, dtype=torch.float32) for count in (1, 2)]
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), *sums
+
+
+def _cross_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.heads, ctx.p = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _cross_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    q, q_bias, kv, kv_bias, seed, out, normaliser = ctx.saved_tensors
+    wanted = [bias is not None and ctx.needs_input_grad[i] for bias, i in ((q_bias, 1), (kv_bias, 3))]
+    d_q, d_kv, d_q_bias, d_kv_bias = _cross_backward(
+        grad, q, q_bias, kv, kv_bias, seed, out, normaliser, ctx.heads, ctx.p, any(wanted)
+    )
+    return (
+        d_q,
+        d_q_bias.to(q_bias.dtype) if wanted[0] else None,
+        d_kv,
+        d_kv_bias.to(kv_bias.dtype) if wanted[1] else None,
+        None,
+        None,
+        None,
+    )
+
+
+_cross.register_autograd(_cross_autograd, setup_context=_cross_context)
+
+
+def _refuses(device: torch.device, dtype: torch.dtype, keys: int, dim: int, p: float) -> str | None:
+    """Why the kernel is not for such heads, or None."""
+    if dim % 16 or dim > 128:
+        return f"needs heads of a width that is a multiple of 16 up to 128, got {dim}"
+    largest = LARGEST if p == 0 else WITH_DROPOUT
+    if dim > 64 or (p > 0 and dim == 48):
+        largest = WIDE
+    if keys > largest:
+        return f"holds up to {largest} keys of head width {dim} at p = {p}, got {keys}"
+    if device.type != "cuda":
+        return None
+    if dtype == torch.float32:
+        return "has no fast product for torch.float32"
+    capability = runtime.capability(device)
+    reach = {9: LARGEST, 10: WITH_DROPOUT}.get(capability[0], ALL_ON_CHIP)
+    if keys > reach:
+        return f"takes up to {reach} keys on compute capability {capability}, got {keys}"
+    return None
+
+
+def _refuses_self(qkv, qkv_bias, heads, segments, p, seed):  # type: ignore[no-untyped-def]
+    dim = qkv.shape[1] // 3 // heads
+    reasons = (_refuses(qkv.device, qkv.dtype, tokens, dim, p) for _, tokens in segments)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _refuses_cross(q, q_bias, kv, kv_bias, heads, p, seed):  # type: ignore[no-untyped-def]
+    return _refuses(q.device, q.dtype, kv.shape[1], q.shape[2] // heads, p)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+dispatch.register("self_attention", dispatch.Kernel(self_attention, _DTYPES, _refuses_self))
+dispatch.register("cross_attention", dispatch.Kernel(cross_attention, _DTYPES, _refuses_cross))

@@ -1,0 +1,135 @@
+"""Kernels compiled without a GPU: what is found wrong, and that nothing is wrong with ours."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lmim_fast.kernels import runtime
+
+from benchmarks import static_cases
+from benchmarks.static_build import ARCHES, Limits
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_static(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.static`, or a snippet; the environment asks for the interpreter, as in tests."""
+    command = ["-c", code] if code else ["-m", "benchmarks.static", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def small(only: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_static("--cases", "small_kernels", "--jobs", "1", "--only", only, *arguments)
+
+
+def rows(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert result.returncode in (0, 1), result.stderr
+    return [row for arch in json.loads(result.stdout) for row in arch["rows"]]
+
+
+def test_good_kernels_pass_and_their_resources_are_told() -> None:
+    result = small("pointwise|product", "--json")
+    assert result.returncode == 0, result.stderr
+    first, second, product = rows(result)
+    assert first["cases"] == second["cases"] == ["pointwise"]  # 1000 and 1008 elements, both scales alike
+    assert first["configuration"] == second["configuration"] == "bf16; offset=1, BLOCK=128"
+    assert (first["products"], first["mma"], first["spilled"], first["threads"]) == (0, {}, 0, 128)
+    assert 8 <= first["registers"] <= 32
+    assert (first["blocks_per_multiprocessor"], first["warps_per_multiprocessor"]) == (16, 64)
+    assert product["products"] == 1
+    assert list(product["mma"]) == ["wgmma"]
+    assert product["shared"] == 2 * 64 * 64 * 2
+    assert "static: 3 configurations of 2 kernels for sm_90: all pass" in result.stderr.splitlines()[-1]
+
+
+def test_a_spilling_kernel_is_named_and_fails() -> None:
+    result = small("spilling")
+    assert result.returncode == 1
+    assert "small_kernels:keep_too_much for spilling: spills" in result.stderr
+    assert "1 FAILED" in result.stdout.splitlines()[-1]
+
+
+def test_a_16_bit_product_without_mma_instructions_fails() -> None:
+    code = """
+import sys
+from benchmarks import static, static_build
+static_build.ARCHES["sm_75"] = static_build.Limits()  # too old a GPU for Triton's MMA
+cases = ["--cases", "small_kernels", "--only", "product", "--jobs", "1"]
+sys.exit(static.main(["--arch", "sm_75", *cases]))
+"""
+    result = run_static(code=code)
+    assert result.returncode == 1
+    assert "for 16-bit product: does 1 products of 16-bit values without MMA instructions" in result.stderr
+
+
+def test_limits_of_a_block_are_told_with_their_numbers() -> None:
+    code = """
+import sys
+from benchmarks import static, static_build
+static_build.ARCHES["sm_90"] = static_build.Limits(block_shared=16000, block_threads=64)
+sys.exit(static.main(["--cases", "small_kernels", "--only", "product", "--jobs", "1"]))
+"""
+    result = run_static(code=code)
+    assert result.returncode == 1
+    assert "takes 16384 bytes of shared memory, a block may have 16000" in result.stderr
+    assert "runs 128 threads, a block may have 64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "blocks"),
+    [
+        (32, 4, 0, 16),  # warps bind: 64
+        (255, 4, 0, 2),  # registers: 8 warps of 256 x 32
+        (16, 1, 0, 32),  # blocks
+        (168, 4, 45120, 3),  # registers: 12 warps
+        (64, 4, 100_000, 2),  # shared memory
+        (255, 16, 0, 0),  # does not run at all
+    ],
+)
+def test_blocks_on_a_multiprocessor(registers: int, warps: int, shared: int, blocks: int) -> None:
+    assert Limits().blocks_per_multiprocessor(registers, warps, shared) == blocks
+
+
+def launched_kernels() -> set[str]:
+    """`@triton.jit` functions in kernels/ that no other one calls."""
+    functions: dict[str, str] = {}
+    called: set[str] = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                functions[f"{path.stem}:{node.name}"] = node.name
+                called |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return {key for key, name in functions.items() if name not in called}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_has_cases(arch: str) -> None:
+    number = int(arch.removeprefix("sm_"))
+    with runtime.recording((number // 10, number % 10)) as recording:
+        for _, call in static_cases.cases():
+            call()
+    recorded = {
+        f"{launch.kernel.fn.__module__.rpartition('.')[2]}:{launch.kernel.fn.__name__}"
+        for launch in recording.launches
+    }
+    assert recorded == launched_kernels()
+
+
+def test_kernels_of_the_small_model_and_of_the_decoder_in_bf16_compile_for_sm_90_without_spills() -> None:
+    result = run_static("--arch", "sm_90", "--only", "ViT-S.*bfloat16|decoder.*bfloat16.*p=0.1")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHES)
+def test_all_our_kernels_compile_without_spills(arch: str) -> None:
+    result = run_static("--arch", arch)
+    assert result.returncode == 0, result.stderr
