@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import attention, attention_backward, gelu, linear_gelu, norm
+from lmim_fast.kernels import attention, attention_backward, gelu, linear_gelu, norm, runtime
 from torch import Tensor
 
 from benchmarks.shapes import DECODER, MASKED, MODELS
 from benchmarks.static_build import Case
-from lmim_fast.ops.attention_kernels import ALL_ON_CHIP
+from lmim_fast.ops.attention_kernels import ALL_ON_CHIP, reach
 from lmim_fast.ops.dropout import threshold
 
 BATCH = 64
@@ -135,12 +135,23 @@ def attention_cases() -> Iterator[Case]:
                 name = f"cross-attention {DECODER.name} {queries} x {DECODER.tokens[0]} {named(dtype)}, p={p}"
                 sizes = DECODER.width, DECODER.heads, queries, DECODER.tokens[0]
                 yield name, partial(_attention, *sizes, dtype, p, packed=False)
+    for dim in (16, 48, 64, 96, 128):  # heads of other models
+        for tokens in (16, 64, 128, 512):
+            for p in DECODER.dropouts:
+                name = f"self-attention 4 heads of {dim}, {tokens} bfloat16, p={p}"
+                yield name, partial(_attention, 4 * dim, 4, tokens, tokens, torch.bfloat16, p, packed=True)
 
 
 def _attention(
     width: int, heads: int, queries: int, keys: int, dtype: torch.dtype, p: float, *, packed: bool
-) -> None:
-    """As the op lays it out: views of (B, N, 3D) where q, k and v are packed, else of (B, M, 2D)."""
+) -> str | None:
+    """As the op lays it out: views of (B, N, 3D) where q, k and v are packed, else of (B, M, 2D).
+
+    Says why where the op leaves these sizes to another backend.
+    """
+    largest = reach(runtime.capability(torch.device("meta")), width // heads, p)
+    if keys > largest:
+        return f"up to {largest} keys, got {keys}"
     if packed:
         parts = empty(BATCH, queries, 3 * width, dtype=dtype), empty(BATCH, queries, 3 * width, dtype=dtype)
         (q, k, v), (dq, dk, dv) = (part.split(width, dim=2) for part in parts)
@@ -156,3 +167,4 @@ def _attention(
     of_bias = empty(2, BATCH, attention_backward.parts(keys, width // heads), width).unbind()
     gradients = dq, dk, dv, *of_bias
     attention_backward.backward(q, k, v, out, out, normaliser, bias, bias, *gradients, heads, *dropout, first)
+    return None

@@ -1,27 +1,34 @@
 """Attention forward for short sequences: one program is one head of one sequence.
 
-All keys and values of the head stay in shared memory while the program walks over blocks of queries, so each
-input is read once. Biases: that of the queries is added on load; that of the keys shifts all scores of a query
-alike and so changes nothing; that of the values is added to the context, weighted by the row sum of the
-(dropped) probabilities.
+All keys and values of the head stay in shared memory while the program walks over blocks of queries: each
+input is read once. The query bias is added on load; the key bias shifts all scores of a query alike and so
+changes nothing; the value bias is added to the context, weighted by the row sum of the (dropped)
+probabilities.
+
+Tiles are powers of two, lengths are not: one key more than whole tiles (256 + cls) is taken apart as a
+vector, and a few queries more than whole blocks are turned, so that they are the short side of a product.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def load_tile(
-    ptr, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    rows,
+    stride: tl.constexpr,
+    limit: tl.constexpr,
+    whole: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Rows (R,) of a (limit, D) matrix as (R, BLOCK_D), zero outside; `whole`: all rows are inside."""
     columns = tl.arange(0, BLOCK_D)
@@ -45,7 +52,14 @@ def load_row(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    ptr, tile, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    tile,
+    rows,
+    stride: tl.constexpr,
+    limit: tl.constexpr,
+    whole: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The inverse of `load_tile`, in the pointer's type."""
     columns = tl.arange(0, BLOCK_D)
@@ -59,8 +73,9 @@ def store_tile(
 
 @triton.jit
 def _forward_rows(
-    q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, sequence, factor,
-    stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr,
+    seed_ptr, sequence, factor, stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     threshold: tl.constexpr,
 ):  # fmt: skip
@@ -96,9 +111,7 @@ def _forward_rows(
             groups = chunk * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
             p = tl.where(keep_tile(seed, rows, groups, sequence, threshold, ROWS, BLOCK_N // 16), p, 0.0)
             kept += tl.sum(p, 1)
-        context = tl.dot(
-            p.to(values[chunk].dtype), values[chunk], context, input_precision="ieee"
-        )
+        context = tl.dot(p.to(values[chunk].dtype), values[chunk], context, input_precision="ieee")
     if TAIL:
         p = tl.exp2(last - top)
         total += p
@@ -118,8 +131,10 @@ def _forward_rows(
 
 @triton.jit
 def _forward_rows_transposed(
-    q_ptr, v_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, sequence, factor,
-    stride_q: tl.constexpr, stride_k: tl.constexpr, stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, v_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
+    v_bias_ptr, seed_ptr, sequence, factor, stride_q: tl.constexpr, stride_k: tl.constexpr,
+    stride_o: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """As `_forward_rows` with queries as columns: products of few queries then fill the tensor cores."""
@@ -177,13 +192,13 @@ def _forward_rows_transposed(
     store_tile(out_ptr, tl.trans(context), rows, stride_o, N, False, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sequence"])
 def attention_forward(
     q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, out_ptr, normaliser_ptr,
     first_sequence, factor, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr, stride_k: tl.constexpr,
-    stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
+    stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head): N queries in blocks and a REST of few, M keys in chunks and a TAIL of one."""
     program = tl.program_id(0)
@@ -210,15 +225,15 @@ def attention_forward(
     v_tail_ptr = v_ptr + (M - 1) * stride_k
     for start in range(0, N - REST, BLOCK_M):
         _forward_rows(
-            q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr,
-            seed_ptr, sequence, factor, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D, BLOCK_D, BLOCK_M,
-            BLOCK_N, TAIL, threshold,
+            q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
+            v_bias_ptr, seed_ptr, sequence, factor, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D,
+            BLOCK_D, BLOCK_M, BLOCK_N, TAIL, threshold,
         )  # fmt: skip
     if REST > 0:
         _forward_rows_transposed(
-            q_ptr, v_ptr, out_ptr, normaliser_ptr, N - REST, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
-            v_bias_ptr, seed_ptr, sequence, factor, stride_q, stride_k, stride_o, N, M, D, BLOCK_D,
-            REST_BLOCK, BLOCK_N, TAIL, threshold,
+            q_ptr, v_ptr, out_ptr, normaliser_ptr, N - REST, keys, values, k_tail_ptr, v_tail_ptr,
+            q_bias_ptr, v_bias_ptr, seed_ptr, sequence, factor, stride_q, stride_k, stride_o, N, M, D,
+            BLOCK_D, REST_BLOCK, BLOCK_N, TAIL, threshold,
         )  # fmt: skip
 
 
@@ -239,15 +254,16 @@ def forward(
 ) -> None:  # fmt: skip
     """Write the context of q (S, N, H * d) over k and v (S, M, H * d) into `out` (S, N, H * d).
 
-    `normaliser` (S * H, N) fp32, or None, gets the log2 of each query's softmax denominator for the backward pass.
-    Last dimensions are contiguous; k and v have one stride. Biases are (H * d,) or None. `threshold` and `seed`
-    as in kernels/dropout.py; the mask's sequence is (first_sequence + s) * H + head.
+    `normaliser` (S * H * N,) fp32, or None, gets the log2 of each query's softmax denominator for the
+    backward pass. Last dimensions are contiguous; k and v have one stride. Biases are (H * d,) or None.
+    `threshold` and `seed` as in kernels/dropout.py; the mask's sequence is (first_sequence + s) * H + head.
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
     block_d, tail, resident = geometry(keys, dim)
     block_n = tile(resident, 64)
-    block_m, num_warps = (64, 4) if resident * block_d <= 256 * 64 else (128, 8)
+    crowded = resident * block_d > 256 * 64 or (threshold > 0 and block_d > 64)
+    block_m, num_warps = (128, 8) if crowded else (64, 4)
     block_m = tile(queries, block_m)
     rest = queries % block_m if queries > block_m else 0
     if rest > 32 or dim not in (32, 64):  # a block of their own, with masked rows

@@ -1,10 +1,11 @@
 """Attention backward for short sequences: one program is one head of one sequence, five products a block.
 
-The gradients of keys and values stay in registers while the program walks over blocks of queries: no atomics, and
-the probabilities are made once. Keys are rows of each tile, queries its columns. Up to 64 keys nothing but the
-inputs is kept from the forward pass; beyond, the context and the normaliser of each query spare the reductions
-over the keys. More keys than fit into one tile are cut into parts: a program is then one part, and the parts of
-dq are added up afterwards.
+The gradients of keys and values stay in registers while the program walks over blocks of queries: no atomics,
+and the probabilities are made once. Keys are rows of each tile, queries its columns. Up to 64 keys nothing
+but the inputs is kept from the forward pass. Beyond, a first walk over the queries writes what their score
+gradients subtract (delta = context x its gradient) and does all of the one key that may stand apart, so that
+the second needs no reduction over the keys and spills no register. More keys than one tile holds are cut into
+parts: a program is then one part, and the parts of dq are added up afterwards.
 
 The key bias has no gradient: it shifts all scores of a query alike.
 """
@@ -14,11 +15,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.attention import LOG2E, geometry, load_row, load_tile, store_tile, tile
 from lmim_fast.kernels.dropout import keep_column, keep_tile_transposed
+from torch import Tensor
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _prepare_rows(
     stride_out: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
-    """Write delta of ROWS queries; with a key apart, its score gradients too, and add to its own gradients."""
+    """Write delta of ROWS queries and the score gradients of a key apart; add to that key's gradients."""
     rows = start + tl.arange(0, ROWS)
     do = load_tile(do_ptr, rows, stride_do, N, N % ROWS == 0, D, BLOCK_D).to(tl.float32)
     out = load_tile(out_ptr, rows, stride_out, N, N % ROWS == 0, D, BLOCK_D).to(tl.float32)
@@ -111,7 +111,9 @@ def _backward_rows(
     d_scores_low = d_scores.to(q.dtype)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dk = tl.dot(d_scores_low, q, dk, input_precision="ieee")
-    if BLOCK_D >= 64 and ROWS < 64:  # the head's width fills the rows of a tensor core product, the queries do not
+    if (
+        BLOCK_D >= 64 and ROWS < 64
+    ):  # the head's width fills the rows of a tensor core product, the queries do not
         dq = tl.trans(tl.dot(tl.trans(k), d_scores_low, input_precision="ieee"))
     else:
         dq = tl.dot(tl.trans(d_scores_low), k, input_precision="ieee")
@@ -128,7 +130,7 @@ def _store_row(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     tl.store(ptr + columns, row.to(ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sequence"])
 def attention_backward(
     q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr, v_bias_ptr, seed_ptr,
     dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, factor, stride_qs, stride_ks,
@@ -164,7 +166,7 @@ def attention_backward(
         dv_bias_ptr += (number * PARTS + part) * (H * D) + head * D
     if normaliser_ptr is not None:
         normaliser_ptr += sequence.to(tl.int64) * N
-        delta_ptr += program.to(tl.int64) * (2 * N)
+        delta_ptr += program.to(tl.int64) * (2 * N)  # delta, then d_scores of the key apart
         out_ptr += number * stride_outs + head * D
         v_tail_ptr = v_ptr + (M - 1) * stride_k
         PREPARED: tl.constexpr = 32
@@ -191,8 +193,9 @@ def attention_backward(
     score_sums = tl.zeros([KEYS], tl.float32)
     for start in range(0, N, BLOCK_M):
         dk, dv, score_sums = _backward_rows(
-            q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, k, v, dk, dv, score_sums, k_tail_ptr, q_bias_ptr,
-            v_bias_ptr, seed_ptr, drawn, factor, start, first_key, stride_q, stride_do, stride_dq, N, M, D,
+            q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, k, v, dk, dv, score_sums, k_tail_ptr,
+            q_bias_ptr, v_bias_ptr, seed_ptr, drawn, factor, start, first_key, stride_q, stride_do,
+            stride_dq, N, M, D,
             BLOCK_D, BLOCK_M, KEYS, TAIL, MASKED, BIAS, threshold,
         )  # fmt: skip
     store_tile(dk_ptr, dk, places, stride_dk, M, not MASKED, D, BLOCK_D)
@@ -206,6 +209,7 @@ def attention_backward(
             d_tail = tl.load(delta_ptr + N + rows, mask=rows < N, other=0.0)
             dq_bias += tl.sum(d_tail, 0) * load_row(k_tail_ptr, D, BLOCK_D)
             dv_bias += load_row(dv_bias_ptr, D, BLOCK_D)
+            tl.debug_barrier()  # all have read it before it is written again
         _store_row(dq_bias_ptr, dq_bias, D, BLOCK_D)
         _store_row(dv_bias_ptr, dv_bias, D, BLOCK_D)
 
@@ -217,9 +221,10 @@ def backward(
 ) -> None:  # fmt: skip
     """Write the gradients of `attention.forward`.
 
-    q, d_out, out, dq (S, N, H * d); k, v, dk, dv (S, M, H * d), k and v of one stride, dk and dv too. `out` and
-    `normaliser` are what the forward pass wrote; the latter is None up to 64 keys, `out` is not read then. dq_bias
-    and dv_bias, (S, `parts(M, d)`, H * d) fp32 or both None, get the bias gradients of each sequence apart.
+    q, d_out, out, dq (S, N, H * d); k, v, dk, dv (S, M, H * d), k and v of one stride, dk and dv too. `out`
+    and `normaliser` are what the forward pass wrote; the latter is None up to 64 keys, `out` is not read
+    then. dq_bias and dv_bias, (S * `parts(M, d)`, H * d) fp32 or both None, get the bias gradients of each
+    sequence and part.
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
@@ -227,7 +232,8 @@ def backward(
     block_m, num_warps = _blocks(keys_tile, block_d, threshold, runtime.capability(q.device)[0] >= 9)
     parts_of_dq, delta = dq[None], None
     if normaliser is not None:
-        delta = torch.empty(sequences * heads * count, 2, queries, dtype=torch.float32, device=q.device)
+        size = (sequences * heads * count, 2, queries)
+        delta = torch.empty(size, dtype=torch.float32, device=q.device)
     if count > 1:
         parts_of_dq = torch.empty(count, *dq.shape, dtype=torch.float32, device=q.device)
     runtime.launch(

@@ -74,6 +74,10 @@ class PlainAddNorm(nn.LayerNorm):
         return super().forward(total), total
 
 
+def our_multihead(**options: object) -> MultiheadAttention:
+    return MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
+
+
 def torch_attention(**options: object) -> nn.Module:
     return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
 
@@ -136,37 +140,35 @@ def decoder_pair(order: str) -> Pair:
 
 
 PAIRS = {
-    "Attention": Pair(lambda: Attention(WIDTH, HEADS), TimmAttention),
-    "Attention without qkv bias": Pair(lambda: Attention(WIDTH, HEADS, False), lambda: TimmAttention(False)),
+    "Attention": Pair(lambda: Attention(WIDTH, HEADS, True), TimmAttention),
+    "Attention without qkv bias": Pair(lambda: Attention(WIDTH, HEADS), lambda: TimmAttention(False)),
     "Mlp": Pair(lambda: Mlp(WIDTH, HIDDEN), TimmMlp),
     "Mlp of rows": Pair(lambda: Mlp(WIDTH, HIDDEN), TimmMlp, ((7, WIDTH),)),
     "Mlp of other sizes": Pair(lambda: Mlp(WIDTH, out_features=9), lambda: TimmMlp(WIDTH, 9)),
-    "Block": Pair(lambda: Block(WIDTH, HEADS, 2.5), TimmBlock),
-    "Block without qkv bias": Pair(lambda: Block(WIDTH, HEADS, 2.5, False), lambda: TimmBlock(False)),
+    "Block": Pair(lambda: Block(WIDTH, HEADS, 2.5, True), TimmBlock),
+    "Block without qkv bias": Pair(lambda: Block(WIDTH, HEADS, 2.5), lambda: TimmBlock(False)),
     "DropoutAddLayerNorm": Pair(lambda: DropoutAddLayerNorm(WIDTH), PlainAddNorm, (QUERIES, QUERIES)),
-    "self-attention": Pair(lambda: MultiheadAttention(WIDTH, HEADS), torch_attention, call=to_itself),
+    "self-attention": Pair(lambda: our_multihead(), torch_attention, call=to_itself),
     "self-attention without bias": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS, bias=False),
+        lambda: our_multihead(bias=False),
         lambda: torch_attention(bias=False),
         call=to_itself,
     ),
-    "cross-attention": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS), torch_attention, (QUERIES, MEMORY), to_memory
-    ),
+    "cross-attention": Pair(lambda: our_multihead(), torch_attention, (QUERIES, MEMORY), to_memory),
     "cross-attention without bias": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS, bias=False),
+        lambda: our_multihead(bias=False),
         lambda: torch_attention(bias=False),
         (QUERIES, MEMORY),
         to_memory,
     ),
     "cross-attention with values of their own": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS),
+        lambda: our_multihead(),
         torch_attention,
         (QUERIES, MEMORY, MEMORY),
         to_keys_and_values,
     ),
     "self-attention with values of their own": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS),
+        lambda: our_multihead(),
         torch_attention,
         (QUERIES, QUERIES),
         lambda module, x, value: module(x, x, value, need_weights=False)[0],
@@ -178,20 +180,25 @@ PAIRS = {
     ),
 }
 DROPPING = {
-    "attn_drop": Pair(lambda: Attention(WIDTH, HEADS, attn_drop=0.25), lambda: TimmAttention(True, 0.25)),
-    "proj_drop": Pair(lambda: Attention(WIDTH, HEADS, proj_drop=0.25), lambda: TimmAttention(True, 0, 0.25)),
+    "attn_drop": Pair(
+        lambda: Attention(WIDTH, HEADS, True, attn_drop=0.25), lambda: TimmAttention(True, 0.25)
+    ),
+    "proj_drop": Pair(
+        lambda: Attention(WIDTH, HEADS, True, proj_drop=0.25), lambda: TimmAttention(True, 0, 0.25)
+    ),
     "Mlp": Pair(lambda: Mlp(WIDTH, HIDDEN, drop=0.25), lambda: TimmMlp(drop=0.25)),
     "Block": Pair(
-        lambda: Block(WIDTH, HEADS, 2.5, proj_drop=0.25, attn_drop=0.5), lambda: TimmBlock(True, 0.25, 0.5)
+        lambda: Block(WIDTH, HEADS, 2.5, True, proj_drop=0.25, attn_drop=0.5),
+        lambda: TimmBlock(True, 0.25, 0.5),
     ),
     "DropoutAddLayerNorm": Pair(
         lambda: DropoutAddLayerNorm(WIDTH, 0.25), lambda: PlainAddNorm(0.25), (QUERIES, QUERIES)
     ),
     "self-attention": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS, 0.25), lambda: torch_attention(dropout=0.25), call=to_itself
+        lambda: our_multihead(dropout=0.25), lambda: torch_attention(dropout=0.25), call=to_itself
     ),
     "cross-attention": Pair(
-        lambda: MultiheadAttention(WIDTH, HEADS, 0.25),
+        lambda: our_multihead(dropout=0.25),
         lambda: torch_attention(dropout=0.25),
         (QUERIES, MEMORY),
         to_memory,
@@ -318,12 +325,12 @@ def test_dropout_acts_in_training_as_in_the_known_module_and_not_in_evaluation(n
 
 def test_fresh_weights_are_drawn_as_torch_draws_them() -> None:
     for ours, truth in (
-        (MultiheadAttention, torch_attention),
-        (Attention, TimmAttention),
-        (Block, TimmBlock),
+        (our_multihead, torch_attention),
+        (lambda: Attention(WIDTH, HEADS, True), TimmAttention),
+        (lambda: Block(WIDTH, HEADS, 2.5, True), TimmBlock),
     ):
         torch.manual_seed(1)
-        mine = ours(WIDTH, HEADS, 2.5) if ours is Block else ours(WIDTH, HEADS)
+        mine = ours()
         torch.manual_seed(1)
         expected = truth().state_dict()
         for name, value in mine.state_dict().items():
@@ -338,7 +345,7 @@ def test_attention_takes_its_place_in_torch_layers(training: bool) -> None:
         expected = layer(*inputs)
         for name in ("self_attn", "multihead_attn"):
             if hasattr(layer, name):
-                ours = MultiheadAttention(WIDTH, HEADS).train(training)
+                ours = our_multihead().train(training)
                 ours.load_state_dict(getattr(layer, name).state_dict())
                 setattr(layer, name, ours)
         for gradients_kept in (True, False):
@@ -420,7 +427,7 @@ def test_the_whole_layer_is_one_compiled_graph_equal_to_eager(name: str, backend
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Callable[..., object]]]] = {
     "Attention": lambda: (layer := Attention(WIDTH, HEADS), layer),
     "Block": lambda: (layer := Block(WIDTH, HEADS), layer),
-    "MultiheadAttention": lambda: (layer := MultiheadAttention(WIDTH, HEADS), lambda x: layer(x, x, x)),
+    "MultiheadAttention": lambda: (layer := our_multihead(), lambda x: layer(x, x, x)),
     "DecoderLayer": lambda: (layer := DecoderLayer(WIDTH, HEADS), lambda x: layer(torch.ones(QUERIES), x)),
 }
 
@@ -457,7 +464,7 @@ def test_dtypes_and_devices_that_do_not_fit_the_weights_are_named(name: str) -> 
 
 
 def test_inputs_that_do_not_fit_each_other_are_named() -> None:
-    attention, layer = MultiheadAttention(WIDTH, HEADS), DecoderLayer(WIDTH, HEADS)
+    attention, layer = our_multihead(), DecoderLayer(WIDTH, HEADS)
     x, memory, other = torch.ones(QUERIES), torch.ones(MEMORY), torch.ones(3, 7, WIDTH)
     with pytest.raises(ValueError, match=r"query \(2, 5, 24\), key \(3, 7, 24\), value \(3, 7, 24\)"):
         attention(x, other, other)
@@ -506,13 +513,15 @@ def test_options_of_timm_that_are_not_supported_are_not_swallowed() -> None:
 )
 def test_options_of_torch_attention_that_are_not_supported_say_what_to_use(option: dict[str, object]) -> None:
     name = next(iter(option))
-    with pytest.raises(NotImplementedError, match=rf"{name}.*(use torch.nn.MultiheadAttention|transpose)"):
-        MultiheadAttention(WIDTH, HEADS, **option)
-    MultiheadAttention(WIDTH, HEADS, kdim=WIDTH, vdim=WIDTH)
+    with pytest.raises(
+        NotImplementedError, match=rf"{name}.*(use torch.nn.MultiheadAttention|give batch_first=True)"
+    ):
+        MultiheadAttention(WIDTH, HEADS, **{"batch_first": True} | option)
+    our_multihead(kdim=WIDTH, vdim=WIDTH)
 
 
 def test_masks_and_weights_are_refused_with_what_to_use() -> None:
-    layer, x = MultiheadAttention(WIDTH, HEADS), torch.ones(QUERIES)
+    layer, x = our_multihead(), torch.ones(QUERIES)
     mask = torch.zeros(2, 5, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match=r"key_padding_mask of shape \(2, 5\).*leave padding out"):
         layer(x, x, x, key_padding_mask=mask)

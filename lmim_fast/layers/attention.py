@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self,
         dim: int,
         num_heads: int = 8,
-        qkv_bias: bool = True,
+        qkv_bias: bool = False,
         *,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -69,11 +69,11 @@ class MultiheadAttention(nn.Module):
         num_heads:     H.
         dropout:       dropout probability of the attention weights, in training mode.
         bias:          give the projections a bias.
-        add_bias_kv:   not supported, as all below but None, False and `batch_first=True`.
+        add_bias_kv:   not supported.
         add_zero_attn: not supported.
         kdim:          D or None.
         vdim:          D or None.
-        batch_first:   True; torch's own default is False.
+        batch_first:   has to be given as True, since torch's default is False.
         device:        of the parameters.
         dtype:         of the parameters.
     Raises:
@@ -91,7 +91,7 @@ class MultiheadAttention(nn.Module):
         add_zero_attn: bool = False,
         kdim: int | None = None,
         vdim: int | None = None,
-        batch_first: bool = True,
+        batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -105,7 +105,9 @@ class MultiheadAttention(nn.Module):
             vdim=None if vdim == embed_dim else vdim,
         )
         if not batch_first:
-            raise NotImplementedError("batch_first=False is not supported: transpose to (B, N, D)")
+            raise NotImplementedError(
+                "batch_first=False is not supported: give batch_first=True and (B, N, D)"
+            )
         self.embed_dim, self.num_heads, self.dropout, self.batch_first = embed_dim, num_heads, dropout, True
         self._qkv_same_embed_dim = True  # read by torch.nn.TransformerEncoderLayer
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))

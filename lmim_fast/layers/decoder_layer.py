@@ -46,8 +46,8 @@ class DecoderLayer(nn.Module):
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
         self.num_heads, self.p, self.order = nhead, dropout, order
-        self.self_attn = MultiheadAttention(d_model, nhead, dropout)
-        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=True)
+        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=True)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1 = DropoutAddLayerNorm(d_model, dropout, layer_norm_eps)  # after self-attention

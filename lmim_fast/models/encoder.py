@@ -19,6 +19,9 @@ from lmim_fast.ops.patch_embed import patch_embed
 class PackedBlock(Block):
     """Block whose call is the packed form: hooks of a sharded or checkpointed module see calls alone."""
 
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__(width, heads, mlp_ratio, qkv_bias=True)
+
     forward = Block.forward_packed  # type: ignore[assignment]
 
 

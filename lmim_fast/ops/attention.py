@@ -28,13 +28,13 @@ def self_attention(
     """Self-attention of several groups of sequences that lie in one matrix.
 
     Args:
-        qkv:      (rows, 3D) product of the qkv linear without its bias, fp64 | fp32 | bf16 | fp16; rows segment
-                  after segment.
+        qkv:      (rows, 3D) product of the qkv linear without its bias, fp64 | fp32 | bf16 | fp16; rows
+                  segment after segment.
         qkv_bias: (3D,) or None, any float dtype; its gradient comes out of this op.
         heads:    H, D a multiple of it.
         segments: (sequences, tokens) of each group, tokens >= 1; rows = sum of their products.
-        p:        dropout probability of the attention weights, in [0, 1); in steps of 1/256 where a seed is given
-                  or the kernel runs (`ops/dropout.py`).
+        p:        dropout probability of the attention weights, in [0, 1); in steps of 1/256 where a seed is
+                  given or the kernel runs (`ops/dropout.py`).
         seed:     one int64: the dropout mask is a function of it; None draws from torch's generator.
     Returns:
         (rows, D) context in qkv's dtype.
@@ -135,8 +135,8 @@ def _check_bias(name: str, product: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{name} must be floating-point, got {product.dtype}")
     if bias is not None and (bias.shape != product.shape[-1:] or not bias.is_floating_point()):
         raise ValueError(
-            f"{name}_bias must be ({product.shape[-1]},) and floating-point for {name} {tuple(product.shape)}, "
-            f"got {tuple(bias.shape)} {bias.dtype}"
+            f"{name}_bias must be ({product.shape[-1]},) and floating-point for {name} "
+            f"{tuple(product.shape)}, got {tuple(bias.shape)} {bias.dtype}"
         )
 
 

@@ -32,10 +32,10 @@ def current() -> str:
 def backend(name: str) -> Iterator[None]:
     """Run attention inside the block on backend `name`.
 
-    "triton" is this package's kernel; "flash" the flash-attn package (FlashAttention 2, or 4 where only that is
-    installed); "cudnn" and "sdpa" PyTorch's scaled_dot_product_attention by cuDNN and by PyTorch's own choice;
-    "eager" explicit products and softmax; "auto" the kernel where it fits and is the better choice, else "sdpa".
-    A backend that is named and cannot run is an error.
+    "triton" is this package's kernel; "flash" the flash-attn package (FlashAttention 2, or 4 where only that
+    is installed); "cudnn" and "sdpa" PyTorch's scaled_dot_product_attention by cuDNN and by PyTorch's own
+    choice; "eager" explicit products and softmax; "auto" the kernel where it fits, else "sdpa". A backend
+    that is named and cannot run is an error.
     """
     global _override
     previous, _override = _override, _known(name)
@@ -55,7 +55,8 @@ def eager(q: Tensor, k: Tensor, v: Tensor, p: float, keep: Tensor | None = None)
     """Explicit attention with an fp32 softmax.
 
     Args:
-        keep: (B, H, N, M) dropout mask, True where a probability is kept; None draws one from torch's generator.
+        keep: (B, H, N, M) dropout mask, True where a probability is kept; None draws one by torch's
+        generator.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])

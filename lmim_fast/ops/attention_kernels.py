@@ -61,7 +61,7 @@ def _normalisers(sequences: int, queries: int, keys: int, heads: int) -> int:
 
 
 def _column_sums(parts: Tensor | None, like: Tensor, blocks: int) -> Tensor:
-    """Bias gradient (blocks * D,) of partial sums (k, .., D): zero for the keys, which is the middle block."""
+    """Bias gradient (blocks * D,) of partial sums (k, .., D); that of the keys is zero."""
     if parts is None:
         return like.new_empty(0, dtype=torch.float32)
     sums = parts.flatten(1, -2).sum(1)
@@ -86,9 +86,7 @@ def _self(
     for part in _segments(segments, heads, qkv, out, normaliser):
         (x, context), stored, first = part
         q, k, v = x.chunk(3, dim=-1)
-        attention.forward(
-            q, k, v, q_bias, v_bias, context, stored, heads, dropout.threshold(p), seed, first
-        )
+        attention.forward(q, k, v, q_bias, v_bias, context, stored, heads, dropout.threshold(p), seed, first)
     return out, normaliser
 
 
@@ -99,7 +97,7 @@ def _self_normalisers(heads: int, segments: list[int]) -> int:
 def _segments(
     segments: list[int], heads: int, *tensors: Tensor
 ) -> list[tuple[list[Tensor], Tensor | None, int]]:
-    """For each segment: its rows of the matrices as (S, N, ..), of the normalisers (last), its first sequence."""
+    """For each segment: its rows of each matrix as (S, N, ..), its normalisers (last), its first sequence."""
     *matrices, normaliser = tensors
     parts: list[tuple[list[Tensor], Tensor | None, int]] = []
     row = first = place = 0
@@ -275,23 +273,27 @@ def _cross_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
 _cross.register_autograd(_cross_autograd, setup_context=_cross_context)
 
 
+def reach(capability: tuple[int, int], dim: int, p: float) -> int:
+    """Keys up to which the kernels go at this head width and dropout probability."""
+    largest = LARGEST if p == 0 else WITH_DROPOUT
+    if dim > 64 or (p > 0 and dim == 48):
+        largest = WIDE
+    return min(largest, {9: LARGEST, 10: WITH_DROPOUT}.get(capability[0], ALL_ON_CHIP))
+
+
 def _refuses(device: torch.device, dtype: torch.dtype, keys: int, dim: int, p: float) -> str | None:
     """Why the kernel is not for such heads, or None."""
     if dim % 16 or dim > 128:
         return f"needs heads of a width that is a multiple of 16 up to 128, got {dim}"
-    largest = LARGEST if p == 0 else WITH_DROPOUT
-    if dim > 64 or (p > 0 and dim == 48):
-        largest = WIDE
-    if keys > largest:
-        return f"holds up to {largest} keys of head width {dim} at p = {p}, got {keys}"
-    if device.type != "cuda":
-        return None
-    if dtype == torch.float32:
+    if device.type == "cuda" and dtype == torch.float32:
         return "has no fast product for torch.float32"
     capability = runtime.capability(device)
-    reach = {9: LARGEST, 10: WITH_DROPOUT}.get(capability[0], ALL_ON_CHIP)
-    if keys > reach:
-        return f"takes up to {reach} keys on compute capability {capability}, got {keys}"
+    largest = reach(capability, dim, p)
+    if keys > largest:
+        return (
+            f"holds up to {largest} keys for heads of width {dim} at p = {p} on compute capability "
+            f"{capability[0]}.{capability[1]}, got {keys}"
+        )
     return None
 
 
