@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import floors
 from benchmarks.harness import DEVICE, Operation, Unavailable, measure, seconds_a_call
 from benchmarks.shapes import DECODER, MASKED, MODELS, SMALL
+from lmim_fast.ops import attention_backends
 from lmim_fast.ops.attention import cross_attention, self_attention
 
 BACKENDS = {
@@ -128,8 +128,6 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     if DEVICE.type != "cuda":
         raise Unavailable("flash-attn needs a CUDA device")
     try:
-        flash_attn = importlib.import_module("flash_attn")
-    except ImportError as error:
-        raise Unavailable("flash-attn is not installed") from error
-    context: Tensor = flash_attn.flash_attn_func(q, k, v, dropout_p=p)
-    return context
+        return attention_backends.flash(q, k, v, p)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from error

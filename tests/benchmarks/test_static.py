@@ -104,7 +104,8 @@ def launched_kernels() -> set[str]:
     called: set[str] = set()
     for path in (ROOT / "kernels").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            decorators = map(ast.unparse, getattr(node, "decorator_list", []))
+            if any(name.startswith("triton.jit") for name in decorators):
                 functions[f"{path.stem}:{node.name}"] = node.name
                 called |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
     return {key for key, name in functions.items() if name not in called}

@@ -6,6 +6,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -147,6 +148,15 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str) -> None:
         path.write_bytes(b"" if name.startswith("empty") else os.urandom(300))
     with pytest.raises(WeightsError, match=name):
         read_state_dict(path)
+
+
+def test_any_damaged_bytes_are_refused_alike(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    path = tmp_path / "damaged.pth"
+    for _ in range(500):
+        path.write_bytes(random.bytes(300))
+        with pytest.raises(WeightsError, match="no checkpoint|not a readable checkpoint"):
+            read_state_dict(path)
 
 
 def test_a_file_without_an_encoder_says_what_it_holds(tmp_path: Path) -> None:
