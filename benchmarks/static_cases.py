@@ -135,6 +135,11 @@ def attention_cases() -> Iterator[Case]:
                 name = f"cross-attention {DECODER.name} {queries} x {DECODER.tokens[0]} {named(dtype)}, p={p}"
                 sizes = DECODER.width, DECODER.heads, queries, DECODER.tokens[0]
                 yield name, partial(_attention, *sizes, dtype, p, packed=False)
+    for tokens in (52, 257):
+        for biases in ((False, False), (True, False), (False, True)):
+            name = f"self-attention 6 heads of 64, {tokens} bfloat16, biases of queries and values {biases}"
+            call = partial(_attention, 384, 6, tokens, tokens, torch.bfloat16, 0.0)
+            yield name, partial(call, packed=True, biases=biases)
     for dim in (16, 48, 64, 96, 128):  # heads of other models
         for tokens in (16, 64, 128, 512):
             for p in DECODER.dropouts:
@@ -143,7 +148,15 @@ def attention_cases() -> Iterator[Case]:
 
 
 def _attention(
-    width: int, heads: int, queries: int, keys: int, dtype: torch.dtype, p: float, *, packed: bool
+    width: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    p: float,
+    *,
+    packed: bool,
+    biases: tuple[bool, bool] = (True, True),
 ) -> str | None:
     """As the op lays it out: views of (B, N, 3D) where q, k and v are packed, else of (B, M, 2D).
 
@@ -159,12 +172,16 @@ def _attention(
         q, dq = (empty(BATCH, queries, width, dtype=dtype) for _ in range(2))
         parts = empty(BATCH, keys, 2 * width, dtype=dtype), empty(BATCH, keys, 2 * width, dtype=dtype)
         (k, v), (dk, dv) = (part.split(width, dim=2) for part in parts)
-    out, bias = empty(BATCH, queries, width, dtype=dtype), empty(width)
+    out = empty(BATCH, queries, width, dtype=dtype)
+    q_bias, v_bias = (empty(width) if given else None for given in biases)
     dropout = threshold(p), seed_for(p)
     first = BATCH if packed else 0  # sequences of the group before it
     normaliser = empty(BATCH * heads * queries) if keys > ALL_ON_CHIP else None
-    attention.forward(q, k, v, bias, bias, out, normaliser, heads, *dropout, first)
-    of_bias = empty(2, BATCH, attention_backward.parts(keys, width // heads), width).unbind()
+    attention.forward(q, k, v, q_bias, v_bias, out, normaliser, heads, *dropout, first)
+    count = BATCH * attention_backward.parts(keys, width // heads)
+    of_bias = empty(2, count, width).unbind() if any(biases) else (None, None)
     gradients = dq, dk, dv, *of_bias
-    attention_backward.backward(q, k, v, out, out, normaliser, bias, bias, *gradients, heads, *dropout, first)
+    attention_backward.backward(
+        q, k, v, out, out, normaliser, q_bias, v_bias, *gradients, heads, *dropout, first
+    )
     return None

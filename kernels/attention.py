@@ -34,20 +34,23 @@ def load_tile(
     columns = tl.arange(0, BLOCK_D)
     at = ptr + rows[:, None] * stride + columns[None, :]
     if whole and BLOCK_D == D:
-        return tl.load(at)
-    inside = (rows[:, None] < limit) & (columns[None, :] < D)
-    return tl.load(at, mask=inside, other=0.0)
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(rows[:, None] < limit) & (columns[None, :] < D), other=0.0)
+    return tile
 
 
 @triton.jit
 def load_row(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """D values as (BLOCK_D,) fp32, zero outside; zeros where ptr is None."""
     columns = tl.arange(0, BLOCK_D)
-    if ptr is None:
-        return tl.zeros([BLOCK_D], tl.float32)
-    if BLOCK_D == D:
-        return tl.load(ptr + columns).to(tl.float32)
-    return tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    if ptr is None:  # no early return: the compiler would go on with what follows
+        row = tl.zeros([BLOCK_D], tl.float32)
+    elif BLOCK_D == D:
+        row = tl.load(ptr + columns).to(tl.float32)
+    else:
+        row = tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return row
 
 
 @triton.jit

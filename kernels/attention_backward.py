@@ -28,9 +28,9 @@ def _queries(
 ):  # fmt: skip
     """Queries with their bias, (R, BLOCK_D) in their own type."""
     q = load_tile(q_ptr, rows, stride_q, N, whole, D, BLOCK_D)
-    if q_bias_ptr is None:
-        return q
-    return (q.to(tl.float32) + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q.dtype)
+    if q_bias_ptr is not None:
+        q = (q.to(tl.float32) + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q.dtype)
+    return q
 
 
 @triton.jit
@@ -137,8 +137,8 @@ def attention_backward(
     stride_dos, stride_outs, stride_dqs, stride_dqp, stride_dks, stride_q: tl.constexpr,
     stride_k: tl.constexpr, stride_do: tl.constexpr, stride_out: tl.constexpr, stride_dq: tl.constexpr,
     stride_dk: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    TAIL: tl.constexpr, threshold: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PREPARED: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, part of the keys)."""
     program = tl.program_id(0)
@@ -169,7 +169,6 @@ def attention_backward(
         delta_ptr += program.to(tl.int64) * (2 * N)  # delta, then d_scores of the key apart
         out_ptr += number * stride_outs + head * D
         v_tail_ptr = v_ptr + (M - 1) * stride_k
-        PREPARED: tl.constexpr = 32
         dk_tail = tl.zeros([PREPARED, BLOCK_D], tl.float32)
         dv_tail = tl.zeros([PREPARED, BLOCK_D], tl.float32)
         for start in range(0, N, PREPARED):
@@ -229,7 +228,9 @@ def backward(
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
     block_d, tail, keys_tile, count = _plan(keys, dim)
-    block_m, num_warps = _blocks(keys_tile, block_d, threshold, runtime.capability(q.device)[0] >= 9)
+    major, _ = runtime.capability(q.device)
+    block_m, num_warps = _blocks(keys_tile, block_d, threshold, wgmma=major in (9, 10))
+    prepared = 128 if major == 9 and block_d <= 64 else 32  # few long loads; more would spill elsewhere
     parts_of_dq, delta = dq[None], None
     if normaliser is not None:
         size = (sequences * heads * count, 2, queries)
@@ -243,8 +244,8 @@ def backward(
         parts_of_dq.stride(1), parts_of_dq.stride(0), dk.stride(0), stride_q=q.stride(1),
         stride_k=k.stride(1), stride_do=d_out.stride(1), stride_out=out.stride(1),
         stride_dq=parts_of_dq.stride(2), stride_dk=dk.stride(1), N=queries, M=keys, H=heads, D=dim,
-        BLOCK_D=block_d, BLOCK_M=min(block_m, tile(queries, 64)), KEYS=keys_tile, PARTS=count, TAIL=tail,
-        threshold=threshold, num_warps=num_warps,
+        BLOCK_D=block_d, BLOCK_M=min(block_m, tile(queries, 64)), PREPARED=prepared, KEYS=keys_tile,
+        PARTS=count, TAIL=tail, threshold=threshold, num_warps=num_warps,
     )  # fmt: skip
     if count > 1:
         dq.copy_(parts_of_dq.sum(0))
@@ -265,9 +266,9 @@ def _plan(keys: int, dim: int) -> tuple[int, bool, int, int]:
     return block_d, tail, keys_tile, triton.cdiv(resident, keys_tile)
 
 
-def _blocks(keys_tile: int, block_d: int, threshold: int, wgmma: bool) -> tuple[int, int]:
+def _blocks(keys_tile: int, block_d: int, threshold: int, *, wgmma: bool) -> tuple[int, int]:
     """Queries of a block and warps: as many as registers hold beside the gradients of keys and values."""
     if keys_tile <= 64:
         return 64, 4 if keys_tile * block_d <= 64 * (64 if wgmma else 32) else 8
     crowded = threshold > 0 and block_d >= 64
-    return 16 if crowded else 32, 4 if keys_tile * block_d <= 128 * 32 else 8
+    return 16 if crowded else 32, 4 if keys_tile <= 128 and block_d <= 32 else 8

@@ -96,7 +96,12 @@ def multiprocessors(device: torch.device) -> int:
     return _properties(device)[1] if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
+    return _read_properties(device)
+
+
+@functools.cache
+def _read_properties(device: torch.device) -> tuple[tuple[int, int], int]:
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count

@@ -49,8 +49,8 @@ def self_attention(
         raise ValueError(
             f"qkv {tuple(qkv.shape)} must be ({rows}, 3D) for segments {list(segments)} and {heads} heads"
         )
-    if any(sequences < 0 or tokens < 1 for sequences, tokens in segments):
-        raise ValueError(f"segments need at least one token a sequence, got {list(segments)}")
+    if not segments or any(sequences < 0 or tokens < 1 for sequences, tokens in segments):
+        raise ValueError(f"need segments of at least one token a sequence, got {list(segments)}")
     _check_bias("qkv", qkv, qkv_bias)
     _check_rest(p, seed, qkv=qkv, qkv_bias=qkv_bias, seed=seed)
     arguments = (qkv, qkv_bias, heads, segments, p, seed)

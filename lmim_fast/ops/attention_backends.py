@@ -34,8 +34,9 @@ def backend(name: str) -> Iterator[None]:
 
     "triton" is this package's kernel; "flash" the flash-attn package (FlashAttention 2, or 4 where only that
     is installed); "cudnn" and "sdpa" PyTorch's scaled_dot_product_attention by cuDNN and by PyTorch's own
-    choice; "eager" explicit products and softmax; "auto" the kernel where it fits, else "sdpa". A backend
-    that is named and cannot run is an error.
+    choice; "eager" explicit products and softmax; "auto" the kernel where it fits and kernels are on, else
+    "sdpa", or "eager" where a dropout seed is given. A backend that is named and cannot run is an error.
+    The block has to hold the recomputation of checkpointed modules too.
     """
     global _override
     previous, _override = _override, _known(name)
@@ -101,14 +102,13 @@ def _flash_function() -> tuple[Callable[..., Any], int]:
         raise RuntimeError(
             "attention backend 'flash' was asked for, but flash-attn is not installed: pip install flash-attn"
         )
-    try:
+    if importlib.util.find_spec("flash_attn.flash_attn_interface") is not None:
         from flash_attn import flash_attn_func
 
         return flash_attn_func, 2
-    except ImportError:  # FlashAttention 4 alone brings only the part below
-        from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import flash_attn_func  # FlashAttention 4 alone brings only this part
 
-        return flash_attn_func, 4
+    return flash_attn_func, 4
 
 
 PLAIN: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa": sdpa, "cudnn": cudnn, "flash": flash}

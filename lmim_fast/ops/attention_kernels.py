@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lmim_fast.kernels import runtime
 from lmim_fast.ops import dispatch, dropout
 
 ALL_ON_CHIP = 64  # keys up to which the backward pass needs nothing of the forward pass
+MOST_QUERIES = 4096  # their score gradients towards one key are summed as one tile
 # Keys that a program can hold on chip without spilling registers (`python -m benchmarks.static`).
 LARGEST, WITH_DROPOUT, WIDE = 512, 257, 128  # heads up to 64 wide; with dropout; heads up to 128 wide
 
@@ -58,17 +60,6 @@ def _pairs(flat: list[int]) -> list[tuple[int, int]]:
 
 def _normalisers(sequences: int, queries: int, keys: int, heads: int) -> int:
     return sequences * heads * queries if keys > ALL_ON_CHIP else 0
-
-
-def _column_sums(parts: Tensor | None, like: Tensor, blocks: int) -> Tensor:
-    """Bias gradient (blocks * D,) of partial sums (k, .., D); that of the keys is zero."""
-    if parts is None:
-        return like.new_empty(0, dtype=torch.float32)
-    sums = parts.flatten(1, -2).sum(1)
-    if blocks == 1:
-        return sums[0]
-    zeros = torch.zeros_like(sums[0])
-    return torch.cat([sums[0], zeros, sums[1]] if blocks == 3 else [zeros, sums[1]])
 
 
 @torch.library.custom_op("lmim_fast::self_attention", mutates_args=())
@@ -132,7 +123,7 @@ def _self_backward(
     """Gradients of qkv (rows, 3D) and of its bias, (3D,) fp32 or empty."""
     from lmim_fast.kernels import attention_backward
 
-    grad, qkv = _rows_dense(grad), _rows_dense(qkv)
+    grad, qkv, out = _rows_dense(grad), _rows_dense(qkv), _rows_dense(out)
     width = out.shape[1]
     d_qkv = qkv.new_empty(qkv.shape)
     counts = [s * attention_backward.parts(n, width // heads) for s, n in _pairs(segments)]
@@ -148,7 +139,10 @@ def _self_backward(
             heads, dropout.threshold(p), seed, first,
         )  # fmt: skip
         place += count
-    return d_qkv, _column_sums(sums, qkv, 3)
+    if sums is None:
+        return d_qkv, qkv.new_empty(0, dtype=torch.float32)
+    q_sum, v_sum = sums.sum(1)
+    return d_qkv, torch.cat([q_sum, torch.zeros_like(q_sum), v_sum])  # the keys' bias changes nothing
 
 
 @_self_backward.register_fake
@@ -224,7 +218,7 @@ def _cross_backward(
     """Gradients of q, kv, and of the biases, (D,) and (2D,) fp32 or empty."""
     from lmim_fast.kernels import attention_backward
 
-    grad, q, kv = _rows_dense(grad), _rows_dense(q), _rows_dense(kv)
+    grad, q, kv, out = (_rows_dense(x) for x in (grad, q, kv, out))
     width, count = q.shape[2], attention_backward.parts(kv.shape[1], q.shape[2] // heads)
     d_q, d_kv = q.new_empty(q.shape), kv.new_empty(kv.shape)
     sums = q.new_empty(2, q.shape[0] * count, width, dtype=torch.float32) if biases_wanted else None
@@ -234,7 +228,11 @@ def _cross_backward(
         d_q, *d_kv.chunk(2, dim=-1), None if sums is None else sums[0], None if sums is None else sums[1],
         heads, dropout.threshold(p), seed, 0,
     )  # fmt: skip
-    return d_q, d_kv, _column_sums(sums, q, 1), _column_sums(sums, q, 2)
+    if sums is None:
+        none = partial(q.new_empty, 0, dtype=torch.float32)
+        return d_q, d_kv, none(), none()
+    q_sum, v_sum = sums.sum(1)
+    return d_q, d_kv, q_sum.clone(), torch.cat([torch.zeros_like(v_sum), v_sum])
 
 
 @_cross_backward.register_fake
@@ -283,11 +281,13 @@ def reach(capability: tuple[int, int], dim: int, p: float) -> int:
 
 def _refuses(device: torch.device, dtype: torch.dtype, keys: int, dim: int, p: float) -> str | None:
     """Why the kernel is not for such heads, or None."""
-    if dim % 16 or dim > 128:
+    if dim % 16 or not 16 <= dim <= 128:
         return f"needs heads of a width that is a multiple of 16 up to 128, got {dim}"
     if device.type == "cuda" and dtype == torch.float32:
         return "has no fast product for torch.float32"
     capability = runtime.capability(device)
+    if capability[0] < 8:
+        return f"needs compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"
     largest = reach(capability, dim, p)
     if keys > largest:
         return (
@@ -304,6 +304,8 @@ def _refuses_self(qkv, qkv_bias, heads, segments, p, seed):  # type: ignore[no-u
 
 
 def _refuses_cross(q, q_bias, kv, kv_bias, heads, p, seed):  # type: ignore[no-untyped-def]
+    if q.shape[1] > MOST_QUERIES:
+        return f"takes up to {MOST_QUERIES} queries, got {q.shape[1]}"
     return _refuses(q.device, q.dtype, kv.shape[1], q.shape[2] // heads, p)
 
 

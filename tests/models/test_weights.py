@@ -155,7 +155,7 @@ def test_any_damaged_bytes_are_refused_alike(tmp_path: Path) -> None:
     path = tmp_path / "damaged.pth"
     for _ in range(500):
         path.write_bytes(random.bytes(300))
-        with pytest.raises(WeightsError, match="no checkpoint|not a readable checkpoint"):
+        with pytest.raises(WeightsError, match=r"no checkpoint|not a readable"):
             read_state_dict(path)
 
 

@@ -23,8 +23,9 @@ Inputs = list[Tensor | None]
 Gradients = list[Tensor | None]
 
 SEED = 2**40 + 77
-# Beyond 64 keys a query's normaliser is kept as one fp32 logarithm, whose rounding all its probabilities share:
-# too little to be seen in 16 bits; in fp32, which runs in the interpreter alone, up to 5x a softmax's error.
+# Beyond 64 keys a query's normaliser is kept as one fp32 logarithm, whose rounding all its probabilities
+# share: too little to be seen in 16 bits; in fp32, which runs in the interpreter alone, up to 5x the error
+# of a softmax.
 BIAS_FACTOR = {torch.float32: 6.0, torch.float16: GRADIENT_FACTOR, torch.bfloat16: GRADIENT_FACTOR}
 
 
@@ -105,6 +106,28 @@ def assert_kernel_is_accurate(form: Form, inputs: Inputs, **options: object) -> 
         for (q, _, v), kind in zip(thirds, (dtype, dtype, torch.float64), strict=True)
     )
     assert_rms_as_accurate(mine, eager, exact, BIAS_FACTOR[dtype])
+
+
+def assert_nearly_equal(
+    found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], dtype: torch.dtype
+) -> None:
+    """Errors of one unit in the last place of the largest value at most: a compiler may reorder sums."""
+    for mine, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+            assert mine.isfinite().all()
+            assert (mine - other).abs().max() <= torch.finfo(dtype).eps * other.abs().max()
+
+
+def mask_mismatch(qkv: Tensor, gradient: Tensor, output: Tensor, upstream: Tensor) -> float:
+    """How far a gradient of qkv (no bias) is from one by the mask of the output; of another mask: about 1.
+
+    Given its mask the context is linear in the values, so <context, upstream> = <values, their gradient>.
+    """
+    v, d_v = (tensor.double().chunk(3, dim=-1)[2] for tensor in (qkv, gradient))
+    difference = (output.double() * upstream.double()).sum() - (v * d_v).sum()
+    return (difference.abs() / (v * d_v).square().sum().sqrt()).item()
 
 
 def skip_where_too_long(keys: int) -> None:
