@@ -14,7 +14,7 @@ MAX_BLOCK = 512  # columns of a program; divides the hidden widths 1536, 2048 an
 FORWARD_TILE = 4096  # values: 32 a thread, so four 16-byte loads of bf16 are in flight
 BACKWARD_TILE = 2048  # values: 16 a thread of both inputs
 MOST_ROWS = 16  # of a tile, where rows are short
-BACKWARD_PROGRAMS = 5  # per multiprocessor: as many as its registers hold at once
+BACKWARD_PROGRAMS = 5  # per multiprocessor: as many as its registers hold at once with dropout
 BACKWARD_STAGES = 3  # two tiles are loaded while one is worked on
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmim_fast.ops.linear import linear
+from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.tokens import gather_table
 
 
@@ -32,4 +32,5 @@ class PlainRows:
 
     def project(self, weight: Tensor, *, masked_only: bool = False) -> Tensor:
         """All rows, or the masked ones, times weight.T."""
-        return linear(self.rows[:, self.num_shown :] if masked_only else self.rows, weight)
+        rows = self.rows[:, self.num_shown :] if masked_only else self.rows
+        return linear(rows.to(compute_dtype(weight)), weight)

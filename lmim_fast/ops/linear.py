@@ -26,7 +26,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., F).
     """
-    return F.linear(x, weight.to(x.dtype))
+    return _product(x, weight.to(x.dtype))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in their own dtype, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight)
 
 
 def linear_recomputing(
@@ -46,7 +52,7 @@ def linear_recomputing(
     """
     weight = weight.to(x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.linear(x, weight)
+        return _product(x, weight)
     product: Tensor = _RecomputingLinear.apply(x, weight, recompute, *sources)
     return product
 
@@ -58,7 +64,7 @@ class _RecomputingLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.recompute = recompute
         ctx.save_for_backward(weight, *sources)
-        return F.linear(x, weight)
+        return _product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,5 +73,5 @@ class _RecomputingLinear(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             x = ctx.recompute(*sources)
-            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return grad_x, grad_weight, None, *(None for _ in sources)

@@ -14,7 +14,7 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5)])
 def test_recomputing_linear_equals_linear(shape: tuple[int, ...]) -> None:
     hidden, bias, weight = double(*shape), double(5), double(4, 5)
     upstream = torch.randn(*shape[:-1], 4, dtype=torch.float64)
@@ -63,6 +63,17 @@ def test_recomputing_linear_does_not_keep_its_input() -> None:
         linear_recomputing(activated, weight.requires_grad_(), bias_gelu, hidden, bias)
     assert hidden.untyped_storage().data_ptr() in kept
     assert activated.untyped_storage().data_ptr() not in kept
+
+
+def test_products_stay_in_the_type_of_x_under_autocast() -> None:
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    plain = torch.autograd.grad(linear(x, weight).sum(), (x, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = linear_recomputing(x * 1, weight, lambda x: x * 1, x)
+        assert (linear(x, weight).dtype, product.dtype) == (torch.float32, torch.float32)
+    product.sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, plain[1])
 
 
 def test_compute_dtype_is_autocast_or_the_weights() -> None:
