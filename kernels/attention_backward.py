@@ -230,7 +230,6 @@ def backward(
     block_d, tail, keys_tile, count = _plan(keys, dim)
     major, _ = runtime.capability(q.device)
     block_m, num_warps = _blocks(keys_tile, block_d, threshold, wgmma=major in (9, 10))
-    prepared = 128 if major == 9 and block_d <= 64 else 32  # few long loads; more would spill elsewhere
     parts_of_dq, delta = dq[None], None
     if normaliser is not None:
         size = (sequences * heads * count, 2, queries)
@@ -244,7 +243,7 @@ def backward(
         parts_of_dq.stride(1), parts_of_dq.stride(0), dk.stride(0), stride_q=q.stride(1),
         stride_k=k.stride(1), stride_do=d_out.stride(1), stride_out=out.stride(1),
         stride_dq=parts_of_dq.stride(2), stride_dk=dk.stride(1), N=queries, M=keys, H=heads, D=dim,
-        BLOCK_D=block_d, BLOCK_M=min(block_m, tile(queries, 64)), PREPARED=prepared, KEYS=keys_tile,
+        BLOCK_D=block_d, BLOCK_M=min(block_m, tile(queries, 64)), PREPARED=32, KEYS=keys_tile,
         PARTS=count, TAIL=tail, threshold=threshold, num_warps=num_warps,
     )  # fmt: skip
     if count > 1:
