@@ -43,7 +43,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,min,max,rounds
 
-# Fails where an operation got more than 10 % slower than in the last saved run on this device; saves a green run.
+# Fails where an operation got more than 10 % slower than in the saved run on this device; saves the first run only.
 bench-compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.compare
 

@@ -1,4 +1,8 @@
-"""What the machine reaches, measured in the run whose results are read against it."""
+"""What the machine reaches, measured in the run whose results are read against it.
+
+A copy and the exponentials count by the median of their rounds, the product by its fastest round:
+floors of products are the stricter ones.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.compare [--save] [pytest options]
 
-Runs are kept in .benchmarks/<device>/last.json. A first run is saved, so is one that passes; `--save` saves
-without comparing. The comparison is pytest-benchmark's, by the median of each operation.
+The saved run is .benchmarks/<device>/last.json: the first one, until `--save` runs without comparing and
+replaces it. A run that passes does not, so that small losses add up until one fails. The comparison is
+pytest-benchmark's, by the median of each operation.
 """
 
 from __future__ import annotations
@@ -39,16 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k", "ours", "-q"]
     command += ["--benchmark-columns=median,min,max,rounds", f"--benchmark-json={new}"]
-    saving = "--save" in options
+    comparing = last.exists() and "--save" not in options
+    first = not last.exists()
     options = [option for option in options if option != "--save"]
-    if last.exists() and not saving:
+    if comparing:
         command += [f"--benchmark-compare={last}", f"--benchmark-compare-fail={LIMIT}"]
-    elif not saving:
+    elif first:
         print(f"No run on this device yet: this one will be saved as {last.relative_to(ROOT)}", flush=True)
     code = subprocess.run([*command, *options], cwd=ROOT, check=False).returncode
     if code:
-        print(f"Not saved: the run failed. It is in {new.relative_to(ROOT)}", file=sys.stderr)
+        print(f"The run failed. It is in {new.relative_to(ROOT)}", file=sys.stderr)
         return 1
+    if comparing:
+        print(f"Compared with {last.relative_to(ROOT)}, which stays; --save replaces it")
+        return 0
     new.replace(last)
     print(f"Saved as {last.relative_to(ROOT)}")
     return 0

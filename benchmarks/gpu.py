@@ -1,21 +1,23 @@
-"""Everything that needs a CUDA device, in under eight minutes: GPU tests, op benchmarks, whole steps.
+"""Everything that needs a CUDA device, in under eight minutes: kernels, tests, op benchmarks, whole steps.
 
     python -m benchmarks.gpu RESULTS
 
-RESULTS gets summary.txt, tests.txt, ops.txt (a table at its end), ops.json, and step and step_dropout, each
-as .json and .txt. A red part does not stop the next; the exit code is 1 where any is red. Needs torch,
-triton, numpy, pytest and pytest-benchmark only: tests that want more skip themselves with a reason.
+RESULTS gets summary.txt, kernels.txt, tests.txt, ops.txt (a table at its end), ops.json, step.json,
+step_dropout.json, and step.txt with what both steps say of errors; results that were there are deleted. A
+red part does not stop the next; the exit code is 1 where any is red. Needs torch, triton, numpy, pytest and
+pytest-benchmark only: tests that want more skip themselves with a reason.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,32 +25,42 @@ ROOT = Path(__file__).parents[1]
 
 
 class Part(NamedTuple):
-    """A command, stopped after `seconds`. Its output goes to `file`, what it says of errors to <name>.txt."""
+    """A command: its output goes to `file`, what it says of errors to `log`.
+
+    It is interrupted after `seconds`, and killed `grace` seconds later: pytest writes its results meanwhile.
+    """
 
     name: str
     command: list[str]
     file: str
+    log: str
     seconds: int
+    grace: int = 5
 
 
-def parts(results: Path) -> list[Part]:
-    """At most 470 seconds in all.
+def parts(results: Path, arch: str) -> list[Part]:
+    """At most 475 seconds in all, those between interruption and end included.
 
-    Operations: 29 are compiled, at batch 512 alone, for both directions: 87 graphs at about 1 s each; 452
-    other measurements are captured and replayed at about 0.15 s each. Should that be wrong, the budget ends
-    the sweep, whose order is that of importance. Steps: in each of 4 settings every variant has two
-    processes, for times and for memory, at about 10 s each.
+    Kernels: a static check, which should also fill Triton's cache from all cores, so that later parts do not
+    compile one kernel after the other. Operations: torch.compile takes most, at about 1 s for each of 144
+    graphs at batch 512, the only one it is timed at; other measurements are captured and replayed at about
+    0.15 s each. The budget ends the sweep, whose order is that of importance: batch 64 comes last. Steps: in
+    each of 4 settings every variant has two processes, for times and for memory.
     """
+    kernels = [sys.executable, "-m", "benchmarks.static", "--arch", arch, "--only", "bfloat16"]
+    kernels += ["--jobs", str(len(os.sched_getaffinity(0)))]
     pytest = [sys.executable, "-m", "pytest"]
+    tests = ["-m", "gpu", "-v", "--durations=10", "--tb=short"]
     ops = ["--benchmark-only", "--benchmark-columns=median,min,rounds", "--batches", "512", "64"]
-    ops += ["--compiled-batches", "512", "--budget", "190", "--results", str(results / "ops.json")]
+    ops += ["--compiled-batches", "512", "--budget", "155", "--results", str(results / "ops.json")]
     step = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cuda", "--preset", "small"]
     step += ["--batch", "64", "512", "--json", "--dropout"]
     return [
-        Part("tests", [*pytest, "-m", "gpu", *gpu_tests()], "tests.txt", 95),
-        Part("ops", [*pytest, "benchmarks", *ops], "ops.txt", 215),
-        Part("step", [*step, "0"], "step.json", 80),
-        Part("step_dropout", [*step, "0.1"], "step_dropout.json", 80),
+        Part("kernels", kernels, "kernels.txt", "kernels.txt", 40),
+        Part("tests", [*pytest, *tests, *gpu_tests()], "tests.txt", "tests.txt", 80, grace=15),
+        Part("ops", [*pytest, "benchmarks", *ops], "ops.txt", "ops.txt", 180, grace=15),
+        Part("step", [*step, "0"], "step.json", "step.txt", 65),
+        Part("step_dropout", [*step, "0.1"], "step_dropout.json", "step.txt", 65),
     ]
 
 
@@ -77,14 +89,23 @@ def importable() -> Iterator[None]:
 def run(part: Part, results: Path) -> str:
     """Run a part; one line for the summary, "ok" in it where it is green."""
     start = time.monotonic()
-    path, log = results / part.file, results / f"{part.name}.txt"
-    with path.open("w") as output, log.open("a") as errors:
+    path = results / part.file
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with path.open("a") as output, (results / part.log).open("a") as errors:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdout=output, stderr=errors, start_new_session=True
+        )
         try:
-            code: int | str = subprocess.run(
-                part.command, cwd=ROOT, stdout=output, stderr=errors, timeout=part.seconds, check=False
-            ).returncode
+            code: int | str = process.wait(part.seconds)
         except subprocess.TimeoutExpired:
             code = f"stopped after {part.seconds} s"
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(part.grace)
+        finally:
+            with suppress(ProcessLookupError):  # processes that it left would slow the next part down
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     verdict = "ok" if code == 0 else f"RED ({code})"
     return f"{part.name}: {verdict}, {time.monotonic() - start:.0f} s, see {path}"
 
@@ -108,11 +129,20 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     os.environ.pop("TRITON_INTERPRET", None)
     (results / "summary.txt").write_text(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    todo = parts(results.resolve(), arch)
+    for name in {"ops.json", *(part.file for part in todo), *(part.log for part in todo)}:
+        (results / name).unlink(missing_ok=True)
     red = False
     with importable():
-        for part in parts(results.resolve()):
-            line = run(part, results)
-            red |= ": ok" not in line
+        from benchmarks.static_build import ARCHES
+
+        for part in todo:
+            if part.name == "kernels" and arch not in ARCHES:
+                line = f"kernels: skipped, there is no static check for {arch}"
+            else:
+                line = run(part, results)
+                red |= ": ok" not in line
             print(line, flush=True)
             with (results / "summary.txt").open("a") as file:
                 file.write(line + "\n")

@@ -1,7 +1,8 @@
 """How one operation is timed: inputs beyond the cache, a CUDA graph of repetitions, and a floor beside it.
 
 On CUDA a round replays a graph of `repetitions` calls on rotating copies of the inputs and waits for it; on
-a CPU it calls them in turn. Our forms are held against plain PyTorch before they are timed.
+a CPU it calls them in turn. As many results as there are copies are kept alive, so that outputs rotate too.
+Our forms are held against plain PyTorch before they are timed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import itertools
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import pytest
@@ -33,8 +35,7 @@ DIRECTIONS = ("forward", "forward+backward")
 
 _ROUNDS = {"cuda": 20, "cpu": 5}
 _ROUND_SECONDS = {"cuda": 3e-3, "cpu": 5e-3}  # far above a launch, a wait, and the clock
-# Only to choose how often a call is repeated in a round: never a figure, so that runs stay comparable.
-_NOMINAL = {"cuda": floors.Ceilings(4e12, 7e14, 3.8e12), "cpu": floors.Ceilings(1e10, 1e11)}
+_MOST_REPETITIONS = 200
 _CPU_CACHE = 32 * 2**20
 _LETTERS = {"batch": "B", "tokens": "N", "memory": "M"}
 _IMPLIED = ("model", "width", "heads", "hidden")
@@ -49,6 +50,7 @@ class Operation:
     plain:  the same in plain PyTorch, on the same inputs; compiled too.
     ours:   our forms by name, each taking `seed` by keyword; checked before they are timed.
     others: other people's forms by name; they raise `Unavailable`, or a RuntimeError, where they cannot run.
+            The variant "compiled NAME" is one of them under torch.compile.
     passes: floors, from the bytes of an element and whether a backward pass follows.
     leading: compiled on a CPU too.
     """
@@ -100,8 +102,17 @@ def seconds_a_call() -> float:
 def measure(benchmark: Any, operation: Operation, direction: str, variant: str) -> None:
     """Time `variant` of the operation, after checking it where it is ours, and file the result.
 
-    Skips with the reason where this machine cannot run the variant.
+    Skips with the reason where this machine cannot run the variant; ends the session where the device is
+    beyond use.
     """
+    try:
+        _measure(benchmark, operation, direction, variant)
+    except torch.AcceleratorError as error:
+        _end_if_broken(error)
+        raise
+
+
+def _measure(benchmark: Any, operation: Operation, direction: str, variant: str) -> None:
     if time.monotonic() - settings.start > settings.budget:
         pytest.skip(f"the budget of {settings.budget:.0f} s is spent")
     run = choose(operation, variant)
@@ -109,19 +120,13 @@ def measure(benchmark: Any, operation: Operation, direction: str, variant: str) 
     copies = [_copy(operation) for _ in range(_copy_count(operation))]
     passes = operation.passes(DTYPE.itemsize, direction != "forward")
     stages = passes.of(direction)
-    repetitions = max(
-        len(copies) if DEVICE.type == "cuda" else 1,
-        min(
-            200, math.ceil(_ROUND_SECONDS[DEVICE.type] / floors.floor_seconds(stages, _NOMINAL[DEVICE.type]))
-        ),
-    )
-    call = partial(_call, run, itertools.cycle(copies), direction)
+    call = partial(_call, run, itertools.cycle(copies), direction, len(copies))
     try:
-        round_of_calls = _graph(call, repetitions) if DEVICE.type == "cuda" else partial(call, repetitions)
+        round_of_calls, repetitions = _prepare(call, len(copies) if DEVICE.type == "cuda" else 1)
     except (RuntimeError, ImportError) as error:
-        if variant not in operation.others:
+        if _uncompiled(variant) not in operation.others:
             raise
-        pytest.skip(_does_not_run(variant, error))
+        _skip(variant, error)
     _time(benchmark, round_of_calls, repetitions, f"{operation} {direction}")
     if benchmark.stats is None:  # --benchmark-disable
         return
@@ -139,24 +144,49 @@ def choose(operation: Operation, variant: str) -> Callable[..., Result]:
         return operation.ours[variant]
     if variant == "eager":
         return operation.plain
-    if variant == "compiled":
+    form = operation.plain if _uncompiled(variant) == "eager" else _other(operation, variant)
+    if variant.startswith("compiled"):
         if DEVICE.type == "cpu" and not operation.leading:
             pytest.skip("on a CPU only the leading size is compiled: it takes seconds each")
         if operation.sizes["batch"] not in settings.compiled_batches:
             pytest.skip(f"compiled at batches {list(settings.compiled_batches)} only: it takes seconds each")
         torch.compiler.reset()
-        return torch.compile(lambda *inputs: operation.plain(*inputs), dynamic=False, fullgraph=True)
-    if variant not in operation.others:
+        return torch.compile(lambda *inputs: form(*inputs), dynamic=False, fullgraph=True)
+    return form
+
+
+def _uncompiled(variant: str) -> str:
+    """The variant that "compiled" and "compiled NAME" compile."""
+    return (
+        (variant.removeprefix("compiled").strip() or "eager") if variant.startswith("compiled") else variant
+    )
+
+
+def _other(operation: Operation, variant: str) -> Callable[..., Result]:
+    """Someone else's form, which is shown to run, or a skip."""
+    name = _uncompiled(variant)
+    if name not in operation.others:
         pytest.skip(f"{operation.name} has no variant {variant}")
     try:
-        operation.others[variant](*operation.inputs(DEVICE, DTYPE))
+        operation.others[name](*operation.inputs(DEVICE, DTYPE))
     except (Unavailable, RuntimeError, ImportError) as error:
-        pytest.skip(_does_not_run(variant, error))
-    return operation.others[variant]
+        _skip(variant, error)
+    return operation.others[name]
 
 
-def _does_not_run(variant: str, error: Exception) -> str:
-    return f"{variant} does not run this: {str(error).strip().splitlines()[0][:150]}"
+def _skip(variant: str, error: Exception) -> NoReturn:
+    if isinstance(error, torch.AcceleratorError):
+        _end_if_broken(error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    pytest.skip(f"{variant} does not run this: {lines[0][:150]}")
+
+
+def _end_if_broken(error: torch.AcceleratorError) -> None:
+    """End the session where the device does not answer any more: whatever followed would fail."""
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        pytest.exit(f"the device is beyond use: {error}", 3)
 
 
 def check(operation: Operation, variant: str) -> str:
@@ -168,7 +198,7 @@ def check(operation: Operation, variant: str) -> str:
                 run = operation.ours[variant]
                 assert_correct(run, operation.plain, operation.inputs, operation.sizes["p"], DEVICE, DTYPE)
         except Unavailable as error:
-            pytest.skip(_does_not_run(variant, error))
+            _skip(variant, error)
         _forms[key] = "kernels " + ", ".join(dict.fromkeys(names)) if names else "PyTorch alone"
     return _forms[key]
 
@@ -196,36 +226,61 @@ def _copy(operation: Operation) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def _copy_count(operation: Operation) -> int:
-    """Copies of the inputs that together do not fit into the cache."""
+    """Copies of the inputs that together are far beyond the cache: on CUDA three times as large."""
     size = sum(tensor.nbytes for tensor in operation.inputs(DEVICE, DTYPE))
     if DEVICE.type == "cpu":
         return min(8, _CPU_CACHE // size + 1)
-    return torch.cuda.get_device_properties(DEVICE).L2_cache_size // size + 1
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size * 3 // size + 1
 
 
 def _call(
     run: Callable[..., Result],
     turns: Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
     direction: str,
+    alive: int,
     count: int,
 ) -> None:
+    """Call `count` times; the last `alive` results live, so that a call does not write where the last did."""
+    results: deque[object] = deque(maxlen=alive)
     for inputs, gradients in itertools.islice(turns, count):
         if direction == "forward":
             with torch.no_grad():
-                run(*inputs)
+                results.append(run(*inputs))
         else:
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            torch.autograd.grad(_as_tuple(run(*inputs)), wanted, gradients)
+            outputs = _as_tuple(run(*inputs))
+            results.append((outputs, torch.autograd.grad(outputs, wanted, gradients)))
 
 
-def _graph(call: Callable[[int], None], repetitions: int) -> Callable[[], None]:
-    """Replays the repetitions at once, and waits."""
+def _prepare(call: Callable[[int], None], least: int) -> tuple[Callable[[], None], int]:
+    """A round of `_ROUND_SECONDS` or so, and how many calls it has: at least `least`, whose time is taken."""
+    _warm_up(call)
+    calls = _round(call, least)
+    calls()
+    start = time.perf_counter()
+    calls()
+    rounds = _ROUND_SECONDS[DEVICE.type] / (time.perf_counter() - start)
+    repetitions = max(least, min(_MOST_REPETITIONS, math.ceil(least * rounds)))
+    return (calls if repetitions == least else _round(call, repetitions)), repetitions
+
+
+def _warm_up(call: Callable[[int], None]) -> None:
+    """Compile what is compiled at a first call, which a capture does not allow."""
+    if DEVICE.type == "cpu":
+        call(1)
+        return
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(3)  # compiles what is compiled at a first call, which a capture does not allow
+        call(3)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+
+
+def _round(call: Callable[[int], None], repetitions: int) -> Callable[[], None]:
+    """Makes the calls: on CUDA replays their graph, and waits."""
+    if DEVICE.type == "cpu":
+        return partial(call, repetitions)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call(repetitions)

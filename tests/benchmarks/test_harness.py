@@ -1,10 +1,13 @@
 """Benchmarks of operations: what they check, what they write, and when a comparison fails."""
 
+import dataclasses
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, floors, gpu, harness, tables
+from benchmarks import bench_attention, compare, floors, gpu, harness, tables
 from benchmarks.correctness import assert_correct
 from benchmarks.harness import Operation
 
@@ -53,7 +56,7 @@ def test_a_run_writes_rows_whose_figures_follow_from_the_raw_times(tmp_path: Pat
     assert "| ViT-S B8 N52 D1536 | forward |" in page
 
 
-def test_an_operation_slower_than_the_saved_run_fails_and_is_not_saved(
+def test_an_operation_is_compared_with_the_saved_run_which_only_saving_replaces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compare, "ROOT", tmp_path)
@@ -70,6 +73,12 @@ def test_an_operation_slower_than_the_saved_run_fails_and_is_not_saved(
     assert compare.main([*options, "-p", "slower"]) == 1
     assert "Performance has regressed" in capfd.readouterr().err
     assert last.read_text() == saved
+    assert compare.main([*options, "--save", "-p", "slower"]) == 0
+    slow = last.read_text()
+    assert slow != saved
+    assert compare.main(options) == 0
+    assert "which stays" in capfd.readouterr().out
+    assert last.read_text() == slow
 
 
 def make_inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -124,10 +133,46 @@ def test_a_right_form_is_accepted_and_what_ran_is_told() -> None:
     assert harness.check(operation(good), "ours") == "PyTorch alone"
 
 
-@pytest.mark.parametrize("ours", [wrong_by_a_little, wrong_in_one_row, wrong_gradient])
+def wrong_without_gradients(x: Tensor, weight: Tensor, seed: Tensor | None = None) -> Tensor:
+    return plain(x, weight) * (1 if torch.is_grad_enabled() else 1.001)
+
+
+@pytest.mark.parametrize(
+    "ours", [wrong_by_a_little, wrong_in_one_row, wrong_gradient, wrong_without_gradients]
+)
 def test_no_speed_is_reported_for_a_wrong_form(ours: Any) -> None:
     with pytest.raises(AssertionError, match="is wrong: error"):
         harness.measure(None, operation(ours), "forward", "ours")
+
+
+class WrongColumn(torch.autograd.Function):
+    """A gradient that is right but for its largest column, which is too large by a tenth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        wrong = grad.clone()
+        wrong[grad.abs().argmax()] *= 1.1
+        return wrong
+
+
+def test_one_wrong_column_of_a_gradient_is_found_though_it_is_lost_in_the_mean() -> None:
+    def wide_inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        x, weight = torch.randn(16, 2**16, device=device, dtype=dtype), torch.randn(2**16, device=device)
+        return x.requires_grad_(), weight.requires_grad_()
+
+    def scaled(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight.to(x.dtype)
+
+    def wrong_column(x: Tensor, weight: Tensor, seed: Tensor | None = None) -> Tensor:
+        return scaled(x, WrongColumn.apply(weight))
+
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError, match=r"^largest of tensor 2 is wrong"):
+        assert_correct(wrong_column, scaled, wide_inputs, 0.0, CPU, torch.bfloat16)
 
 
 def test_low_precision_is_judged_by_what_plain_pytorch_shows_in_it() -> None:
@@ -137,6 +182,84 @@ def test_low_precision_is_judged_by_what_plain_pytorch_shows_in_it() -> None:
 def test_a_variant_that_cannot_run_is_skipped_with_the_reason() -> None:
     with pytest.raises(pytest.skip.Exception, match="no variant flash"):
         harness.choose(operation(good), "flash")
+
+
+def failing(error: Exception) -> Operation:
+    def other(*inputs: Tensor) -> Tensor:
+        raise error
+
+    return dataclasses.replace(operation(good), others=dict(other=other))
+
+
+@pytest.mark.parametrize("variant", ["other", "compiled other"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "CUDA out of memory.$"),
+        (RuntimeError(""), "RuntimeError$"),
+        (torch.AcceleratorError("not permitted when stream is capturing"), "not permitted"),
+    ],
+)
+def test_a_form_of_others_that_fails_is_skipped_while_the_device_answers(
+    error: Exception, reason: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(pytest.skip.Exception, match=f"{variant} does not run this: {reason}"):
+        harness.measure(None, failing(error), "forward", variant)
+
+
+def broken(x: Tensor, weight: Tensor, seed: Tensor | None = None) -> Tensor:
+    raise torch.AcceleratorError("illegal memory access")
+
+
+@pytest.mark.parametrize("variant", ["other", "ours"])
+def test_a_device_that_does_not_answer_ends_the_session(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: broken(torch.empty(0), torch.empty(0)))
+    bad = dataclasses.replace(operation(broken), others=dict(other=broken))
+    with pytest.raises(pytest.exit.Exception, match="beyond use: illegal memory access") as caught:
+        harness.measure(None, bad, "forward", variant)
+    assert caught.value.returncode == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CUDA device rounds are graphs")
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.02, 1, 1), (0.0005, 2, 10), (0.0, 200, 200)])
+def test_a_round_has_the_calls_that_fit_into_it(seconds: float, least: int, most: int) -> None:
+    counts: list[int] = []
+
+    def call(count: int) -> None:
+        counts.append(count)
+        if seconds:
+            time.sleep(seconds * count)
+
+    calls, repetitions = harness._prepare(call, 1)
+    assert least <= repetitions <= most
+    calls()
+    assert counts == [1, 1, 1, repetitions]
+
+
+def test_results_of_a_round_do_not_share_memory() -> None:
+    copies = [harness._copy(operation(good)) for _ in range(3)]
+    for direction in harness.DIRECTIONS:
+        places: list[int] = []
+
+        def run(*inputs: Tensor, places: list[int] = places) -> Tensor:
+            result = plain(*inputs)
+            places.append(result.data_ptr())
+            return result
+
+        harness._call(run, itertools.cycle(copies), direction, 3, 6)
+        assert all(len(set(places[start : start + 3])) == 3 for start in range(4))
+
+
+def test_rivals_get_the_bias_for_nothing_and_its_gradient_is_a_column_sum() -> None:
+    x, bias = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    result, grad = bench_attention._in_product(x, bias), torch.randn(2, 3, 4)
+    assert result.data_ptr() == x.data_ptr()
+    of_x, of_bias = torch.autograd.grad(result, (x, bias), grad)
+    assert torch.equal(of_x, grad)
+    torch.testing.assert_close(of_bias, grad.sum((0, 1)))
 
 
 def test_a_budget_that_is_spent_skips_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,12 +282,20 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
     def python(code: str) -> list[str]:
         return [sys.executable, "-c", code]
 
+    both = "import sys; print('{}'); print('log', file=sys.stderr)"
+    interrupted = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written at the end')"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     parts = [
-        gpu.Part("tests", python("print('one failed'); exit(1)"), "tests.txt", 60),
-        gpu.Part("ops", python("import time; time.sleep(60)"), "ops.txt", 1),
-        gpu.Part("step", python("import sys; print('{}'); print('log', file=sys.stderr)"), "step.json", 60),
+        gpu.Part("kernels", python("exit(1)"), "kernels.txt", "kernels.txt", 60),
+        gpu.Part("tests", python(both.format("one failed") + "; exit(1)"), "tests.txt", "tests.txt", 60),
+        gpu.Part("ops", python(interrupted), "ops.txt", "ops.txt", 1, grace=15),
+        gpu.Part("stubborn", python(stubborn), "stubborn.txt", "stubborn.txt", 1, grace=1),
+        gpu.Part("step", python(both.format("{}")), "step.json", "step.txt", 60),
+        gpu.Part("step_dropout", python(both.format("{}")), "step_dropout.json", "step.txt", 60),
     ]
-    monkeypatch.setattr(gpu, "parts", lambda results: parts)
+    (tmp_path / "step.json").write_text("of an earlier run")
+    monkeypatch.setattr(gpu, "parts", lambda results, arch: parts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
     monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path)])
@@ -173,13 +304,25 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
     summary = (tmp_path / "summary.txt").read_text().splitlines()
     assert summary[0].startswith("GPU X, torch ")
     assert [line.split(",")[0] for line in summary[1:]] == [
+        "kernels: skipped",
         "tests: RED (1)",
         "ops: RED (stopped after 1 s)",
+        "stubborn: RED (stopped after 1 s)",
         "step: ok",
+        "step_dropout: ok",
     ]
+    assert sorted((tmp_path / "tests.txt").read_text().splitlines()) == ["log", "one failed"]
+    assert (tmp_path / "ops.txt").read_text() == "written at the end\n"
     assert capsys.readouterr().out.splitlines() == summary[1:]
     assert (tmp_path / "step.json").read_text() == "{}\n"
-    assert (tmp_path / "step.txt").read_text() == "log\n"
+    assert (tmp_path / "step.txt").read_text() == "log\nlog\n"
+
+
+def test_the_gpu_run_ends_within_eight_minutes_and_leaves_eight_files(tmp_path: Path) -> None:
+    parts = gpu.parts(tmp_path, "sm_90")
+    assert sum(part.seconds + part.grace for part in parts) < 480
+    files = {name for part in parts for name in (part.file, part.log)} | {"summary.txt", "ops.json"}
+    assert len(files) == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
