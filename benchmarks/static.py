@@ -25,12 +25,9 @@ from benchmarks.static_build import ARCHES, Report, Selection, compile_all
 
 def without_interpreter() -> None:
     """Make Triton compile; an interpreter that was chosen before Triton's import cannot be undone."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    if "triton" in sys.modules:
-        from triton import knobs
-
-        if knobs.runtime.interpret:
-            raise SystemExit("static: Triton was imported with TRITON_INTERPRET; start a process without it")
+    interpreted = os.environ.pop("TRITON_INTERPRET", None) == "1"
+    if interpreted and "triton" in sys.modules:
+        raise SystemExit("static: Triton was imported with TRITON_INTERPRET; start a process without it")
 
 
 def summary(reports: Sequence[Report], arches: Sequence[str]) -> str:

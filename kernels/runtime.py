@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -86,22 +85,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability that launch configurations are chosen for; the interpreter counts as (9, 0)."""
     if _recording is not None:
         return _recording.capability
-    return _properties(device)[0] if device.type == "cuda" else (9, 0)
+    if device.type != "cuda":
+        return (9, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor)
 
 
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device."""
     if _recording is not None:
         return _recording.multiprocessors
-    return _properties(device)[1] if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
-
-
-@torch.compiler.assume_constant_result
-def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    return _read_properties(device)
-
-
-@functools.cache
-def _read_properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

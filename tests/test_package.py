@@ -49,6 +49,15 @@ print("ok")
     assert run_python(code) == "ok"
 
 
+def test_ops_layers_and_models_import_neither_triton_nor_dynamo() -> None:
+    code = """
+import sys
+import lmim_fast.layers, lmim_fast.models.lmim, lmim_fast.kernels.runtime
+print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
+"""
+    assert run_python(code) == "[]"
+
+
 def test_import_takes_under_two_seconds_beyond_torch() -> None:
     code = "import torch, time; t = time.perf_counter(); import lmim_fast; print(time.perf_counter() - t)"
     assert min(float(run_python(code)) for _ in range(3)) < 2.0
