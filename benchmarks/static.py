@@ -3,7 +3,7 @@
     python -m benchmarks.static --arch sm_90 [--arch sm_100 | --arch all] [--only REGEX]
                                 [--json] [--markdown] [--results DIR]
 
-The configurations are those that the launch functions choose on real sizes (`benchmarks/static_cases.py`).
+The configurations are those that the launch functions choose on real sizes (`benchmarks/static_cases/`).
 Exit code 1 when one fails; the last line sums up.
 """
 

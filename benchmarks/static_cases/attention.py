@@ -1,0 +1,80 @@
+"""Cases of kernels/attention.py and kernels/attention_backward.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from lmim_fast.kernels import attention, attention_backward, runtime
+
+from benchmarks.shapes import DECODER, MASKED, MODELS
+from benchmarks.static_build import Case
+from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
+from lmim_fast.ops.attention_kernels import ALL_ON_CHIP, reach
+from lmim_fast.ops.dropout import threshold
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for model in MODELS:
+            for tokens in model.tokens:
+                for p in model.dropouts:
+                    name = f"self-attention {model.name} {tokens} {named(dtype)}, p={p}"
+                    sizes = model.width, model.heads, tokens, tokens
+                    yield name, partial(_attention, *sizes, dtype, p, packed=True)
+        for queries in (MASKED, DECODER.tokens[0]):
+            for p in DECODER.dropouts:
+                name = f"cross-attention {DECODER.name} {queries} x {DECODER.tokens[0]} {named(dtype)}, p={p}"
+                sizes = DECODER.width, DECODER.heads, queries, DECODER.tokens[0]
+                yield name, partial(_attention, *sizes, dtype, p, packed=False)
+    for tokens in (52, 257):
+        for biases in ((False, False), (True, False), (False, True)):
+            name = f"self-attention 6 heads of 64, {tokens} bfloat16, biases of queries and values {biases}"
+            call = partial(_attention, 384, 6, tokens, tokens, torch.bfloat16, 0.0)
+            yield name, partial(call, packed=True, biases=biases)
+    for dim in (16, 48, 64, 96, 128):  # heads of other models
+        for tokens in (16, 64, 128, 512):
+            for p in DECODER.dropouts:
+                name = f"self-attention 4 heads of {dim}, {tokens} bfloat16, p={p}"
+                yield name, partial(_attention, 4 * dim, 4, tokens, tokens, torch.bfloat16, p, packed=True)
+
+
+def _attention(
+    width: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    p: float,
+    *,
+    packed: bool,
+    biases: tuple[bool, bool] = (True, True),
+) -> str | None:
+    """As the op lays it out: views of (B, N, 3D) where q, k and v are packed, else of (B, M, 2D).
+
+    Says why where the op leaves these sizes to another backend.
+    """
+    largest = reach(runtime.capability(torch.device("meta")), width // heads, p)
+    if keys > largest:
+        return f"up to {largest} keys, got {keys}"
+    if packed:
+        parts = empty(BATCH, queries, 3 * width, dtype=dtype), empty(BATCH, queries, 3 * width, dtype=dtype)
+        (q, k, v), (dq, dk, dv) = (part.split(width, dim=2) for part in parts)
+    else:
+        q, dq = (empty(BATCH, queries, width, dtype=dtype) for _ in range(2))
+        parts = empty(BATCH, keys, 2 * width, dtype=dtype), empty(BATCH, keys, 2 * width, dtype=dtype)
+        (k, v), (dk, dv) = (part.split(width, dim=2) for part in parts)
+    out = empty(BATCH, queries, width, dtype=dtype)
+    q_bias, v_bias = (empty(width) if given else None for given in biases)
+    dropout = threshold(p), seed_for(p)
+    first = BATCH if packed else 0  # sequences of the group before it
+    normaliser = empty(BATCH * heads * queries) if keys > ALL_ON_CHIP else None
+    attention.forward(q, k, v, q_bias, v_bias, out, normaliser, heads, *dropout, first)
+    count = BATCH * attention_backward.parts(keys, width // heads)
+    of_bias = empty(2, count, width).unbind() if any(biases) else (None, None)
+    gradients = dq, dk, dv, *of_bias
+    attention_backward.backward(
+        q, k, v, out, out, normaliser, q_bias, v_bias, *gradients, heads, *dropout, first
+    )
+    return None
