@@ -343,6 +343,10 @@ class PretrainConfig:
     """Type of the products: auto is bf16 on CUDA, fp32 on a CPU; weights, statistics and losses stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
+    compile: bool = False
+    """Put torch.compile around the model."""
+    cuda_graph: bool = False
+    """Replay the whole step as one CUDA graph; for one process on CUDA, without accumulation."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run folder; False refuses a folder that has one."""
     checkpoint_every: int = 500
@@ -367,6 +371,10 @@ class PretrainConfig:
         _require(self.steps is None or self.steps >= 1, f"steps must be >= 1, got {self.steps}")
         _require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
         _require_seed(self.seed)
+        _require(
+            not self.cuda_graph or self.accumulation == 1,
+            f"cuda_graph needs accumulation 1, got {self.accumulation}",
+        )
         _require(
             self.batch_size % self.accumulation == 0,
             f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}",

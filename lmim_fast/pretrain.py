@@ -24,6 +24,7 @@ from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.data.records import RecordStore
 from lmim_fast.errors import DataError, UsageError
+from lmim_fast.models.lmim import LMIM
 from lmim_fast.train import checkpoint, optim, parallel, resume
 from lmim_fast.train.build import build_model, versions
 from lmim_fast.train.checkpoint import Checkpoint
@@ -75,7 +76,10 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
     identity["teacher"] = saved.state["teacher"] if saved else world.gather(stored)[0]
 
     world.together(lambda: model.to(world.device))
-    optimizer = optim.make_optimizer(model, config.optim)
+    if config.precision == "bf16" and isinstance(model, LMIM):
+        model.halve_teacher()
+    graphed = world.device if config.cuda_graph else None
+    optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
     progress = Progress(Meter())
     if saved is not None:
         progress = world.together(partial(_restore, saved, model, optimizer, world.device))
@@ -126,6 +130,10 @@ def _resolved(config: PretrainConfig, world: World) -> PretrainConfig:
         raise UsageError(
             f"--batch-size {config.batch_size} must be a multiple of {world.size} processes "
             f"x {config.accumulation} accumulation passes"
+        )
+    if config.cuda_graph and (world.size > 1 or world.device.type != "cuda"):
+        raise UsageError(
+            f"--cuda-graph is for one process on CUDA, not for {world.size} on {world.device.type}: drop it"
         )
     if config.precision != "auto":
         return config

@@ -194,6 +194,12 @@ def test_what_can_fail_on_one_rank_before_training_is_done_together(data, mae, t
     assert all(inside for _, _, inside in seen), seen
 
 
+def test_a_cuda_graph_is_refused_on_a_cpu(data, tmp_path, capsys):
+    assert pretrain(options(data, tmp_path / "run", "--cuda-graph")) == 2
+    assert "--cuda-graph is for one process on CUDA, not for 1 on cpu: drop it" in only_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_number_of_samples_is_one_clear_line(tmp_path, capsys):
     data = write_lmdb(tmp_path / "words", 10, claimed=12)
     assert pretrain(options(data, tmp_path / "run")) == 1
@@ -220,9 +226,9 @@ def poison(monkeypatch):
     def start(steps, calls=[0]):  # noqa: B006
         forward, calls[0] = MAE.forward, 0
 
-        def poisoned(self, images, noise=None):
+        def poisoned(self, images, noise=None, *, patches=None):
             calls[0] += 1
-            output = forward(self, images, noise)
+            output = forward(self, images, noise, patches=patches)
             if calls[0] in steps:
                 output.loss = output.loss * float("nan")
             return output

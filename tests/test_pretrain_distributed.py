@@ -24,9 +24,9 @@ from lmim_fast.models.mae import MAE
 kind, rank = sys.argv[1], os.environ["RANK"]
 if kind == "nan" and rank == "1":
     forward, calls = MAE.forward, []
-    def poisoned(self, images, noise=None):
+    def poisoned(self, images, noise=None, *, patches=None):
         calls.append(1)
-        output = forward(self, images, noise)
+        output = forward(self, images, noise, patches=patches)
         if len(calls) == 3:
             output.loss = output.loss * float("nan")
         return output

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lmim_fast.config import DataConfig, GuidanceConfig
 from lmim_fast.data.background import Background
+from lmim_fast.data.batch import Batch
 from lmim_fast.data.guidance import GuidanceParameters, sample_parameters
 from lmim_fast.data.guidance_program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
@@ -25,35 +25,10 @@ from lmim_fast.data.records import RecordStore
 from lmim_fast.data.substitution import BadRecords, SampleReader, Samples
 from lmim_fast.data.view_graph import BrokenImages, ViewGraph
 from lmim_fast.errors import UsageError
-from lmim_fast.ops.photometric import ColorProgram, photometric
 
 # Shares drawn ahead, a few MB: seconds of training, so that at the end of an epoch the next permutation
 # (3 s for 10 M samples) is there in time.
 _SHARES_AHEAD = 256
-
-
-@dataclass
-class Batch:
-    """One micro-batch of this process."""
-
-    step: int
-    micro: int
-    indices: Tensor
-    """(B,) int64 on the CPU: the samples asked for, which key views and masks."""
-    epochs: Tensor
-    """(B,) int64 on the CPU."""
-    plain: Tensor
-    """(B, H, W, 3) uint8."""
-    warped: Tensor | None
-    """(B, H, W, 3) uint8, filtered and warped but not yet coloured."""
-    program: ColorProgram | None
-    """The colours of the guidance view."""
-    wait_seconds: float = 0.0
-    """Time the consumer waited for this batch."""
-
-    def views(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-        """Plain and guidance views, (B, 3, H, W) in [-1, 1] on the batch's device."""
-        return photometric(self.plain, self.warped, self.program, dtype=dtype)
 
 
 class _Prepared(NamedTuple):

@@ -8,7 +8,7 @@ from lmim_fast.layers.attention import MultiheadAttention
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.mlp import feed_forward
 from lmim_fast.layers.norm import LAYER_NORM_EPS, DropoutAddLayerNorm
-from lmim_fast.layers.rows import MaskedRows, PlainRows
+from lmim_fast.layers.rows import PlainRows
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.linear import linear
 
@@ -73,9 +73,7 @@ class DecoderLayer(nn.Module):
         kv = linear(keys, attention.kv_weight)
         return self.forward_rows(PlainRows(x, 0), kv, attention.kv_bias, masked_only=False).to(x.dtype)
 
-    def forward_rows(
-        self, x: MaskedRows | PlainRows, kv: Tensor, kv_bias: Tensor | None, *, masked_only: bool
-    ) -> Tensor:
+    def forward_rows(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None, *, masked_only: bool) -> Tensor:
         """One layer over rows of which some may be known better, and a projected memory.
 
         Args:
@@ -95,13 +93,13 @@ class DecoderLayer(nn.Module):
             rows = self.attend_self(PlainRows(rows, x.num_shown), masked_only)
         return self.feed_forward(rows)
 
-    def attend_self(self, x: MaskedRows | PlainRows, masked_only: bool) -> Tensor:
+    def attend_self(self, x: PlainRows, masked_only: bool) -> Tensor:
         """Self-attention, residual add and norm1; queries at masked rows only when asked."""
         attention, p = self.self_attn, self.dropout
         if masked_only:
             q, kv = x.project(attention.q_weight, masked_only=True), x.project(attention.kv_weight)
             context = cross_attention(q, attention.q_bias, kv, attention.kv_bias, self.num_heads, p=p)
-            residual = x.rows[:, x.num_shown :]
+            residual = x.masked
         else:
             residual = x.rows
             qkv = x.project(attention.in_proj_weight)
@@ -112,7 +110,7 @@ class DecoderLayer(nn.Module):
         product = linear(context, attention.out_proj.weight)
         return self.norm1(product, residual, attention.out_proj.bias)[0]
 
-    def attend_memory(self, x: MaskedRows | PlainRows, kv: Tensor, kv_bias: Tensor | None) -> Tensor:
+    def attend_memory(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None) -> Tensor:
         """Cross-attention over the memory, residual add and norm2."""
         attention = self.multihead_attn
         q = x.project(attention.q_weight)

@@ -76,7 +76,7 @@ def decoder_cross_attention(
     model.eval()
     try:
         ids_visible, ids_masked = select_patches(noise, model.config.num_visible)
-        latent, memory = model.encode_views(images, guidance, ids_visible)
+        latent, memory, _ = model.encode_views(images, guidance, ids_visible)
         layer = cast(GuidedLayer, model.decoder_blocks[-1])
         x, kv, kv_bias = _first_inputs(
             layer, lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)

@@ -13,7 +13,7 @@ from lmim_fast.layers.norm import LAYER_NORM_EPS
 from lmim_fast.models.positions import position_table
 from lmim_fast.ops.attention import Segment
 from lmim_fast.ops.linear import compute_dtype
-from lmim_fast.ops.patch_embed import patch_embed
+from lmim_fast.ops.patch_embed import patch_embed_packed
 
 
 class PackedBlock(Block):
@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT with cls token: `embed` and `run` for packed rows, `encode` for one batch of images."""
+    """ViT with cls token: `embed` and `run` for packed rows of several views, `encode` for one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -56,22 +56,26 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
-    def embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens of all patches, or of the patches `ids` (B, K): (B, 1 + K, D), cls first."""
+    def embed(self, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Tokens (rows, D) of views, one after the other: images, and patches (B, K) or None for all."""
         projection = self.patch_embed.proj
         assert projection.bias is not None
-        tokens = patch_embed(images, projection.weight, projection.bias, self.pos_embed, self.cls_token, ids)
-        half = self.half_residual and compute_dtype(projection.weight) == torch.bfloat16
-        return tokens.bfloat16() if half else tokens
+        parameters = projection.weight, projection.bias, self.pos_embed, self.cls_token
+        return patch_embed_packed(views, *parameters, dtype=self.residual_dtype())
+
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream: bf16 only where the config says so and products run in it."""
+        half = self.half_residual and compute_dtype(self.patch_embed.proj.weight) == torch.bfloat16
+        return torch.bfloat16 if half else self.pos_embed.dtype
 
     def run(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Packed tokens (rows, D) to packed features (rows, D)."""
         return run_blocks(self.blocks, self.norm, rows, segments, compute_dtype(self.patch_embed.proj.weight))
 
     def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Images, as `patch_embed` takes them, to features (B, 1 + K, D)."""
-        tokens = self.embed(images, ids)
-        return self.run(tokens.flatten(0, 1), [(tokens.shape[0], tokens.shape[1])]).view_as(tokens)
+        """Images, as `patch_embed` takes them, to features (B, 1 + K, D) of patches `ids` or of all."""
+        segment = len(images), self.pos_embed.shape[1] if ids is None else 1 + ids.shape[1]
+        return self.run(self.embed([(images, ids)]), [segment]).unflatten(0, segment)
 
 
 def initialise(module: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -14,35 +12,14 @@ from lmim_fast.layers.norm import LAYER_NORM_EPS
 from lmim_fast.layers.rows import MaskedRows, PlainRows
 from lmim_fast.models.decoder import GuidedLayer, memory_projection
 from lmim_fast.models.encoder import Encoder, initialise
+from lmim_fast.models.output import PretrainOutput
+from lmim_fast.models.patches import choose_patches
 from lmim_fast.models.positions import position_table
-from lmim_fast.ops.feature_loss import masked_feature_target, masked_mse, masked_pixel_target
+from lmim_fast.models.target import Target
+from lmim_fast.ops.align import split_aligned
 from lmim_fast.ops.linear import compute_dtype, linear
-from lmim_fast.ops.masking import select_patches
 from lmim_fast.ops.norm import layer_norm
 from lmim_fast.ops.tokens import decoder_tokens, mask_table
-
-
-@dataclass
-class LMIMOutput:
-    """What a training step reads. pred and target hold masked rows only, in the order of ids_masked."""
-
-    loss: Tensor  # ()
-    loss_recon: Tensor  # ()
-    loss_align: Tensor  # ()
-    pred: Tensor  # (B, M, D or P)
-    target: Tensor  # (B, M, D or P) fp32
-    latent: Tensor  # (B, 1 + K, D)
-    memory: Tensor | None  # (B, 1 + L, D), None without guidance
-    ids_visible: Tensor  # (B, K) rising
-    ids_masked: Tensor  # (B, M) rising
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """(B, L), 1 is masked."""
-        zeros = self.loss.new_zeros(
-            len(self.ids_masked), self.ids_visible.shape[1] + self.ids_masked.shape[1]
-        )
-        return zeros.scatter(1, self.ids_masked, 1.0)
 
 
 class LMIM(nn.Module):
@@ -68,62 +45,83 @@ class LMIM(nn.Module):
         self.decoder_pred = nn.Linear(width, config.target_width)
         self.apply(initialise)
 
-    def forward(self, images: Tensor, guidance: Tensor | None, noise: Tensor | None = None) -> LMIMOutput:
+    def forward(
+        self,
+        images: Tensor,
+        guidance: Tensor | None,
+        noise: Tensor | None = None,
+        *,
+        patches: tuple[Tensor, Tensor] | None = None,
+    ) -> PretrainOutput:
         """Losses of a batch.
 
         Args:
             images:   plain view, float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3).
             guidance: guidance view of the same crops, likewise; not read when config.guidance is off.
             noise:    (B, L) that ranks the patches for masking; None draws it.
+            patches:  ids of the visible (B, K) and of the masked patches (B, L - K), both rising, in place of
+                      noise.
         Returns:
-            LMIMOutput; loss = loss_recon + align_weight x loss_align.
+            PretrainOutput; loss = loss_recon + align_weight x loss_align.
         Raises:
-            ValueError: an image of another layout or size, or guidance missing while config.guidance is on.
+            ValueError: an image of another layout or size, guidance missing while config.guidance is on, or
+                patches of another number.
         """
-        if noise is None:
-            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
-        ids_visible, ids_masked = select_patches(noise, self.config.num_visible)
-        target = self.make_target(images, ids_masked)
-        latent, memory = self.encode_views(images, guidance, ids_visible)
-        pred = self.decode(latent, latent if memory is None else memory, ids_visible, ids_masked)
-        loss_recon = masked_mse(pred, target)
-        loss_align = loss_recon.new_zeros(()) if memory is None else self.align(latent[:, 0], memory[:, 0])
-        loss = loss_recon + self.config.align_weight * loss_align
-        return LMIMOutput(loss, loss_recon, loss_align, pred, target, latent, memory, ids_visible, ids_masked)
+        config = self.config
+        ids_visible, ids_masked = choose_patches(
+            images, noise, patches, config.num_patches, config.num_visible
+        )
+        target = self.make_target(images)
+        latent, memory, loss_align = self.encode_views(images, guidance, ids_visible)
+        product = self.decode(latent, latent if memory is None else memory, ids_visible, ids_masked)
+        bias = self.decoder_pred.bias
+        loss_recon = target.loss(product, bias, ids_masked)
+        loss = loss_recon + config.align_weight * loss_align
+        return PretrainOutput(
+            loss, loss_recon, loss_align, latent, memory, ids_visible, ids_masked, product, bias, target
+        )
 
     def encode_views(
         self, images: Tensor, guidance: Tensor | None, ids_visible: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Latent (B, 1 + K, D) and memory (B, 1 + L, D) from one pass over packed rows."""
-        encoder = self.model_maeenc
-        shown = encoder.embed(images, ids_visible)
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Latent (B, 1 + K, D), memory (B, 1 + L, D), alignment loss (), from one pass over packed rows."""
+        encoder, batch, shown = self.model_maeenc, len(images), 1 + ids_visible.shape[1]
         if not self.config.guidance:
-            return encoder.run(shown.flatten(0, 1), [(shown.shape[0], shown.shape[1])]).view_as(shown), None
-        if guidance is None or len(guidance) != len(images):
+            latent = encoder.encode(images, ids_visible)
+            return latent, None, latent.new_zeros((), dtype=torch.float32)
+        if guidance is None or len(guidance) != batch:
             got = "none" if guidance is None else f"{len(guidance)}"
-            raise ValueError(f"need one guidance view for each of {len(images)} images, got {got}")
-        full = encoder.embed(guidance)
-        rows = torch.cat([shown.flatten(0, 1), full.flatten(0, 1)])
-        segments = [(shown.shape[0], shown.shape[1]), (full.shape[0], full.shape[1])]
-        latent, memory = encoder.run(rows, segments).split(
-            [sequences * tokens for sequences, tokens in segments]
-        )
-        return latent.view(shown.shape), memory.view(full.shape)
+            raise ValueError(f"need one guidance view for each of {batch} images, got {got}")
+        full = 1 + self.config.num_patches
+        rows = encoder.embed([(images, ids_visible), (guidance, None)])
+        features = encoder.run(rows, [(batch, shown), (batch, full)])
+        return split_aligned(features, batch, shown, full, stop_gradient=self.config.align_stop_gradient)
 
     @torch.no_grad()
-    def make_target(self, images: Tensor, ids_masked: Tensor) -> Tensor:
-        """Reconstruction target (B, M, D or P) of the masked patches."""
+    def make_target(self, images: Tensor) -> Target:
+        """What the masked patches of the images are reconstructed to."""
+        config, features = self.config, None
+        if config.target == "teacher":
+            features = self.model_maeenc_momentum.encode(images)
+        return Target(images, features, config.patch_size, config.target == "norm_pixel")
+
+    def halve_teacher(self) -> None:
+        """Keep the teacher's matrices in bf16, as autocast makes them in every step: no number changes.
+
+        For models that run under bf16 autocast; their state dict then holds bf16 too. Nothing happens where
+        there is no teacher.
+        """
         if self.config.target == "teacher":
-            return masked_feature_target(self.model_maeenc_momentum.encode(images), ids_masked)
-        normalise = self.config.target == "norm_pixel"
-        return masked_pixel_target(images, ids_masked, self.config.patch_size, normalise=normalise)
+            for module in self.model_maeenc_momentum.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.weight.data = module.weight.data.bfloat16()
 
     def decode(self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
-        """Predictions (B, M, D or P) of the masked patches from latent (B, 1 + K, D) and memory (B, N, D)."""
+        """Predictions (B, M, D or P), without their bias, from latent (B, 1 + K, D) and memory (B, N, D)."""
         rows = self.decode_rows(latent, memory, ids_visible, ids_masked)
         norm = self.decoder_norm
         rows = layer_norm(rows, norm.weight, norm.bias, rows.dtype, eps=norm.eps)
-        return linear(rows, self.decoder_pred.weight) + self.decoder_pred.bias.to(rows.dtype)
+        return linear(rows, self.decoder_pred.weight)
 
     def decode_rows(self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
         """Masked rows (B, M, decoder width) after the last decoder layer."""
@@ -136,15 +134,14 @@ class LMIM(nn.Module):
 
     def decoder_input(
         self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor
-    ) -> tuple[MaskedRows | PlainRows, list[tuple[Tensor, Tensor | None]]]:
+    ) -> tuple[PlainRows, list[tuple[Tensor, Tensor | None]]]:
         """Token rows of the first layer, and each layer's memory keys and values with their bias."""
-        dtype = compute_dtype(self.decoder_embed.weight)
         shown = linear(latent, self.decoder_embed.weight)
-        rows = decoder_tokens(
-            shown, self.decoder_embed.bias, self.mask_token, self.decoder_pos_embed, ids_visible, ids_masked
-        )
-        table = mask_table(self.mask_token, self.decoder_pos_embed)
-        return MaskedRows(rows.to(dtype), table.to(dtype), ids_masked), self.memory_keys(memory)
+        bias, position, token = self.decoder_embed.bias, self.decoder_pos_embed, self.mask_token
+        dtype = compute_dtype(self.decoder_embed.weight)
+        rows = decoder_tokens(shown, bias, token, position, ids_visible, ids_masked, dtype=dtype)
+        table = mask_table(token, position).to(dtype)
+        return MaskedRows(rows, table, ids_masked), self.memory_keys(memory)
 
     def memory_keys(self, memory: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """For each layer, keys and values (B, N, 2 x decoder width) without bias, and the bias."""
@@ -156,11 +153,3 @@ class LMIM(nn.Module):
             return list(zip(products.chunk(len(layers), -1), biases.chunk(len(layers)), strict=True))
         embedded = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
         return [(linear(embedded, layer.kv_weight), layer.kv_bias) for layer in layers]
-
-    def align(self, masked: Tensor, guidance: Tensor) -> Tensor:
-        """Mean squared distance of the two cls features (B, D), in fp32."""
-        if self.config.align_stop_gradient == "masked":
-            masked = masked.detach()
-        elif self.config.align_stop_gradient == "guidance":
-            guidance = guidance.detach()
-        return (masked.float() - guidance.float()).square().mean()

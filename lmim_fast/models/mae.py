@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.norm import LAYER_NORM_EPS
 from lmim_fast.models.encoder import Encoder, PackedBlock, initialise, run_blocks
-from lmim_fast.models.lmim import LMIMOutput
+from lmim_fast.models.output import PretrainOutput
+from lmim_fast.models.patches import choose_patches
 from lmim_fast.models.positions import position_table
-from lmim_fast.ops.feature_loss import masked_mse, masked_pixel_target
+from lmim_fast.models.target import Target
 from lmim_fast.ops.linear import compute_dtype, linear
-from lmim_fast.ops.masking import select_patches
 from lmim_fast.ops.tokens import decoder_tokens
 
 
@@ -38,31 +38,42 @@ class MAE(Encoder):
         self.decoder_pred = nn.Linear(width, config.patch_pixels)
         self.apply(initialise)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> LMIMOutput:
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        *,
+        patches: tuple[Tensor, Tensor] | None = None,
+    ) -> PretrainOutput:
         """Losses of a batch; loss_align is 0.
 
         Args:
-            images: float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3).
-            noise:  (B, L) that ranks the patches for masking; None draws it.
+            images:  float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3).
+            noise:   (B, L) that ranks the patches for masking; None draws it.
+            patches: ids of the visible (B, K) and of the masked patches (B, L - K), both rising, in place of
+                     noise.
+        Raises:
+            ValueError: an image of another layout or size, or patches of another number.
         """
-        if noise is None:
-            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
-        ids_visible, ids_masked = select_patches(noise, self.num_visible)
+        ids_visible, ids_masked = choose_patches(
+            images, noise, patches, self.config.num_patches, self.num_visible
+        )
         latent = self.encode(images, ids_visible)
-        pred = self.decode(latent, ids_visible, ids_masked)
-        target = masked_pixel_target(images, ids_masked, self.config.patch_size, normalise=True)
-        loss = masked_mse(pred, target)
+        product, bias = self.decode(latent, ids_visible, ids_masked), self.decoder_pred.bias
+        target = Target(images, None, self.config.patch_size, normalise=True)
+        loss = target.loss(product, bias, ids_masked)
         zero = loss.new_zeros(())
-        return LMIMOutput(loss, loss, zero, pred, target, latent, None, ids_visible, ids_masked)
+        return PretrainOutput(loss, loss, zero, latent, None, ids_visible, ids_masked, product, bias, target)
 
     def decode(self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
-        """Predicted pixels (B, M, P) of the masked patches from latent (B, 1 + K, D)."""
+        """Predicted pixels (B, M, P), without their bias, of the masked patches from latent (B, 1 + K, D)."""
         shown = linear(latent, self.decoder_embed.weight)
+        bias, position = self.decoder_embed.bias, self.decoder_pos_embed
         tokens = decoder_tokens(
-            shown, self.decoder_embed.bias, self.mask_token, self.decoder_pos_embed, ids_visible, ids_masked
+            shown, bias, self.mask_token, position, ids_visible, ids_masked, dtype=self.residual_dtype()
         )
         segments = [(tokens.shape[0], tokens.shape[1])]
         dtype = compute_dtype(self.decoder_pred.weight)
         rows = run_blocks(self.decoder_blocks, self.decoder_norm, tokens.flatten(0, 1), segments, dtype)
         masked = rows.view_as(tokens)[:, shown.shape[1] :]
-        return linear(masked, self.decoder_pred.weight) + self.decoder_pred.bias.to(masked.dtype)
+        return linear(masked, self.decoder_pred.weight)

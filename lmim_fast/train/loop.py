@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import signal
 import time
 from collections.abc import Iterator
@@ -13,17 +12,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmim_fast.config import PretrainConfig
+from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.pipeline import Batch, ViewPipeline
+from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.errors import LmimError
-from lmim_fast.ops.masking import mask_noise
-from lmim_fast.ops.philox import Stream
-from lmim_fast.train import checkpoint, optim, parallel
-from lmim_fast.train.build import needs_teacher
+from lmim_fast.train import checkpoint, optim
 from lmim_fast.train.parallel import World
+from lmim_fast.train.step import TrainStep
 from lmim_fast.train.telemetry import Meter, Telemetry, Value, add_new_lines, memory_bytes
 
 # A bad batch or two pass; a run that diverged does not come back.
@@ -81,36 +79,20 @@ def train(session: Session, batches: ViewPipeline) -> int:
     total = optim.total_steps(config, session.order.num_samples)
     warmup = optim.warmup_steps(config, session.order.num_samples)
     peak = optim.peak_learning_rate(config)
-    optimizer, model = session.optimizer, parallel.wrap(session.model, world)
-    model.train()
+    run_step = TrainStep(session.model.train(), session.optimizer, config, world)
     clock = _Clock(progress.seconds)
+
+    def micro_batches() -> Iterator[Batch]:
+        for _ in range(config.accumulation):
+            batch = _next_batch(session, batches)
+            clock.waited += batch.wait_seconds
+            yield batch
 
     with _stop_signals() as stop_signals:
         while progress.step < total:
             step = progress.step
             lr = optim.learning_rate(step, peak=peak, warmup=warmup, total=total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            losses = torch.zeros(3, device=world.device)  # loss, loss_recon, loss_align
-            for micro in range(config.accumulation):
-                batch = _next_batch(session, batches)
-                clock.waited += batch.wait_seconds
-                torch.manual_seed(dropout_seed(config.seed, step, micro, world.rank))
-                with parallel.gradient_sync(model, enabled=micro == config.accumulation - 1):
-                    parts = forward(model, batch, config, world.device) / config.accumulation
-                    parts[0].backward()
-                losses += parts.detach()
-            world.mean_(losses)
-
-            norm = optim.gradient_norm(session.model)
-            row = torch.cat([losses, norm.reshape(1)])
-            # Losses and gradients are the same on all ranks by now, so all skip together; no host asks.
-            skip = 1.0 - row.isfinite().all().float()
-            if config.optim.clip_norm is not None:
-                optim.clip_gradients(session.model, norm, config.optim.clip_norm)
-            optimizer.step_unless(skip)
-            optimizer.zero_grad(set_to_none=True)
+            row = run_step(step, micro_batches(), lr)
 
             progress.step = step + 1
             progress.meter.add(progress.step, row)
@@ -136,26 +118,6 @@ def _next_batch(session: Session, batches: ViewPipeline) -> Batch:
         except LmimError as problem:  # not worth hiding the failure for
             session.telemetry.say(f"warning: {problem}")
         raise
-
-
-def forward(model: nn.Module, batch: Batch, config: PretrainConfig, device: torch.device) -> Tensor:
-    """(3,) loss, loss_recon and loss_align of one micro batch; the first carries the gradient."""
-    # Pixel targets are made from the image and would inherit its rounding.
-    low = config.precision == "bf16" and needs_teacher(config)
-    images, guidance = batch.views(torch.bfloat16 if low else torch.float32)
-    stream = Stream.MASK if config.objective == "lmim" else Stream.MAE_MASK
-    epochs = batch.epochs.to(device, non_blocking=True)
-    indices = batch.indices.to(device, non_blocking=True)
-    noise = mask_noise(config.seed, epochs, indices, config.model.num_patches, stream)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(images, guidance, noise) if config.objective == "lmim" else model(images, noise)
-    return torch.stack([output.loss, output.loss_recon, output.loss_align])
-
-
-def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of torch's generator for one forward pass, so that a resume need not store the generator."""
-    key = f"dropout {seed} {step} {micro} {rank}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 @dataclass

@@ -40,10 +40,29 @@ class SkippingAdamW(torch.optim.AdamW):
         self.found_inf = None
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> SkippingAdamW:
-    """AdamW over the trainable parameters; its learning rate is set before every step."""
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, *, graphed: torch.device | None = None
+) -> SkippingAdamW:
+    """AdamW over the trainable parameters; `set_learning_rate` comes before every step.
+
+    Args:
+        graphed: the device of a CUDA graph that the steps will be part of; None: they will not.
+    """
     groups = decay_groups(model, config.weight_decay)
-    return SkippingAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    # A graph reads the rate from the device: a number would be captured for good.
+    lr = 0.0 if graphed is None else torch.zeros((), device=graphed)
+    capturable = graphed is not None
+    return SkippingAdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True, capturable=capturable)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step, of all groups; in fp32, as a graph reads it, so that both forms agree."""
+    lr = torch.tensor(lr, dtype=torch.float32).item()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def peak_learning_rate(config: PretrainConfig) -> float:

@@ -24,6 +24,7 @@ _MAY_CHANGE = {
     "config.teacher",
     "config.init",
     "config.device",
+    "config.cuda_graph",
     "config.resume",
     "config.checkpoint_every",
     "config.keep_checkpoints",
@@ -85,7 +86,7 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
         UsageError: names the first fields that differ, with both values.
     """
     found = [
-        *differences(saved.state["config"], to_dict(config), "config"),
+        *differences(_completed(saved.state["config"]), to_dict(config), "config"),
         *differences(_content(saved.state["data"]), _content(fingerprint), "data"),
     ]
     found = [line for line in found if line[0].partition("[")[0] not in _MAY_CHANGE]
@@ -97,6 +98,12 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
         raise UsageError(
             f"{saved.path} is of another run: {lines}{more}; use the same values or another --output"
         )
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of fields that are newer than it."""
+    defaults = to_dict(PretrainConfig(data=("",)))
+    return {name: saved.get(name, default) for name, default in defaults.items()} | saved
 
 
 def _content(fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def changed(**values):
         (changed(seed=1), "seed was 0, now 1"),
         (changed(steps=11), "steps was 10, now 11"),
         (changed(accumulation=2), "accumulation was 1, now 2"),
+        (changed(compile=True), "compile was False, now True"),
         (changed(precision="fp32"), "precision was 'auto', now 'fp32'"),
         (changed(optim=OptimConfig(betas=(0.9, 0.99))), r"optim\.betas\[1\] was 0.95, now 0.99"),
         (changed(loader=DataConfig(max_pixels=9)), r"loader\.max_pixels was"),
@@ -53,6 +54,7 @@ def test_settings_that_move_no_number_may_change():
         teacher="other/spelling.pth",
         init="other/spelling.pth",
         device="cpu",
+        cuda_graph=True,
         checkpoint_every=7,
         keep_checkpoints=9,
         log_every=3,
@@ -60,6 +62,15 @@ def test_settings_that_move_no_number_may_change():
     )
     check_same_run(SAVED, config, DATA)
     check_same_run(SAVED, changed(data=("all",)), DATA)
+
+
+def test_a_checkpoint_older_than_a_field_counts_as_its_default():
+    state = to_dict(CONFIG)
+    del state["compile"], state["cuda_graph"]
+    older = dataclasses.replace(SAVED, state={"config": state, "data": DATA})
+    check_same_run(older, CONFIG, DATA)
+    with pytest.raises(UsageError, match="compile was False, now True"):
+        check_same_run(older, changed(compile=True), DATA)
 
 
 def test_differences_name_the_place_of_added_and_removed_values():

@@ -1,0 +1,157 @@
+"""The whole model on kernels alone, in Triton's interpreter or on a device, against the oracle."""
+
+import dataclasses
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from twins import assert_same_gradients, batch_of, twins
+
+from lmim_fast.config import ModelConfig
+from lmim_fast.models.lmim import LMIM
+from lmim_fast.models.mae import MAE
+from lmim_fast.ops import dispatch, dropout
+from lmim_fast.reference import ReferenceLMIM, ReferenceMAE
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="fp32 on a device goes to PyTorch's attention: test_lmim_cuda.py"
+)
+MICRO = ModelConfig(
+    image_size=(8, 16),
+    width=32,
+    depth=1,
+    heads=2,
+    mlp_ratio=2.0,
+    decoder_width=32,
+    decoder_depth=2,
+    decoder_heads=2,
+    decoder_ffn=48,
+    decoder_dropout=0.0,
+    mae_decoder_depth=1,
+    mask_ratio=0.6,
+    pos_grid="true",
+)
+CASES = {
+    "teacher": MICRO,
+    "norm_pixel": dataclasses.replace(MICRO, target="norm_pixel"),
+    "pixel, no guidance": dataclasses.replace(MICRO, target="pixel", guidance=False),
+    "ca_sa": dataclasses.replace(MICRO, decoder_order="ca_sa"),
+    "one layer": dataclasses.replace(MICRO, decoder_depth=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
+    oracle, fast = ReferenceLMIM(CASES[name]), LMIM(CASES[name])
+    twins(oracle, fast)
+    batch = batch_of(CASES[name], 3)
+    expected = oracle(*batch).loss
+    with dispatch.backend("triton"):
+        loss = fast(*batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    loss.backward()
+    assert_same_gradients(oracle, fast)
+
+
+def test_mae_loss_and_every_gradient_equal_the_oracle() -> None:
+    oracle, fast = ReferenceMAE(MICRO), MAE(MICRO)
+    twins(oracle, fast)
+    images, _, noise = batch_of(MICRO, 3)
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    expected = oracle(pixels, noise).loss
+    with dispatch.backend("triton"):
+        loss = fast(pixels, noise).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    loss.backward()
+    assert_same_gradients(oracle, fast)
+
+
+def exported_masks(config: ModelConfig, seeds: list[Tensor], batch: int) -> Iterator[Tensor]:
+    """What each dropout of the oracle's decoder keeps, tokens in the order cls, visible, masked.
+
+    The fast decoder leaves the last layer's other rows out: they are kept whole, no loss reads them.
+    """
+    tokens, masked = config.num_patches + 1, config.num_patches - config.num_visible
+    heads, width, hidden = config.decoder_heads, config.decoder_width, config.decoder_ffn
+    found = iter(seeds)
+
+    def whole(keep: Tensor) -> Tensor:
+        return F.pad(keep, (0, 0, tokens - keep.shape[-2], 0), value=True)
+
+    def attention(rows: int) -> Tensor:
+        keep = dropout.keep_mask(next(found), torch.arange(batch * heads), rows, tokens, 0.25)
+        return whole(keep.unflatten(0, (batch, heads)))
+
+    def features(rows: int, columns: int) -> Tensor:
+        keep = dropout.keep_mask(next(found), torch.zeros(1, dtype=torch.int64), batch * rows, columns, 0.25)
+        return whole(keep.view(batch, rows, columns))
+
+    for layer in range(config.decoder_depth):
+        rows = masked if layer == config.decoder_depth - 1 else tokens
+        for _ in ("self-attention", "cross-attention"):
+            yield attention(rows)
+            yield features(rows, width)
+        yield features(rows, hidden)
+        yield features(rows, width)
+    assert next(found, None) is None
+
+
+def oracle_loss(
+    oracle: ReferenceLMIM,
+    images: Tensor,
+    guidance: Tensor,
+    ids: tuple[Tensor, Tensor],
+    masks: Iterator[Tensor],
+) -> Tensor:
+    """The oracle's modules with these dropout masks, on tokens in the order cls, visible, masked."""
+    visible, masked = ids
+    latent, memory = (
+        oracle.model_maeenc.forward_encoder(*view) for view in ((images, visible), (guidance, None))
+    )
+    order = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, masked + 1], dim=1)
+    hidden = oracle.mask_token.expand(len(images), masked.shape[1], -1)
+    x = torch.cat([oracle.decoder_embed(latent), hidden], dim=1) + oracle.decoder_pos_embed[0][order]
+
+    def apply(x: Tensor, p: float, *_: object) -> Tensor:
+        return x * next(masks) / (1 - p)
+
+    keys = oracle.decoder_embed2(memory)
+    with mock.patch.object(F, "dropout", apply):
+        for layer in oracle.decoder_blocks:
+            x = layer(x, keys)
+    pred = oracle.decoder_pred(oracle.decoder_norm(x))[:, visible.shape[1] + 1 :]
+    target = oracle.make_target(images).gather(1, masked[:, :, None].expand_as(pred))
+    return (pred - target).square().mean() + (latent[:, 0] - memory[:, 0]).square().mean()
+
+
+def test_with_dropout_loss_and_every_gradient_equal_the_oracle_under_the_exported_masks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = dataclasses.replace(MICRO, decoder_dropout=0.25)
+    oracle, fast = ReferenceLMIM(config).train(), LMIM(config).train()
+    twins(oracle, fast)
+    images, guidance, noise = batch_of(config, 3)
+    seeds: list[Tensor] = []
+    draw = dropout.draw_seed
+
+    def record(device: torch.device) -> Tensor:
+        seeds.append(draw(device))
+        return seeds[-1]
+
+    monkeypatch.setattr(dropout, "draw_seed", record)
+    with dispatch.backend("triton"):
+        output = fast(images, guidance, noise)
+    masks = exported_masks(config, seeds, len(images))
+    expected = oracle_loss(oracle, images, guidance, (output.ids_visible, output.ids_masked), masks)
+    assert next(masks, None) is None
+    torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    output.loss.backward()
+    assert_same_gradients(oracle, fast)
+    with dispatch.backend("triton"):
+        assert fast(images, guidance, noise).loss != output.loss  # the next masks are others
