@@ -119,3 +119,44 @@ def mlp(rows: int, width: int, hidden: int, itemsize: int, training: bool) -> Pa
     through = Work(narrow + weight + 2 * wide, flops)
     plain = Work(narrow + weight + wide, flops)
     return Passes(forward, (through, plain, plain, plain))
+
+
+def photometric(images: int, pixels: int, itemsize: int, guidance: bool) -> Passes:
+    """Three bytes a pixel in, three values out; the guidance view likewise, and its coverage in."""
+    view = float(images * pixels * 3 * (1 + itemsize))
+    return Passes((Work(2 * view + images * pixels if guidance else view),), ())
+
+
+def decoder_tokens(batch: int, shown: int, masked: int, width: int, itemsize: int) -> Passes:
+    """Visible rows in, all tokens out; backward: their gradient in, the visible rows' out."""
+    few, all_ = float(batch * shown * width * itemsize), float(batch * (shown + masked) * width * itemsize)
+    return Passes((Work(few + all_),), (Work(all_ + few),))
+
+
+def append_table_rows(batch: int, shown: int, masked: int, width: int, itemsize: int) -> Passes:
+    """As `decoder_tokens`: the table is small beside the rows."""
+    return decoder_tokens(batch, shown, masked, width, itemsize)
+
+
+def masked_feature_loss(rows: int, width: int, itemsize: int, training: bool) -> Passes:
+    """Product and teacher rows in; the product's gradient out if training, so that backward has no work."""
+    return Passes((Work(float((3 if training else 2) * rows * width * itemsize)),), ())
+
+
+def select_patches(batch: int, patches: int) -> Passes:
+    """fp32 noise in, int64 ids out: far less than a launch takes."""
+    return Passes((Work(float(batch * patches * (4 + 8))),), ())
+
+
+def draw_patches(batch: int, patches: int) -> Passes:
+    """Sample indices and epochs in, int64 ids out: far less than a launch takes."""
+    return Passes((Work(float(batch * 8 * (2 + patches))),), ())
+
+
+def patch_embed(
+    images: int, kept: int, width: int, pixels: int, pixel_itemsize: int, itemsize: int
+) -> Passes:
+    """Values of the kept patches in, their tokens and cls out; backward: tokens' gradient and values in."""
+    moved = float(images * (kept * pixels * pixel_itemsize + (1 + kept) * width * itemsize))
+    work = Work(moved, 2.0 * images * kept * pixels * width)
+    return Passes((work,), (work,))

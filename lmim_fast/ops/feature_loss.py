@@ -2,12 +2,93 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmim_fast.ops import dispatch, feature_loss_kernels
 from lmim_fast.ops.masking import gather_rows
 from lmim_fast.ops.patch_embed import normalise_images, split_patches
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_WIDTH = 2048  # wider rows do not fit the registers of a program
+
+
+def masked_feature_loss(
+    product: Tensor, bias: Tensor | None, features: Tensor, ids_masked: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """Mean squared error of product + bias against the normalised teacher features of the masked patches.
+
+    Args:
+        product:    (B, M, D) prediction without its bias, fp32 | bf16 | fp16.
+        bias:       (D,) of the linear that made it, or None; its gradient comes out of this op.
+        features:   (B, 1 + L, D) teacher output, cls first, any float dtype; gets no gradient.
+        ids_masked: (B, M) int64 patches, in [0, L).
+        eps:        added to the variance.
+    Returns:
+        () fp32, the mean over all B x M x D; the target is `masked_feature_target`'s.
+    Raises:
+        ValueError: the shapes do not fit each other, B or M is 0, an input is of another type, or inputs are
+            on several devices.
+    Source: LMIM's released loss.
+    """
+    _check(product, bias, ids_masked)
+    if features.dim() != 3 or (features.shape[0], features.shape[2]) != (product.shape[0], product.shape[2]):
+        raise ValueError(
+            f"features {tuple(features.shape)} must be ({product.shape[0]}, 1+L, {product.shape[2]}) "
+            f"for product {tuple(product.shape)}"
+        )
+    if not features.is_floating_point():
+        raise ValueError(f"features must be floating-point, got {features.dtype}")
+    dispatch.same_device(product=product, bias=bias, features=features, ids_masked=ids_masked)
+    features = features.detach()
+    return dispatch.run("masked_feature_loss", _feature_eager, product, bias, features, ids_masked, eps)
+
+
+def masked_pixel_loss(
+    product: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    ids_masked: Tensor,
+    patch_size: int,
+    *,
+    normalise: bool,
+) -> Tensor:
+    """Mean squared error of product + bias against the pixels of the masked patches.
+
+    Args:
+        product:    (B, M, 3 * patch_size^2) prediction without its bias, fp32 | bf16 | fp16.
+        bias:       (3 * patch_size^2,) of its linear, or None; its gradient comes out of this op.
+        images:     float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3); gets no gradient.
+        ids_masked: (B, M) int64 patches, in [0, L).
+        patch_size: side in pixels.
+        normalise:  each patch to mean 0 and unbiased variance 1 (eps 1e-6).
+    Returns:
+        () fp32, the mean over all B x M x 3 x patch_size^2; the target is `masked_pixel_target`'s.
+    Raises:
+        ValueError: the shapes do not fit each other, B or M is 0, an input is of another type, or inputs are
+            on several devices.
+    Source: MAE's loss, with norm_pix_loss.
+    """
+    _check(product, bias, ids_masked)
+    if len(images) != len(product):
+        raise ValueError(
+            f"product is of {len(product)} images, images {tuple(images.shape)} of {len(images)}"
+        )
+    height, width = _image_size(images)
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"images {tuple(images.shape)} do not split into patches of {patch_size} pixels")
+    if product.shape[2] != 3 * patch_size**2:
+        raise ValueError(
+            f"product {tuple(product.shape)} must be (B, M, {3 * patch_size**2}) for patch_size {patch_size}"
+        )
+    dispatch.same_device(product=product, bias=bias, images=images, ids_masked=ids_masked)
+    images = images.detach()
+    return dispatch.run(
+        "masked_pixel_loss", _pixel_eager, product, bias, images, ids_masked, patch_size, normalise
+    )
 
 
 def masked_feature_target(features: Tensor, ids_masked: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -18,11 +99,11 @@ def masked_feature_target(features: Tensor, ids_masked: Tensor, *, eps: float = 
         ids_masked: (B, M).
         eps:        added to the variance.
     Returns:
-        (B, M, D) float32, without gradient.
+        (B, M, D) float32 (float64 of float64), without gradient.
     Source: LMIM's released target.
     """
     rows = gather_rows(features.detach(), ids_masked + 1)
-    return F.layer_norm(rows.float(), rows.shape[-1:], eps=eps)
+    return F.layer_norm(_full(rows), rows.shape[-1:], eps=eps)
 
 
 def masked_pixel_target(images: Tensor, ids_masked: Tensor, patch_size: int, *, normalise: bool) -> Tensor:
@@ -34,10 +115,10 @@ def masked_pixel_target(images: Tensor, ids_masked: Tensor, patch_size: int, *, 
         patch_size: side in pixels.
         normalise:  each patch to mean 0 and unbiased variance 1 (eps 1e-6).
     Returns:
-        (B, M, 3 * patch_size^2) float32.
+        (B, M, 3 * patch_size^2) float32 (float64 of float64).
     Source: MAE's norm_pix_loss.
     """
-    patches = split_patches(normalise_images(images).float(), patch_size)  # (B, L, 3, row, column)
+    patches = split_patches(_full(normalise_images(images)), patch_size)  # (B, L, 3, row, column)
     pixels = gather_rows(patches.permute(0, 1, 3, 4, 2).flatten(2), ids_masked)
     if not normalise:
         return pixels
@@ -46,7 +127,7 @@ def masked_pixel_target(images: Tensor, ids_masked: Tensor, patch_size: int, *, 
 
 
 def masked_mse(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all masked patches of the batch, in fp32.
+    """Mean squared error over all masked patches of the batch, in fp32 (in fp64 where pred is).
 
     Args:
         pred:   (B, M, F) any float dtype.
@@ -56,4 +137,68 @@ def masked_mse(pred: Tensor, target: Tensor) -> Tensor:
     """
     if pred.shape != target.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must have one shape")
-    return F.mse_loss(pred.float(), target.float())
+    full = _full(pred)
+    return F.mse_loss(full, target.to(full.dtype))
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _image_size(images: Tensor) -> tuple[int, int]:
+    """Height and width of images in one of the two layouts."""
+    if images.dim() == 4 and images.dtype == torch.uint8 and images.shape[3] == 3:
+        return images.shape[1], images.shape[2]
+    if images.dim() == 4 and images.is_floating_point() and images.shape[1] == 3:
+        return images.shape[2], images.shape[3]
+    raise ValueError(
+        "images must be float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3), "
+        f"got {images.dtype} of shape {tuple(images.shape)}"
+    )
+
+
+def _check(product: Tensor, bias: Tensor | None, ids_masked: Tensor) -> None:
+    """Raise ValueError unless product is a prediction for the patches `ids_masked`, and bias fits it."""
+    if product.dim() != 3 or not product.is_floating_point():
+        raise ValueError(f"product must be float (B, M, D), got {product.dtype} of {tuple(product.shape)}")
+    if 0 in product.shape:
+        raise ValueError(f"the mean over product {tuple(product.shape)} needs at least one masked patch")
+    if ids_masked.shape != product.shape[:2] or ids_masked.dtype != torch.int64:
+        raise ValueError(
+            f"ids_masked must be int64 {tuple(product.shape[:2])} for product {tuple(product.shape)}, "
+            f"got {ids_masked.dtype} of {tuple(ids_masked.shape)}"
+        )
+    if bias is not None and (bias.shape != product.shape[2:] or not bias.is_floating_point()):
+        raise ValueError(f"bias must be float ({product.shape[2]},), got {bias.dtype} of {tuple(bias.shape)}")
+
+
+def _feature_eager(
+    product: Tensor, bias: Tensor | None, features: Tensor, ids_masked: Tensor, eps: float
+) -> Tensor:
+    return masked_mse(_predict(product, bias), masked_feature_target(features, ids_masked, eps=eps))
+
+
+def _pixel_eager(
+    product: Tensor, bias: Tensor | None, images: Tensor, ids_masked: Tensor, patch_size: int, normalise: bool
+) -> Tensor:
+    target = masked_pixel_target(images, ids_masked, patch_size, normalise=normalise)
+    return masked_mse(_predict(product, bias), target)
+
+
+def _predict(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias.to(product.dtype)
+
+
+def _refuses(product: Tensor, *_: Any) -> str | None:
+    width = product.shape[2]
+    return None if width <= _MAX_WIDTH else f"takes rows of at most {_MAX_WIDTH} values, got {width}"
+
+
+dispatch.register(
+    "masked_feature_loss",
+    dispatch.Kernel(launch=feature_loss_kernels.launch_features, dtypes=_DTYPES, refuses=_refuses),
+)
+dispatch.register(
+    "masked_pixel_loss",
+    dispatch.Kernel(launch=feature_loss_kernels.launch_pixels, dtypes=_DTYPES, refuses=_refuses),
+)
