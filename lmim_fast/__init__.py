@@ -1,10 +1,12 @@
 """Fast LMIM pre-training for scene text recognition."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from lmim_fast.config import ModelConfig, PretrainConfig, preset
 
 if TYPE_CHECKING:
+    from lmim_fast.accelerate import accelerate
     from lmim_fast.layers import (
         Attention,
         Block,
@@ -23,13 +25,16 @@ __all__ = [
     "ModelConfig",
     "MultiheadAttention",
     "PretrainConfig",
+    "accelerate",
     "preset",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """The layers, imported with torch when the first of them is asked for."""
+    """What needs torch, imported when it is first asked for."""
+    if name == "accelerate":
+        return importlib.import_module("lmim_fast.accelerate")  # a module that is called as its function
     if name in __all__:
         from lmim_fast import layers
 

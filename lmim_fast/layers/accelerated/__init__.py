@@ -1,0 +1,1 @@
+"""Fast forms of somebody else's layers, for `lmim_fast.accelerate`."""
