@@ -61,7 +61,7 @@ def _results(
     """Outputs, then the gradients of all inputs that require one."""
     outputs = _as_list(run(*inputs))
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = torch.autograd.grad(outputs, wanted, gradients)
+    found = torch.autograd.grad(outputs, wanted, gradients) if wanted else ()
     return [*(output.detach() for output in outputs), *found]
 
 

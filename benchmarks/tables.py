@@ -41,28 +41,43 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def step(result: dict[str, Any]) -> str:
-    """Whole training steps; the last column against the first variant of the same batch and dropout."""
+    """Whole training steps; speed against the first variant of the same batch and dropout."""
     rows: list[list[str]] = []
     first: dict[tuple[int, float], float] = {}
     for row in result["rows"]:
         milliseconds = statistics.median(row["milliseconds"])
         baseline = first.setdefault((row["batch"], row["dropout"]), milliseconds)
+        share, chosen = row.get("share_of_floor"), row.get("chosen")
         rows.append(
             [
                 row["variant"],
                 *(str(row[name]) for name in ("batch", "dropout")),
                 f"{milliseconds:,.1f}",
                 f"{1e3 * row['batch'] / milliseconds:,.2f}",
-                f"{row['share_of_gemm_rate']:.0%}",
+                f"{row['mfu'] if 'mfu' in row else row['share_of_gemm_rate']:.0%}",
+                "" if share is None else f"{share:.0%}",
                 f"{row['peak_memory'] / 1e6:,.0f}",
                 f"{baseline / milliseconds:.2f}x",
+                f"{chosen['mode']}, {chosen['attention']} attention" if chosen else "",
             ]
         )
-    head = ("variant", "batch", "dropout", "ms", "images/s", "of GEMM rate", "peak MB", "speed")
-    gemm = result["gemm_4096_flops"] / 1e9
+    head = ("variant", "batch", "dropout", "ms", "images/s", "MFU", "of floor", "peak MB", "speed")
+    gemm = result["gemm_flops"] if "gemm_flops" in result else result["gemm_4096_flops"]
+    size = result.get("gemm_size", 4096)
     title = f"## Training step: {result['preset']}, {result['dtype']}, {result['device']}"
-    note = f"{machine(result)} 4096^3 product: {gemm:,.0f} GFLOP/s."
-    return "\n\n".join([title, note, table(head, rows)])
+    note = f"{machine(result)} {size}^3 product: {gemm / 1e9:,.0f} GFLOP/s, which MFU is read against."
+    blocks = [title, note, table((*head, "compiled by"), rows)]
+    return "\n\n".join([*blocks, _parts(result["parts"])] if result.get("parts") else blocks)
+
+
+def _parts(found: list[dict[str, Any]]) -> str:
+    """Where the time of a step goes."""
+    rows = []
+    for row in found:
+        floor = row["floor_milliseconds"]
+        names = (str(row[name]) for name in ("part", "direction", "variant", "batch", "dropout"))
+        rows.append([*names, f"{row['milliseconds']:,.2f}", "" if floor is None else f"{floor:,.2f}"])
+    return table(("part", "direction", "variant", "batch", "dropout", "ms", "floor ms"), rows)
 
 
 def data(result: dict[str, Any]) -> str:

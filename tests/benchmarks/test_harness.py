@@ -318,9 +318,9 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
     assert (tmp_path / "step.txt").read_text() == "log\nlog\n"
 
 
-def test_the_gpu_run_ends_within_eight_minutes_and_leaves_eight_files(tmp_path: Path) -> None:
+def test_the_gpu_run_ends_within_ten_minutes_and_leaves_eight_files(tmp_path: Path) -> None:
     parts = gpu.parts(tmp_path, "sm_90")
-    assert sum(part.seconds + part.grace for part in parts) < 480
+    assert sum(part.seconds + part.grace for part in parts) < 600
     files = {name for part in parts for name in (part.file, part.log)} | {"summary.txt", "ops.json"}
     assert len(files) == 8
 

@@ -71,18 +71,50 @@ def test_compiled_kernels_are_summed_up_by_their_worst(tmp_path: Path) -> None:
     assert "| `norm._forward` | 2 | 128 | 0 | 1024 | 128 | 16 - 32 | wgmma | 1 |" in tables.render(tmp_path)
 
 
-def test_a_step_is_compared_with_the_first_variant_of_the_same_setting(tmp_path: Path) -> None:
-    def row(variant: str, dropout: float, milliseconds: list[float]) -> dict[str, Any]:
-        measured = dict(milliseconds=milliseconds, share_of_gemm_rate=0.5, peak_memory=3_000_000)
-        return dict(variant=variant, batch=512, dropout=dropout, **measured)
+def step_row(variant: str, milliseconds: list[float], **fields: Any) -> dict[str, Any]:
+    return dict(variant=variant, batch=512, dropout=0.0, milliseconds=milliseconds, peak_memory=3e6) | fields
 
-    rows = [row("released", 0.0, [200.0]), row("ours", 0.0, [49.0, 50.0, 80.0])]
-    rows += [row("released", 0.1, [300.0]), row("ours", 0.1, [60.0])]
-    step = dict(benchmark="step", preset="small", dtype="bfloat16", gemm_4096_flops=7e14, rows=rows)
-    (tmp_path / "step.json").write_text(json.dumps(MACHINE | step))
-    page = tables.render(tmp_path)
-    assert "| ours | 512 | 0.0 | 50.0 | 10,240.00 | 50% | 3 | 4.00x |" in page
-    assert "| ours | 512 | 0.1 | 60.0 | 8,533.33 | 50% | 3 | 5.00x |" in page
+
+def step_page(tmp_path: Path, rows: list[dict[str, Any]], **fields: Any) -> str:
+    result = MACHINE | dict(benchmark="step", preset="small", dtype="bfloat16", rows=rows) | fields
+    (tmp_path / "step.json").write_text(json.dumps(result))
+    return tables.render(tmp_path)
+
+
+def test_a_step_is_compared_with_the_first_variant_of_the_same_setting(tmp_path: Path) -> None:
+    known = dict(mfu=0.5, share_of_floor=0.75)
+    chosen = dict(mode="default", attention="cudnn")
+    rows = [step_row("compiled", [200.0], chosen=chosen, **known)]
+    rows += [step_row("ours", [49.0, 50.0, 80.0], **known)]
+    rows += [
+        step_row("compiled", [300.0], **known, dropout=0.1),
+        step_row("ours", [60.0], **known, dropout=0.1),
+    ]
+    page = step_page(tmp_path, rows, gemm_flops=7e14, gemm_size=8192, failed=[])
+    assert "8192^3 product: 700,000 GFLOP/s" in page
+    assert (
+        "| compiled | 512 | 0.0 | 200.0 | 2,560.00 | 50% | 75% | 3 | 1.00x | default, cudnn attention |"
+        in page
+    )
+    assert "| ours | 512 | 0.0 | 50.0 | 10,240.00 | 50% | 75% | 3 | 4.00x |  |" in page
+    assert "| ours | 512 | 0.1 | 60.0 | 8,533.33 | 50% | 75% | 3 | 5.00x |  |" in page
+
+
+def test_steps_measured_before_floors_were_counted_are_shown(tmp_path: Path) -> None:
+    page = step_page(tmp_path, [step_row("ours", [50.0], share_of_gemm_rate=0.5)], gemm_4096_flops=7e14)
+    assert "4096^3 product: 700,000 GFLOP/s" in page
+    assert "| ours | 512 | 0.0 | 50.0 | 10,240.00 | 50% |  | 3 | 1.00x |  |" in page
+
+
+def test_parts_of_a_step_stand_beside_their_floors(tmp_path: Path) -> None:
+    part = dict(
+        variant="ours", batch=512, dropout=0.0, part="decoder", direction="backward", milliseconds=9.5
+    )
+    parts = [part | dict(floor_milliseconds=7.6), part | dict(part="masks", floor_milliseconds=None)]
+    rows = [step_row("ours", [50.0], mfu=0.5, share_of_floor=None)]
+    page = step_page(tmp_path, rows, gemm_flops=7e14, gemm_size=8192, parts=parts)
+    assert "| decoder | backward | ours | 512 | 0.0 | 9.50 | 7.60 |" in page
+    assert "| masks | backward | ours | 512 | 0.0 | 9.50 |  |" in page
 
 
 def test_the_page_of_results_is_the_one_that_the_results_give() -> None:

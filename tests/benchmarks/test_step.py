@@ -1,0 +1,169 @@
+"""Variants of a step as they are prepared, and its parts."""
+
+import itertools
+import time
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from benchmarks import step_parts, step_variants
+from benchmarks.floors import Ceilings, floor_seconds
+from benchmarks.step_floor import step_passes
+from benchmarks.step_variants import Candidate, Setting, Trainee
+from lmim_fast.config import preset
+from lmim_fast.reference import ReferenceLMIM
+
+CONFIG = preset("tiny", depth=2, decoder_depth=1, decoder_dropout=0.0)
+ON_CPU = Setting(CONFIG, 2, "cpu", False)
+FIRST = [Candidate("default", "default")]
+
+
+@pytest.mark.parametrize("variant", ["released", "sdpa", "ours"])
+def test_parts_add_up_to_the_step_and_come_in_its_order(variant: str) -> None:
+    trainee = Trainee(variant, ON_CPU)
+    step_parts.step_parts(variant, trainee)
+    start = time.perf_counter()
+    parts = step_parts.step_parts(variant, trainee)
+    whole = (time.perf_counter() - start) * 1e3
+    assert 0.9 * whole < sum(parts.values()) <= whole
+    both = [step_parts.STUDENT] if variant == "ours" else ["guidance", "masked"]
+    backward = ["loss", "decoder", *both]
+    assert [name for name, direction in parts if direction == "backward"] == backward
+    forward = {step_parts.OTHER, "teacher", "decoder", "loss", *both}
+    assert {name for name, direction in parts if direction == "forward"} == forward
+    assert [name for name, direction in parts if direction == "step"] == ["optimiser"]
+    assert "make_target" not in vars(trainee.model)  # the marks are gone
+
+
+def test_a_slow_part_is_found_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            time.sleep(0.3)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            time.sleep(0.6)
+            return grad
+
+    decode = ReferenceLMIM.decode
+    monkeypatch.setattr(
+        ReferenceLMIM, "decode", lambda self, latent, *others: decode(self, Slow.apply(latent), *others)
+    )
+    trainee = Trainee("released", ON_CPU)
+    parts = step_parts.step_parts("released", trainee)
+    quick = {part: milliseconds for part, milliseconds in parts.items() if part[0] != "decoder"}
+    assert 300 < parts["decoder", "forward"] < 600 < parts["decoder", "backward"]
+    assert max(quick.values()) < 300
+
+
+def test_rows_of_parts_name_the_floor_of_both_branches_for_ours() -> None:
+    ceilings = Ceilings(1e10, 1e11)
+    rows = step_parts.measure_parts("ours", ON_CPU, ceilings)
+    found = {(row["part"], row["direction"]): row for row in rows}
+    passes = step_passes(CONFIG, 2, 4)
+    expected = floor_seconds(passes["masked"].backward + passes["guidance"].backward, ceilings) * 1e3
+    row = found[step_parts.STUDENT, "backward"]
+    assert row["floor_milliseconds"] == pytest.approx(expected)
+    assert (row["variant"], row["batch"], row["dropout"]) == ("ours", 2, 0.0)
+    assert row["milliseconds"] > 0
+    assert found[step_parts.OTHER, "forward"]["floor_milliseconds"] is None
+
+
+def test_every_step_of_a_variant_sees_the_next_batch_and_trains() -> None:
+    trainee = Trainee("ours", ON_CPU)
+    batches = [trainee.next_batch()[0] for _ in range(4)]
+    assert torch.equal(batches[0], batches[3])
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations(batches[:3], 2))
+    losses = [float(trainee.step(*trainee.next_batch())) for _ in range(12)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert all(parameter.grad is None for parameter in trainee.model.parameters())
+
+
+def fake_compiler(costs: dict[str, float]) -> Any:
+    """Stands for `torch.compile`: the mode decides how long a call takes; an unknown one fails."""
+
+    def compile(function: Any, mode: str, **options: Any) -> Any:
+        assert options == dict(fullgraph=True, dynamic=False)
+
+        def run(*inputs: Tensor) -> Tensor:
+            if mode not in costs:
+                raise RuntimeError(f"no {mode} here\nand more")
+            time.sleep(costs[mode])
+            loss: Tensor = function(*inputs)
+            return loss
+
+        return run
+
+    return compile
+
+
+@pytest.mark.parametrize(("search", "chosen"), [(False, "slow"), (True, "fast")])
+def test_the_compiled_variant_takes_the_first_that_runs_or_searches_the_fastest(
+    search: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.4, fast=0.0)))
+    tries = [Candidate(mode, "default") for mode in ("refused", "slow", "fast")]
+    prepared = step_variants.prepare("compiled", ON_CPU, tries, search)
+    assert prepared.chosen == Candidate(chosen, "default")
+    assert prepared.searched[0] == dict(
+        mode="refused", attention="default", error="RuntimeError: no refused here / and more"
+    )
+    tried = ["refused", "slow", "fast"] if search else ["refused", "slow"]
+    assert [row["mode"] for row in prepared.searched] == tried
+    if search:
+        assert min(prepared.searched[1]["milliseconds"]) > 400
+    with pytest.raises(RuntimeError, match="no way to compile runs"):
+        step_variants.prepare("compiled", ON_CPU, tries[:1], search)
+
+
+@pytest.mark.parametrize(
+    ("attention", "operator"), [("math", "softmax"), ("flash", "scaled_dot_product_flash_attention")]
+)
+def test_the_attention_of_a_candidate_is_what_its_graph_holds(
+    attention: str, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    recording = aot_autograd(fw_compiler=look, bw_compiler=lambda graph, inputs: make_boxed_func(graph))
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode, **options: compile(function, backend=recording, **options)
+    )
+    monkeypatch.setitem(step_variants._ATTENTION, "math", torch.nn.attention.SDPBackend.MATH)
+    step_variants.prepare("compiled", ON_CPU, [Candidate("default", attention)], False)
+    heads = [name for name in found if "softmax" in name or "scaled_dot_product" in name]
+    assert len(heads) == 8
+    assert all(operator in name for name in heads)
+
+
+def test_a_search_tries_every_mode_with_every_attention_and_else_only_the_default_mode() -> None:
+    assert len(step_variants.candidates("cuda", search=True)) == 9
+    quick = step_variants.candidates("cuda", search=False)
+    assert [(item.mode, item.attention) for item in quick] == [
+        ("default", "cudnn"),
+        ("default", "flash"),
+        ("default", "efficient"),
+    ]
+    assert step_variants.candidates("cpu", search=True) == FIRST
+
+
+@pytest.mark.gpu
+def test_parts_on_a_device_add_up_to_the_step() -> None:
+    trainee = Trainee("ours", Setting(CONFIG, 64, "cuda", True))
+    for _ in range(3):
+        step_parts.step_parts("ours", trainee)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    parts = step_parts.step_parts("ours", trainee)
+    whole = (time.perf_counter() - start) * 1e3
+    assert 0.7 * whole < sum(parts.values()) < 1.05 * whole

@@ -1,0 +1,137 @@
+"""How the benchmark of whole steps is run: processes, rounds, memory, what is printed."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_step, step_measure, step_parts
+from benchmarks.floors import Ceilings
+from benchmarks.step_floor import step_seconds
+from benchmarks.step_variants import Candidate, Setting
+from benchmarks.step_workers import Request, VariantFailed, Worker, measure_memory, serve_steps
+from lmim_fast.config import preset
+
+ROOT = Path(__file__).parents[2]
+CONFIG = preset("tiny", depth=2, decoder_depth=1, decoder_dropout=0.0)
+ON_CPU = Setting(CONFIG, 2, "cpu", False)
+FIRST = [Candidate("default", "default")]
+
+
+def test_a_variant_that_fails_is_told_and_the_others_are_measured() -> None:
+    broken = step_measure.Comparison(["ours+graph", "ours"], [ON_CPU], warmup=1, rounds=2)
+    broken.run()
+    (failed,) = broken.failed
+    assert (failed["variant"], failed["batch"], failed["dropout"]) == ("ours+graph", 2, 0.0)
+    assert failed["error"] == "ValueError: ours+graph needs a CUDA device, got cpu"
+    (row,) = broken.rows
+    assert (row["variant"], len(row["milliseconds"])) == ("ours", 2)
+    assert row["images_per_second"] == pytest.approx(2e3 * 2 / sum(row["milliseconds"]))
+    assert 1e5 < row["peak_memory"] < 1e9
+    assert row["share_of_floor"] is None
+
+
+def test_a_process_that_dies_is_told() -> None:
+    worker = Worker(_die)
+    with pytest.raises(VariantFailed, match="ended with 7"):
+        worker.ask("prepare")
+    worker.end()
+
+
+def _die(pipe: Connection) -> None:
+    pipe.recv()
+    os._exit(7)
+
+
+def test_memory_of_a_step_grows_with_the_batch() -> None:
+    small, large = (
+        measure_memory(Request("released", ON_CPU._replace(batch=batch), FIRST, False)) for batch in (2, 16)
+    )
+    assert large > 3 * small
+
+
+def test_the_share_of_the_floor_is_that_of_the_median_round() -> None:
+    ceilings = Ceilings(1e10, 1e11)
+    comparison = step_measure.Comparison(["ours"], [ON_CPU], warmup=0, rounds=3, ceilings=ceilings)
+    comparison.run()
+    (row,) = comparison.rows
+    floor = step_seconds(CONFIG, 2, 4, ceilings) * 1e3
+    assert row["share_of_floor"] == pytest.approx(floor / sorted(row["milliseconds"])[1])
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cpu", "--preset", "tiny"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_graph_needs_a_cuda_device() -> None:
+    result = run_benchmark("--variants", "ours", "ours+graph")
+    assert result.returncode == 2
+    assert "ours+graph needs a CUDA device" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "failed", "code"),
+    [
+        (None, [], 0),
+        (None, [dict(variant="sdpa", batch=2, error="of memory")], 1),
+        (KeyboardInterrupt, [], 130),
+    ],
+)
+def test_what_is_measured_is_printed_however_the_run_ends(
+    error: type[BaseException] | None,
+    failed: list[dict[str, Any]],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(self: step_measure.Comparison) -> None:
+        self.rows.append(dict(variant="ours", images_per_second=10.0))
+        self.failed += failed
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(step_measure.Comparison, "run", run)
+    monkeypatch.setattr(bench_step, "gemm_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cpu", "--preset", "tiny", "--json"])
+    assert bench_step.main() == code
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
+    assert row["mfu"] == pytest.approx(10 * found["flops_per_image"] / 1e12)
+    assert found["failed"] == failed
+    assert found.get("interrupted", False) == (code == 130)
+
+
+@pytest.mark.slow
+def test_all_variants_of_a_cpu_run_side_by_side_and_are_shown() -> None:
+    arguments = ["--batch", "2", "--rounds", "2", "--warmup", "1", "--dropout", "0.1", "--parts"]
+    result = run_benchmark(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert list(rows) == ["released", "sdpa", "compiled", "ours"]
+    assert rows["compiled"]["chosen"] == dict(mode="default", attention="default")
+    for row in rows.values():
+        assert row["mfu"] == pytest.approx(
+            row["images_per_second"] * found["flops_per_image"] / found["gemm_flops"]
+        )
+    assert {row["variant"] for row in found["parts"]} == set(step_parts.VARIANTS)
+    shown = bench_step.text(found)
+    assert "default, default attention" in shown
+    assert "student (masked + guidance), backward" in shown
+
+
+@pytest.mark.gpu
+def test_a_captured_step_runs_in_turns_and_tells_its_memory() -> None:
+    setting = Setting(dataclasses.replace(CONFIG, residual="bf16"), 8, "cuda", True)
+    worker = Worker(serve_steps, Request("ours+graph", setting, [], False))
+    assert worker.ask("prepare") == (None, [])
+    assert worker.ask("turn") > 0
+    assert 1e6 < worker.ask("memory") < 2e9
+    worker.end()
