@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu RESULTS
 
-RESULTS gets summary.txt, kernels.txt, tests.txt, ops.txt (a table at its end), ops.json, step.json,
-step_dropout.json, and step.txt with what both steps say of errors; results that were there are deleted. A
-red part does not stop the next; the exit code is 1 where any is red. Needs torch, triton, numpy, pytest and
-pytest-benchmark only: tests that want more skip themselves with a reason.
+RESULTS gets summary.txt, kernels.txt, tests.txt, ops.txt (a table at its end), ops.json, step.json, and
+step.txt with what the steps say of errors; results that were there are deleted. A red part does not stop the
+next; the exit code is 1 where any is red. Needs torch, triton, numpy, pytest and pytest-benchmark only: tests
+that want more skip themselves with a reason.
 """
 
 from __future__ import annotations
@@ -39,30 +39,29 @@ class Part(NamedTuple):
 
 
 def parts(results: Path, arch: str) -> list[Part]:
-    """At most 595 seconds in all, those between interruption and end included.
+    """At most 545 seconds in all, those between interruption and end included.
 
     Kernels: a static check, which should also fill Triton's cache from all cores, so that later parts do not
     compile one kernel after the other. Operations: torch.compile takes most, at about 1 s for each of 144
     graphs at batch 512, the only one it is timed at; other measurements are captured and replayed at about
     0.15 s each. The budget ends the sweep, whose order is that of importance: batch 64 comes last. Steps: the
-    compiled variant takes most, so both batches are compiled at once before any step is timed; then batch 512
-    comes first, and what is measured by an interruption is written.
+    compiled variant takes most, so all its graphs are compiled at once before any step is timed; then batch
+    512 comes first, and what is measured by an interruption is written.
     """
     kernels = [sys.executable, "-m", "benchmarks.static", "--arch", arch, "--only", "bfloat16"]
     kernels += ["--jobs", str(len(os.sched_getaffinity(0)))]
     pytest = [sys.executable, "-m", "pytest"]
     tests = ["-m", "gpu", "-v", "--durations=10", "--tb=short"]
     ops = ["--benchmark-only", "--benchmark-columns=median,min,rounds", "--batches", "512", "64"]
-    ops += ["--compiled-batches", "512", "--budget", "145", "--results", str(results / "ops.json")]
+    ops += ["--compiled-batches", "512", "--budget", "110", "--results", str(results / "ops.json")]
     step = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cuda", "--preset", "small"]
     step += ["--variants", "released", "sdpa", "compiled", "ours", "ours+graph", "--batch", "512", "64"]
-    step += ["--warmup", "1", "--json", "--dropout"]
+    step += ["--dropout", "0", "0.1", "--warmup", "1", "--parts", "--json"]
     return [
         Part("kernels", kernels, "kernels.txt", "kernels.txt", 40),
-        Part("tests", [*pytest, *tests, *gpu_tests()], "tests.txt", "tests.txt", 80, grace=15),
-        Part("ops", [*pytest, "benchmarks", *ops], "ops.txt", "ops.txt", 170, grace=15),
-        Part("step", [*step, "0"], "step.json", "step.txt", 130),
-        Part("step_dropout", [*step, "0.1"], "step_dropout.json", "step.txt", 130),
+        Part("tests", [*pytest, *tests, *gpu_tests()], "tests.txt", "tests.txt", 110, grace=15),
+        Part("ops", [*pytest, "benchmarks", *ops], "ops.txt", "ops.txt", 130, grace=15),
+        Part("step", step, "step.json", "step.txt", 215, grace=15),
     ]
 
 

@@ -291,7 +291,6 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
         gpu.Part("ops", python(interrupted), "ops.txt", "ops.txt", 1, grace=15),
         gpu.Part("stubborn", python(stubborn), "stubborn.txt", "stubborn.txt", 1, grace=1),
         gpu.Part("step", python(both.format("{}")), "step.json", "step.txt", 60),
-        gpu.Part("step_dropout", python(both.format("{}")), "step_dropout.json", "step.txt", 60),
     ]
     (tmp_path / "step.json").write_text("of an earlier run")
     monkeypatch.setattr(gpu, "parts", lambda results, arch: parts)
@@ -309,20 +308,19 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
         "ops: RED (stopped after 1 s)",
         "stubborn: RED (stopped after 1 s)",
         "step: ok",
-        "step_dropout: ok",
     ]
     assert sorted((tmp_path / "tests.txt").read_text().splitlines()) == ["log", "one failed"]
     assert (tmp_path / "ops.txt").read_text() == "written at the end\n"
     assert capsys.readouterr().out.splitlines() == summary[1:]
     assert (tmp_path / "step.json").read_text() == "{}\n"
-    assert (tmp_path / "step.txt").read_text() == "log\nlog\n"
+    assert (tmp_path / "step.txt").read_text() == "log\n"
 
 
-def test_the_gpu_run_ends_within_ten_minutes_and_leaves_eight_files(tmp_path: Path) -> None:
+def test_the_gpu_run_ends_within_ten_minutes_and_leaves_seven_files(tmp_path: Path) -> None:
     parts = gpu.parts(tmp_path, "sm_90")
-    assert sum(part.seconds + part.grace for part in parts) < 600
+    assert sum(part.seconds + part.grace for part in parts) < 550  # starting and installing take time too
     files = {name for part in parts for name in (part.file, part.log)} | {"summary.txt", "ops.json"}
-    assert len(files) == 8
+    assert len(files) == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
