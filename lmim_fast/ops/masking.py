@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from lmim_fast.ops import philox
-from lmim_fast.ops.dispatch import run
+from lmim_fast.ops import dispatch, philox
 from lmim_fast.ops.philox import Stream
+
+_MAX_PATCHES = 1024  # more do not fit the registers of a warp
 
 
 def mask_noise(
@@ -30,26 +32,134 @@ def select_patches(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     """Split the patches into those with the smallest noise and the rest, each in reading order.
 
     Args:
-        noise:       (B, L) float; equal values are ranked by position.
+        noise:       (B, L) float; equal values are ranked by position, NaN above all others.
         num_visible: K patches to keep.
     Returns:
         ids_visible (B, K) and ids_masked (B, L - K), int64, rising.
     Raises:
-        ValueError: noise is not 2-d, or K is not in [1, L - 1].
+        ValueError: noise is not 2-d or not floating-point, or K is not in [1, L - 1].
     Source: MAE's random masking (the kept set is the same; its order is not read by any loss).
     """
     if noise.dim() != 2:
         raise ValueError(f"noise must be (B, L), got shape {tuple(noise.shape)}")
-    if not 1 <= num_visible < noise.shape[1]:
-        raise ValueError(f"num_visible must be in [1, {noise.shape[1] - 1}], got {num_visible}")
-    return run("select_patches", _eager, noise, num_visible)
+    if not noise.is_floating_point():
+        raise ValueError(f"noise must be floating-point, got {noise.dtype}")
+    _check_visible(num_visible, noise.shape[1])
+    return dispatch.run("select_patches", _select_eager, noise, num_visible)
 
 
-def _eager(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
-    order = noise.argsort(dim=1, stable=True)
-    return order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values
+def draw_patches(
+    seed: int,
+    epochs: int | Tensor,
+    indices: Tensor,
+    num_patches: int,
+    num_visible: int,
+    stream: Stream = Stream.MASK,
+) -> tuple[Tensor, Tensor]:
+    """`select_patches` of `mask_noise`; a kernel does it in one launch and never writes the noise.
+
+    Args:
+        seed:        of the run; its lowest 64 bits count.
+        epochs:      epoch of each sample, (B,) int64, or one for all; in [0, 2^32).
+        indices:     (B,) int64 sample indices, in [0, 2^32).
+        num_patches: L.
+        num_visible: K patches to keep.
+        stream:      MASK for LMIM, MAE_MASK for the MAE stage.
+    Returns:
+        ids_visible (B, K) and ids_masked (B, L - K), int64, rising, on the device of `indices`.
+    Raises:
+        ValueError: K is not in [1, L - 1], indices or epochs is not (B,) int64, they are on several devices,
+            or one epoch for all is out of range.
+    Source: MAE's random masking; Philox of Salmon et al. 2011.
+    """
+    _check_visible(num_visible, num_patches)
+    for name, tensor in (("indices", indices), ("epochs", epochs)):
+        if isinstance(tensor, Tensor) and (tensor.dtype != torch.int64 or tensor.shape != indices.shape[:1]):
+            wanted = "(B,)" if name == "indices" else f"({len(indices)},)"
+            raise ValueError(f"{name} must be {wanted} int64, got {tuple(tensor.shape)} of {tensor.dtype}")
+    if isinstance(epochs, Tensor):
+        dispatch.same_device(epochs=epochs, indices=indices)
+    elif not 0 <= epochs < 2**32:
+        raise ValueError(f"epochs must be in [0, 2^32), got {epochs}")
+    return dispatch.run(
+        "draw_patches", _draw_eager, seed, epochs, indices, num_patches, num_visible, int(stream)
+    )
 
 
 def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (B, K) of x (B, N, D), as (B, K, D)."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def _check_visible(num_visible: int, patches: int) -> None:
+    if not 1 <= num_visible < patches:
+        raise ValueError(f"num_visible must be in [1, {patches - 1}], got {num_visible}")
+
+
+def _select_eager(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    order = noise.argsort(dim=1, stable=True)
+    return order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values
+
+
+def _draw_eager(
+    seed: int, epochs: int | Tensor, indices: Tensor, num_patches: int, num_visible: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    return _select_eager(mask_noise(seed, epochs, indices, num_patches, Stream(stream)), num_visible)
+
+
+@torch.library.custom_op("lmim_fast::select_patches", mutates_args=())
+def _select(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    from lmim_fast.kernels import masking
+
+    return masking.select(noise, num_visible)
+
+
+@_select.register_fake
+def _(noise, num_visible):  # type: ignore[no-untyped-def]
+    samples, patches = noise.shape
+    visible = noise.new_empty((samples, num_visible), dtype=torch.int64)
+    return visible, noise.new_empty((samples, patches - num_visible), dtype=torch.int64)
+
+
+@torch.library.custom_op("lmim_fast::draw_patches", mutates_args=())
+def _draw(
+    seed: int, epochs: Tensor | None, epoch: int, indices: Tensor, patches: int, num_visible: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    from lmim_fast.kernels import masking
+
+    return masking.draw(seed, epochs, epoch, indices, patches, num_visible, stream)
+
+
+@_draw.register_fake
+def _(seed, epochs, epoch, indices, patches, num_visible, stream):  # type: ignore[no-untyped-def]
+    samples = len(indices)
+    return indices.new_empty((samples, num_visible)), indices.new_empty((samples, patches - num_visible))
+
+
+def _launch_select(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    visible, masked = _select(noise.detach(), num_visible)
+    return visible, masked
+
+
+def _launch_draw(
+    seed: int, epochs: int | Tensor, indices: Tensor, num_patches: int, num_visible: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    each, every = (epochs, 0) if isinstance(epochs, Tensor) else (None, epochs)
+    signed = (seed + 2**63) % 2**64 - 2**63  # what an operator's integer can hold
+    visible, masked = _draw(signed, each, every, indices, num_patches, num_visible, stream)
+    return visible, masked
+
+
+def _refuses(patches: int) -> str | None:
+    return None if patches <= _MAX_PATCHES else f"takes at most {_MAX_PATCHES} patches, got {patches}"
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+dispatch.register(
+    "select_patches",
+    dispatch.Kernel(_launch_select, _DTYPES, refuses=lambda noise, *_: _refuses(noise.shape[1])),
+)
+dispatch.register(
+    "draw_patches",
+    dispatch.Kernel(_launch_draw, _DTYPES, refuses=lambda *given: _refuses(given[3])),
+)

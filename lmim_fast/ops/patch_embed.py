@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lmim_fast.ops.dispatch import run
+from lmim_fast.ops import dispatch
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.masking import gather_rows
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+View = tuple[Tensor, Tensor | None]
 
 
 def normalise_images(images: Tensor) -> Tensor:
@@ -16,10 +22,16 @@ def normalise_images(images: Tensor) -> Tensor:
     Raises:
         ValueError: neither of the two layouts.
     """
+    _image_size(images)
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images
+
+
+def _image_size(images: Tensor) -> tuple[int, int]:
+    """Height and width; raises ValueError for another layout than the two of `normalise_images`."""
     if images.dtype == torch.uint8 and images.dim() == 4 and images.shape[3] == 3:
-        return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        return images.shape[1], images.shape[2]
     if images.is_floating_point() and images.dim() == 4 and images.shape[1] == 3:
-        return images
+        return images.shape[2], images.shape[3]
     raise ValueError(
         "images must be float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3), "
         f"got {images.dtype} of shape {tuple(images.shape)}"
@@ -40,6 +52,8 @@ def patch_embed(
     position: Tensor,
     cls_token: Tensor,
     ids: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Project patches, add bias and position, prepend cls; only the patches `ids` when given.
 
@@ -49,32 +63,252 @@ def patch_embed(
         bias:      (D,).
         position:  (1, 1 + L, D), row 0 for cls.
         cls_token: (1, 1, D).
-        ids:       (B, K) patches to embed, or None for all.
+        ids:       (B, K) int64, patches to embed, or None for all. One outside [0, L) is an error on a CPU;
+            the kernel, which cannot raise one, makes its token NaN.
+        dtype:     of the result, the residual stream's; None for that of `position`.
     Returns:
-        (B, 1 + K, D) in the dtype of `position` (the residual stream's).
+        (B, 1 + K, D) in `dtype`.
     Raises:
-        ValueError: the image does not have L patches, or ids is not (B, K).
+        ValueError: an input of another shape, an image that does not have L patches, ids that are not (B, K)
+            int64, a `dtype` that is not floating-point, or inputs on several devices.
     Source: ViT; embedding only the kept patches equals MAE's embed-then-drop.
     """
-    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[-2:]
-    patch = weight.shape[-1]
+    rows = patch_embed_packed([(images, ids)], weight, bias, position, cls_token, dtype=dtype)
+    tokens = position.shape[1] if ids is None else 1 + ids.shape[1]
+    return rows.view(len(images), tokens, len(weight))
+
+
+def patch_embed_packed(
+    views: Sequence[View],
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    cls_token: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`patch_embed` of several views into the rows of one matrix, view after view.
+
+    Args:
+        views: images, and ids or None, of each view; the rest is as for `patch_embed`.
+    Returns:
+        (rows, D) in `dtype`; B * (1 + K) rows of each view, image after image.
+    Raises:
+        ValueError: there is no view, or as `patch_embed`.
+    """
+    if not views:
+        raise ValueError("views must hold at least one, got none")
+    dtype = dtype or position.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
+    _check_parameters(weight, bias, position, cls_token)
+    for images, ids in views:
+        _check_view(images, ids, weight.shape[-1], position.shape[1] - 1)
+        dispatch.same_device(
+            images=images, weight=weight, bias=bias, position=position, cls_token=cls_token, ids=ids
+        )
+    flat = [tensor for view in views for tensor in view]
+    return dispatch.run("patch_embed", _eager, dtype, weight, bias, position, cls_token, *flat)
+
+
+def _check_parameters(weight: Tensor, bias: Tensor, position: Tensor, cls_token: Tensor) -> None:
+    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be (D, 3, patch, patch), got {tuple(weight.shape)}")
+    width = len(weight)
+    rows = position.shape[1] if position.dim() == 3 else 0
+    for name, tensor, shape in (
+        ("bias", bias, (width,)),
+        ("position", position, (1, rows, width)),
+        ("cls_token", cls_token, (1, 1, width)),
+    ):
+        if tensor.shape != shape:
+            wanted = f"(1, 1 + L, {width})" if name == "position" else f"{shape}"
+            raise ValueError(f"{name} must be {wanted}, got {tuple(tensor.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("position", position), ("cls", cls_token)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
+
+
+def _check_view(images: Tensor, ids: Tensor | None, patch: int, expected: int) -> None:
+    height, width = _image_size(images)
     patches = (height // patch) * (width // patch)
-    if patches != position.shape[1] - 1:
-        raise ValueError(f"image {tuple(images.shape)} gives {patches} patches, not {position.shape[1] - 1}")
-    if ids is not None and (ids.dim() != 2 or ids.shape[0] != images.shape[0]):
-        raise ValueError(f"ids must be ({images.shape[0]}, K), got {tuple(ids.shape)}")
-    return run("patch_embed", _eager, images, weight, bias, position, cls_token, ids)
+    if patches != expected:
+        raise ValueError(f"image {tuple(images.shape)} gives {patches} patches, not {expected}")
+    if height % patch or width % patch:
+        raise ValueError(f"image {tuple(images.shape)} does not divide into patches of {patch} x {patch}")
+    if ids is not None and (ids.dim() != 2 or len(ids) != len(images) or ids.dtype != torch.int64):
+        raise ValueError(f"ids must be ({len(images)}, K) int64, got {tuple(ids.shape)} of {ids.dtype}")
+
+
+def _views(tensors: Sequence[Tensor | None]) -> list[View]:
+    """Images and ids in turn, as pairs."""
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [(images, ids) for images, ids in pairs if images is not None]
 
 
 def _eager(
-    images: Tensor, weight: Tensor, bias: Tensor, position: Tensor, cls_token: Tensor, ids: Tensor | None
+    dtype: torch.dtype,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    cls_token: Tensor,
+    *tensors: Tensor | None,
 ) -> Tensor:
+    parameters = weight, bias, position, cls_token
+    rows = [_eager_view(images, ids, *parameters, dtype).flatten(0, 1) for images, ids in _views(tensors)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _eager_view(
+    images: Tensor,
+    ids: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    cls_token: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sums are in the dtype of `position`."""
     patches = split_patches(normalise_images(images), weight.shape[-1]).flatten(2)
     place = position[:, 1:]
     if ids is not None:
         patches = gather_rows(patches, ids)
         place = gather_rows(place.expand(len(ids), -1, -1), ids)
-    dtype = position.dtype
-    tokens = linear(patches.to(compute_dtype(weight)), weight.flatten(1)).to(dtype) + (place + bias.to(dtype))
-    cls = (cls_token.to(dtype) + position[:, :1]).expand(tokens.shape[0], -1, -1)
-    return torch.cat([cls, tokens], dim=1)
+    high = position.dtype
+    tokens = linear(patches.to(compute_dtype(weight)), weight.flatten(1)).to(high) + (place + bias.to(high))
+    cls = (cls_token.to(high) + position[:, :1]).expand(tokens.shape[0], -1, -1)
+    return torch.cat([cls.to(dtype), tokens.to(dtype)], dim=1)
+
+
+@torch.library.custom_op("lmim_fast::patch_embed", mutates_args=())
+def _forward(
+    images: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    given: Sequence[bool],
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    cls_token: Tensor,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+) -> Tensor:
+    """`given` says which views the ids belong to; the others have none."""
+    from lmim_fast.kernels import patch_embed
+
+    views = _pair(images, ids, given)
+    out = weight.new_empty((_rows(views, position.shape[1]), len(weight)), dtype=dtype)
+    start = 0
+    for view in views:
+        count = _rows([view], position.shape[1])
+        part = out[start : start + count]
+        patch_embed.forward(*view, weight, bias, position, cls_token, part, compute)
+        start += count
+    return out
+
+
+def _pair(images: Sequence[Tensor], ids: Sequence[Tensor], given: Sequence[bool]) -> list[View]:
+    rest = iter(ids)
+    return [(view, next(rest) if has_ids else None) for view, has_ids in zip(images, given, strict=True)]
+
+
+def _rows(views: Sequence[View], every: int) -> int:
+    """Rows of the result; `every` is 1 + L."""
+    return sum(len(images) * (every if ids is None else 1 + ids.shape[1]) for images, ids in views)
+
+
+@_forward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    images, ids, given, weight, bias, position, cls_token, dtype, compute
+):
+    rows = _rows(_pair(images, ids, given), position.shape[1])
+    return weight.new_empty((rows, len(weight)), dtype=dtype)
+
+
+@torch.library.custom_op("lmim_fast::patch_embed_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    images: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    given: Sequence[bool],
+    patch: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """fp32 gradients of weight, bias and cls token, one after the other."""
+    from lmim_fast.kernels import patch_embed_backward
+
+    return patch_embed_backward.backward(grad, _pair(images, ids, given), patch, compute)
+
+
+@_backward.register_fake
+def _(grad, images, ids, given, patch, compute):  # type: ignore[no-untyped-def]
+    return grad.new_empty((grad.shape[1] * (3 * patch * patch + 2),), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ids, ctx.given, weight, bias, _, cls_token, _, ctx.compute = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*images, *ids)
+    ctx.shapes = [tensor.shape for tensor in (weight, bias, cls_token)]
+    ctx.dtypes = [tensor.dtype for tensor in (weight, bias, cls_token)]
+
+
+def _differentiate(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    saved, count = list(ctx.saved_tensors), len(ctx.given)
+    lists = [None] * count, [None] * (len(saved) - count), None
+    if grad is None:
+        return *lists, *(None,) * 6
+    sums = _backward(grad, saved[:count], saved[count:], ctx.given, ctx.shapes[0][-1], ctx.compute)
+    parts = sums.split([shape.numel() for shape in ctx.shapes])
+    *_, weight_wanted, bias_wanted, _, cls_wanted, _, _ = ctx.needs_input_grad
+    weight, bias, cls = (
+        part.view(shape).to(dtype) if wanted else None
+        for part, shape, dtype, wanted in zip(
+            parts, ctx.shapes, ctx.dtypes, (weight_wanted, bias_wanted, cls_wanted), strict=True
+        )
+    )
+    return *lists, weight, bias, None, cls, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _launch(
+    dtype: torch.dtype,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    cls_token: Tensor,
+    *tensors: Tensor | None,
+) -> Tensor:
+    views, compute = _views(tensors), compute_dtype(weight)
+    ids = [numbers for _, numbers in views if numbers is not None]
+    given = [numbers is not None for _, numbers in views]
+    images = [view for view, _ in views]
+    output: Tensor = _forward(images, ids, given, weight, bias, position, cls_token, dtype, compute)
+    return output
+
+
+def _refuses(
+    dtype: torch.dtype,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    cls_token: Tensor,
+    *tensors: Tensor | None,
+) -> str | None:
+    compute = compute_dtype(weight)
+    for name, kind in (("results", dtype), ("products", compute)):
+        if kind not in _DTYPES:
+            return f"has no kernel for {name} in {kind}"
+    if compute == torch.bfloat16 and weight.device.type == "cpu":
+        return "has no kernel for torch.bfloat16 in Triton's interpreter, whose products of it are wrong"
+    views = _views(tensors)
+    if any((position.shape[1] - 1 if ids is None else ids.shape[1]) == 0 for _, ids in views):
+        return "takes at least one patch of an image, got none"
+    wanted = position.requires_grad or any(images.requires_grad for images, _ in views)
+    if wanted and torch.is_grad_enabled():
+        return "has no kernel for gradients of images or positions, and they require them"
+    return None
+
+
+dispatch.register("patch_embed", dispatch.Kernel(launch=_launch, dtypes=_DTYPES, refuses=_refuses))

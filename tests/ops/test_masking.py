@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmim_fast.ops.masking import gather_rows, mask_noise, select_patches
+from lmim_fast.ops.masking import draw_patches, gather_rows, mask_noise, select_patches
 from lmim_fast.ops.philox import Stream
 from lmim_fast.reference import random_masking
 
@@ -35,6 +35,17 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     assert not torch.equal(mask_noise(7, epochs, indices, 256, Stream.MAE_MASK), together)
 
 
+def test_drawn_patches_are_those_that_their_noise_selects() -> None:
+    epochs, indices = torch.tensor([3, 3, 4]), torch.tensor([10, 99, 10])
+    for stream in (Stream.MASK, Stream.MAE_MASK):
+        drawn = draw_patches(-7, epochs, indices, 256, 51, stream)
+        selected = select_patches(mask_noise(-7, epochs, indices, 256, stream), 51)
+        assert torch.equal(drawn[0], selected[0])
+        assert torch.equal(drawn[1], selected[1])
+    first, _ = draw_patches(-7, 4, indices, 256, 51)
+    assert torch.equal(first[2], draw_patches(-7, epochs, indices, 256, 51)[0][2])
+
+
 def test_every_patch_is_masked_equally_often() -> None:
     noise = mask_noise(0, 0, torch.arange(20_000), 256)
     _, ids_masked = select_patches(noise, 51)
@@ -53,3 +64,18 @@ def test_wrong_inputs_are_named() -> None:
         select_patches(torch.rand(4), 1)
     with pytest.raises(ValueError, match=r"\[1, 3\], got 4"):
         select_patches(torch.rand(1, 4), 4)
+    with pytest.raises(ValueError, match=r"noise must be floating-point, got torch\.int64"):
+        select_patches(torch.arange(8).view(2, 4), 1)
+    indices = torch.arange(3)
+    with pytest.raises(ValueError, match=r"\[1, 3\], got 0"):
+        draw_patches(0, 0, indices, 4, 0)
+    with pytest.raises(ValueError, match=r"indices must be \(B,\) int64, got \(3,\) of torch\.int32"):
+        draw_patches(0, 0, indices.int(), 4, 1)
+    with pytest.raises(ValueError, match=r"indices must be \(B,\) int64, got \(1, 3\)"):
+        draw_patches(0, 0, indices[None], 4, 1)
+    with pytest.raises(ValueError, match=r"epochs must be \(3,\) int64, got \(2,\) of torch\.int64"):
+        draw_patches(0, indices[:2], indices, 4, 1)
+    with pytest.raises(ValueError, match=r"epochs must be in \[0, 2\^32\), got -1"):
+        draw_patches(0, -1, indices, 4, 1)
+    with pytest.raises(ValueError, match=r"one device, got epochs on cpu, indices on meta"):
+        draw_patches(0, indices, indices.to("meta"), 4, 1)
