@@ -17,7 +17,7 @@ from lmim_fast.models.patches import choose_patches
 from lmim_fast.models.positions import position_table
 from lmim_fast.models.target import Target
 from lmim_fast.ops.align import split_aligned
-from lmim_fast.ops.linear import compute_dtype, linear
+from lmim_fast.ops.linear import compute_dtype, linear, linears
 from lmim_fast.ops.norm import layer_norm
 from lmim_fast.ops.tokens import decoder_tokens, mask_table
 
@@ -149,7 +149,8 @@ class LMIM(nn.Module):
         layers = [cast(GuidedLayer, layer).multihead_attn for layer in self.decoder_blocks]
         folded = memory_projection(embed, layers)
         if folded is not None:
-            products, biases = linear(memory, folded[0]), folded[1]
-            return list(zip(products.chunk(len(layers), -1), biases.chunk(len(layers)), strict=True))
+            weights, biases = (parts.chunk(len(layers)) for parts in folded)
+            return list(zip(linears(memory, weights), biases, strict=True))
         embedded = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
-        return [(linear(embedded, layer.kv_weight), layer.kv_bias) for layer in layers]
+        products = linears(embedded, [layer.kv_weight for layer in layers])
+        return list(zip(products, [layer.kv_bias for layer in layers], strict=True))

@@ -1,13 +1,14 @@
-"""Bias-free linear whose input can be recomputed in the backward pass instead of being kept."""
+"""Bias-free linears: plain, several of one input, and one whose input is made again in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -27,6 +28,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         (..., F).
     """
     return _product(x, weight.to(x.dtype))
+
+
+def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """`linear` of x by each of several weights, whose gradients of x add up in the products that make them.
+
+    Cheaper than one product by all weights: the gradients of its parts would be put together first.
+
+    Args:
+        x:       (..., D).
+        weights: (F, D) each, cast to x's dtype; F may differ.
+    Returns:
+        (..., F) for each weight.
+    """
+    weights = [weight.to(x.dtype) for weight in weights]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return [_product(x, weight) for weight in weights]
+    products: tuple[Tensor, ...] = _Linears.apply(x, *weights)
+    return list(products)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,6 +74,31 @@ def linear_recomputing(
         return _product(x, weight)
     product: Tensor = _RecomputingLinear.apply(x, weight, recompute, *sources)
     return product
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights)
+        return tuple(_product(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows, of_x = x.reshape(-1, x.shape[-1]), None
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        with torch.autocast(x.device.type, enabled=False):
+            for number, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+                if grad is None:
+                    continue
+                grad = grad.reshape(-1, grad.shape[-1])
+                if ctx.needs_input_grad[0]:
+                    of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
+                if ctx.needs_input_grad[1 + number]:
+                    of_weights[number] = grad.T @ rows
+        return None if of_x is None else of_x.view(x.shape), *of_weights
 
 
 class _RecomputingLinear(torch.autograd.Function):

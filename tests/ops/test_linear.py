@@ -1,4 +1,4 @@
-"""The linear that makes its input again in the backward pass."""
+"""Linears of one input, and the linear that makes its input again in the backward pass."""
 
 import pytest
 import torch
@@ -6,12 +6,39 @@ from accuracy import DEVICE
 from torch import Tensor
 
 from lmim_fast.ops.gelu import bias_gelu
-from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing
+from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing, linears
 from lmim_fast.ops.norm import layer_norm
 
 
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5)])
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
+def test_linears_equal_single_ones_whichever_of_them_are_used(
+    shape: tuple[int, ...], used: tuple[int, ...]
+) -> None:
+    x, weights = double(*shape), [double(4, 5), double(7, 5), double(4, 5)]
+    wanted = [x, *(weights[number] for number in used)]
+    together, apart = linears(x, weights), [linear(x, weight) for weight in weights]
+    upstream = [torch.randn_like(apart[number]) for number in used]
+    found = [
+        torch.autograd.grad([products[number] for number in used], wanted, upstream)
+        for products in (together, apart)
+    ]
+    for mine, theirs in zip((*together, *found[0]), (*apart, *found[1]), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_linears_take_expanded_gradients_and_frozen_weights() -> None:
+    x, first, second = double(2, 3, 5), double(4, 5), double(6, 5).detach()
+    products = linears(x, [first, second])
+    ours = torch.autograd.grad(products[0].sum() + products[1].sum(), (x, first))
+    plain = torch.autograd.grad(linear(x, first).sum() + linear(x, second).sum(), (x, first))
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not any(product.requires_grad for product in linears(x.detach(), [second]))
 
 
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5)])
