@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps([result(arch, reports) for arch, reports in by_arch.items()]))
     if args.markdown:
         print("\n\n".join(f"## {a}\n\n{markdown([r.as_json() for r in rs])}" for a, rs in by_arch.items()))
+    if args.results:
+        args.results.mkdir(parents=True, exist_ok=True)
     for arch, reports in by_arch.items() if args.results else ():
         path = args.results / f"static_{arch.replace('_', '')}.json"
         path.write_text(json.dumps(result(arch, reports), indent=1) + "\n")

@@ -32,6 +32,7 @@ from lmim_fast.train.files import write_file
 from lmim_fast.train.loop import Progress, Session, train
 from lmim_fast.train.parallel import World
 from lmim_fast.train.starting_weights import check_teacher, load_starting_weights
+from lmim_fast.train.step import TrainStep, blank_batch
 from lmim_fast.train.telemetry import Meter, Telemetry
 
 Tell = Callable[[str], None]
@@ -105,10 +106,13 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
         start_step=progress.step,
         end_step=total,
     )
+    run_step = world.together(lambda: _make_step(config, model, optimizer, world))
     with contextlib.ExitStack() as stack:  # closes also what was made while another rank failed
         telemetry = world.together(lambda: stack.enter_context(make_telemetry()))
         batches = world.together(lambda: stack.enter_context(make_batches()))
-        session = Session(config, run, world, model, optimizer, order, progress, telemetry, identity)
+        session = Session(
+            config, run, world, model, optimizer, run_step, order, progress, telemetry, identity
+        )
         stopped_by = train(session, batches)
 
     if stopped_by:
@@ -138,6 +142,15 @@ def _resolved(config: PretrainConfig, world: World) -> PretrainConfig:
     if config.precision != "auto":
         return config
     return dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
+
+
+def _make_step(
+    config: PretrainConfig, model: nn.Module, optimizer: optim.SkippingAdamW, world: World
+) -> TrainStep:
+    step = TrainStep(model.train(), optimizer, config, world)
+    if config.cuda_graph:
+        step.capture_graph(blank_batch(config, world.device))
+    return step
 
 
 def _open_records(config: PretrainConfig) -> RecordStore:

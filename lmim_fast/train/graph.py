@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ class Captured(NamedTuple):
 def capture(function: Callable[[], Tensor], warmup: int) -> Captured:
     """Run `function` `warmup` times, so that what is made lazily exists, then capture one more run.
 
-    Other threads may use CUDA meanwhile. A capture runs nothing: only the warm-up has effects.
+    A capture runs nothing: only the warm-up has effects. No other thread may wait for the whole device
+    meanwhile: that ends the capture with an error.
     """
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
@@ -28,8 +30,15 @@ def capture(function: Callable[[], Tensor], warmup: int) -> Captured:
             function()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = function()
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()  # what it would free may call into CUDA, which ends a capture
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = function()
+    finally:
+        if collecting:
+            gc.enable()
     return Captured(graph.replay, output)
 
 

@@ -54,6 +54,7 @@ class Session:
     world: World
     model: nn.Module
     optimizer: optim.SkippingAdamW
+    run_step: TrainStep
     order: SampleOrder
     progress: Progress
     telemetry: Telemetry
@@ -79,7 +80,6 @@ def train(session: Session, batches: ViewPipeline) -> int:
     total = optim.total_steps(config, session.order.num_samples)
     warmup = optim.warmup_steps(config, session.order.num_samples)
     peak = optim.peak_learning_rate(config)
-    run_step = TrainStep(session.model.train(), session.optimizer, config, world)
     clock = _Clock(progress.seconds)
 
     def micro_batches() -> Iterator[Batch]:
@@ -92,7 +92,7 @@ def train(session: Session, batches: ViewPipeline) -> int:
         while progress.step < total:
             step = progress.step
             lr = optim.learning_rate(step, peak=peak, warmup=warmup, total=total)
-            row = run_step(step, micro_batches(), lr)
+            row = session.run_step(step, micro_batches(), lr)
 
             progress.step = step + 1
             progress.meter.add(progress.step, row)

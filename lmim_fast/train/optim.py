@@ -39,6 +39,16 @@ class SkippingAdamW(torch.optim.AdamW):
         self.step()
         self.found_inf = None
 
+    def make_state(self) -> None:
+        """Moments of parameters that have none yet, as a step makes them; nothing else changes."""
+        fresh = [p for group in self.param_groups for p in group["params"] if p not in self.state]
+        if not fresh:
+            return
+        for parameter in fresh:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step_unless(torch.ones((), device=fresh[0].device))
+        self.zero_grad(set_to_none=True)
+
 
 def make_optimizer(
     model: nn.Module, config: OptimConfig, *, graphed: torch.device | None = None

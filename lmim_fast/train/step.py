@@ -6,15 +6,18 @@ CUDA graph too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import PretrainConfig
 from lmim_fast.data.batch import Batch
+from lmim_fast.ops import attention_backends
 from lmim_fast.ops.masking import draw_patches
 from lmim_fast.ops.philox import Stream
 from lmim_fast.ops.photometric import ColorProgram
@@ -29,7 +32,7 @@ class TrainStep:
     Args:
         model:     in training mode on the world's device; its weights and gradients are changed.
         optimizer: of its parameters, from `optim.make_optimizer`.
-        config:    of the run; `compile` and `cuda_graph` choose the form.
+        config:    of the run; with `cuda_graph`, `capture_graph` comes before the first step.
         world:     the ranks that gradients and losses are averaged over; a graph is for one alone.
         capture:   what captures a graph; tests put another one in its place.
     """
@@ -52,6 +55,21 @@ class TrainStep:
         self._hold: Tensor | None = None
         """0-d, 1 while a graph is warmed up: such steps must not change a weight."""
 
+    def capture_graph(self, batch: Batch) -> None:
+        """Capture the step as a CUDA graph for batches of these shapes; weights and moments stay as they are.
+
+        Before the input pipeline starts: its threads may wait for the device, which ends a capture.
+        """
+        device = self._world.device
+        self._hold = torch.ones((), device=device)
+        self._optimizer.make_state()  # in the memory of all steps, not in that of the warm-up
+        self._graph = graph.GraphedStep(
+            lambda *fixed: self._update(self._differentiate(_with_tensors(batch, fixed))),
+            [tensor.to(device) for tensor in _tensors(batch)],
+            capture=self._capture,
+        )
+        self._hold.zero_()
+
     def __call__(self, step: int, batches: Iterable[Batch], lr: float) -> Tensor:
         """Run a step.
 
@@ -65,9 +83,10 @@ class TrainStep:
         """
         config, world = self._config, self._world
         optim.set_learning_rate(self._optimizer, lr)
-        if config.cuda_graph:
+        if self._graph is not None:
             (batch,) = batches
-            return self._replay(step, batch)
+            torch.manual_seed(dropout_seed(config.seed, step, 0, world.rank))
+            return self._graph(*_tensors(batch))
         losses = torch.zeros(3, device=world.device)
         for micro, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(config.seed, step, micro, world.rank))
@@ -95,20 +114,6 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         return row
 
-    def _replay(self, step: int, batch: Batch) -> Tensor:
-        device, tensors = self._world.device, _tensors(batch)
-        if self._graph is None:
-            self._hold = torch.ones((), device=device)
-            inputs = [tensor.to(device) for tensor in tensors]
-            self._graph = graph.GraphedStep(
-                lambda *fixed: self._update(self._differentiate(_with_tensors(batch, fixed))),
-                inputs,
-                capture=self._capture,
-            )
-            self._hold.zero_()
-        torch.manual_seed(dropout_seed(self._config.seed, step, 0, self._world.rank))
-        return self._graph(*tensors)
-
 
 def losses_of(model: nn.Module, batch: Batch, config: PretrainConfig, device: torch.device) -> Tensor:
     """(3,) loss, loss_recon and loss_align of a micro batch; the first carries the gradient."""
@@ -123,9 +128,33 @@ def losses_of(model: nn.Module, batch: Batch, config: PretrainConfig, device: to
     )
     patches = config.model.num_patches
     ids = draw_patches(config.seed, epochs, indices, patches, int(patches * (1 - ratio)), stream)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with (
+        _repeatable_attention(config, device),
+        torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+    ):
         output = model(images, guidance, patches=ids) if lmim else model(images, patches=ids)
     return torch.stack([output.loss, output.loss_recon, output.loss_align])
+
+
+def _repeatable_attention(config: PretrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Attention that gives the same bits every time: PyTorch's fp32 one on CUDA adds in changing order."""
+    if device.type == "cuda" and config.precision == "fp32" and attention_backends.current() == "auto":
+        return attention_backends.backend("eager")
+    return contextlib.nullcontext()
+
+
+def blank_batch(config: PretrainConfig, device: torch.device) -> Batch:
+    """A batch of zeros with the shapes of a process's batches, where it has no peers."""
+    size, (height, width) = config.batch_size // config.accumulation, config.model.image_size
+    numbers, pixels = torch.zeros(size, dtype=torch.int64), (size, height, width)
+    plain = torch.zeros((*pixels, 3), dtype=torch.uint8, device=device)
+    if config.objective == "mae" or not config.model.guidance:
+        return Batch(0, 0, numbers, numbers, plain, None, None)
+    affine, value = torch.zeros((size, 3, 4), device=device), torch.zeros(size, device=device)
+    coverage = torch.zeros(pixels, dtype=torch.uint8, device=device)
+    border = torch.zeros((size, 3), device=device)
+    colors = ColorProgram(affine, value, value > 0, affine, coverage, border, value, affine)
+    return Batch(0, 0, numbers, numbers, plain, plain, colors)
 
 
 def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:

@@ -14,7 +14,7 @@ from lmim_fast.ops.photometric import ColorProgram
 from lmim_fast.train import optim
 from lmim_fast.train.graph import Captured, GraphedStep
 from lmim_fast.train.parallel import World
-from lmim_fast.train.step import TrainStep
+from lmim_fast.train.step import TrainStep, blank_batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = ModelConfig(
@@ -53,7 +53,7 @@ def batch_of(number: int, size: int = 4, *, guided: bool = True) -> Batch:
         step=number,
         micro=0,
         indices=torch.arange(size) + 10 * number,
-        epochs=torch.zeros(size, dtype=torch.int64),
+        epochs=torch.full((size,), number),
         plain=plain.to(DEVICE),
         warped=warped.to(DEVICE) if guided else None,
         program=colors(size).to(DEVICE) if guided else None,
@@ -64,7 +64,7 @@ def replaying(function: Callable[[], Tensor], warmup: int) -> Captured:
     """Stands in for CUDA's capture: a replay runs the function again, into the same output."""
     for _ in range(warmup):
         function()
-    output = torch.full((4,), float("nan"))
+    output = torch.full((4,), float("nan"), device=DEVICE)
 
     def replay() -> None:
         output.copy_(function())
@@ -79,8 +79,10 @@ def make_step(
     model = (LMIM if config.objective == "lmim" else MAE)(config.model).to(DEVICE).train()
     graphed = DEVICE if config.cuda_graph else None
     optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
-    world = World(0, 1, DEVICE)
-    return TrainStep(model, optimizer, config, world, capture=capture), model, optimizer
+    step = TrainStep(model, optimizer, config, World(0, 1, DEVICE), capture=capture)
+    if config.cuda_graph:
+        step.capture_graph(blank_batch(config, DEVICE))
+    return step, model, optimizer
 
 
 def config_of(**changes: object) -> PretrainConfig:
@@ -107,25 +109,93 @@ def test_replayed_steps_are_bitwise_those_of_eager_steps(objective: str) -> None
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_the_warm_up_of_a_graph_changes_nothing() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
     seen = []
 
     def capture(function: Callable[[], Tensor], warmup: int) -> Captured:
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for _ in range(warmup):
             seen.append(function())
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-        assert all(state["step"] == 0 for state in optimizer.state.values())
-        assert all(not state["exp_avg"].any() for state in optimizer.state.values())
         return replaying(function, 0)
 
-    step, model, optimizer = make_step(config_of(cuda_graph=True), capture)
-    before = model.mask_token.detach().clone()
-    step(0, iter([batch_of(0)]), lr=1e-2)
+    torch.manual_seed(0)
+    config = config_of(cuda_graph=True)
+    model = LMIM(config.model).to(DEVICE).train()
+    optimizer = optim.make_optimizer(model, config.optim, graphed=DEVICE)
+    step = TrainStep(model, optimizer, config, World(0, 1, DEVICE), capture=capture)
+    optim.set_learning_rate(optimizer, 1e-2)
+    if trained:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        optimizer.step_unless(torch.zeros((), device=DEVICE))
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {p: {kind: t.clone() for kind, t in state.items()} for p, state in optimizer.state.items()}
+    step.capture_graph(blank_batch(config, DEVICE))
     assert len(seen) == 3
     assert all(row.isfinite().all() for row in seen)
-    assert not torch.equal(model.mask_token, before)
+    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
+    assert all(state["step"] == int(trained) for state in optimizer.state.values())
+    assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
+    for parameter, state in optimizer.state.items():
+        expected = moments.get(parameter, {kind: torch.zeros_like(t) for kind, t in state.items()})
+        assert all(torch.equal(tensor, expected[kind]) for kind, tensor in state.items())
+    step(0, iter([batch_of(0)]), lr=1e-2)
+    assert not torch.equal(model.mask_token, kept["mask_token"])
+    assert optimizer.state[model.mask_token]["step"] == 1 + trained
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
+    cuda_graph: bool, clip: float | None
+) -> None:
+    config = config_of(cuda_graph=cuda_graph, optim=OptimConfig(clip_norm=clip))
+    step, model, optimizer = make_step(config)
+    step(0, iter([batch_of(0)]), lr=1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = optimizer.state[model.mask_token]["exp_avg"].clone()
+    hook = model.mask_token.register_hook(lambda gradient: gradient * float("inf"))
+    row = step(1, iter([batch_of(1)]), lr=1e-3)
+    hook.remove()
+    assert row[:3].isfinite().all()
+    assert not row[3].isfinite()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(optimizer.state[model.mask_token]["exp_avg"], moments)
     assert optimizer.state[model.mask_token]["step"] == 1
+    assert step(2, iter([batch_of(2)]), lr=1e-3).isfinite().all()
+    assert not torch.equal(model.mask_token, before["mask_token"])
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, model, _ = make_step(config_of())
+    before, forward = model.mask_token.detach().clone(), LMIM.forward
+
+    def poisoned(self: LMIM, *inputs: Tensor, **named: object) -> object:
+        output = forward(self, *inputs, **named)
+        output.loss_align = output.loss_align.detach() * float("nan")
+        return output
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LMIM, "forward", poisoned)
+        row = step(0, iter([batch_of(0)]), lr=1e-3)
+    assert row[3].isfinite()
+    assert torch.equal(model.mask_token, before)
+    step(1, iter([batch_of(1)]), lr=1e-3)
+    assert not torch.equal(model.mask_token, before)
+
+
+def test_every_pass_of_every_step_draws_dropout_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    losses = []
+    for accumulation in (1, 2):
+        step, _, _ = make_step(config_of(accumulation=accumulation))
+        for number in range(2):
+            batch = batch_of(0)
+            losses.append(step(number, iter([batch] * accumulation), lr=0.0))
+    drawn = [seed for seed in seeds if seed > 2**16]  # those of the tests are small
+    assert drawn[:2] == drawn[2::2]  # the first pass of steps 0 and 1, whatever the accumulation
+    assert len(set(drawn)) == 4
 
 
 def test_results_of_earlier_replays_are_not_overwritten() -> None:
@@ -188,3 +258,30 @@ def test_a_captured_graph_equals_eager_steps_on_a_device(precision: str) -> None
     same = batch_of(0)
     first, second = (again(number, iter([same]), lr=0.0) for number in (0, 1))
     assert first[0] != second[0]  # the same weights and data: another step draws other dropout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_step_never_waits_for_the_device(cuda_graph: bool) -> None:
+    from lmim_fast.train import graph
+
+    step, _, _ = make_step(config_of(precision="bf16", cuda_graph=cuda_graph), graph.capture)
+    batches = [batch_of(number) for number in range(4)]
+    for number in range(2):
+        step(number, iter([batches[number]]), lr=1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in (2, 3):
+            step(number, iter([batches[number]]), lr=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_runs_on_a_device_give_the_same_bits(precision: str) -> None:
+    curves = []
+    for _ in range(2):
+        step, _, _ = make_step(config_of(precision=precision, batch_size=64))
+        curves.append(torch.stack([step(i, iter([batch_of(i, 64)]), lr=1e-3) for i in range(4)]))
+    torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=0)
