@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmim_fast.layers.accelerated.base import Accelerated, Form, hooked, original_class, swap
-from lmim_fast.layers.accelerated.check import differs, signature
+from lmim_fast.layers.accelerated.base import Accelerated, Form, swap
+from lmim_fast.layers.accelerated.check import Verdict, compare, signature
 from lmim_fast.layers.accelerated.guided import GUIDED_ATTENTION, GUIDED_DECODER_LAYER
-from lmim_fast.layers.accelerated.report import AccelerationReport, Row
+from lmim_fast.layers.accelerated.record import hooked, original_class
+from lmim_fast.layers.accelerated.report import AccelerationReport, Row, undo
 from lmim_fast.layers.accelerated.torch_layers import LAYER_NORM, MULTIHEAD_ATTENTION
 from lmim_fast.layers.accelerated.transformer import DECODER_LAYER, ENCODER_LAYER
 from lmim_fast.layers.accelerated.vit import ATTENTION, BLOCK, MASKING, MLP
 
-__all__ = ["AccelerationReport", "Row", "accelerate"]
+__all__ = ["AccelerationReport", "Row", "accelerate", "undo"]
 
 # A module is of the first kind that it fits.
 FORMS = (
@@ -75,7 +76,7 @@ class _Walk:
         self.known: Counter[str] = Counter()
         self.matched = False
         self._seen: dict[nn.Module, Row | None] = {}
-        self._checked: dict[tuple[Any, ...], str | None] = {}
+        self._checked: dict[tuple[Any, ...], Verdict] = {}
 
     def visit(self, name: str, module: nn.Module, covered: bool) -> None:
         """Swap the module where it can be, then look into it; `covered`: part of a layer in the table."""
@@ -106,7 +107,10 @@ class _Walk:
         if isinstance(module, Accelerated):
             self._add(Row(name, kind, False, "swapped already", module))
             return
-        reason = self._obstacle(module, form) or swap(module, form)
+        reason = self._obstacle(module, form)
+        if reason is None:
+            verdict = self._check(module, form)
+            reason = verdict.reason or swap(module, form, verdict.dropout)
         swapped_part = "" if form.parts else f"its {form.kind}"
         self._add(Row(name, kind, reason is None, reason or swapped_part, module))
 
@@ -126,15 +130,15 @@ class _Walk:
         devices = sorted({str(parameter.device) for parameter in parameters})
         if form.parts and len(devices) > 1:
             return f"its parameters are on several devices: {', '.join(devices)}"
-        return form.unlike(module) or self._check(module, form)
+        return form.unlike(module)
 
-    def _check(self, module: nn.Module, form: Form) -> str | None:
+    def _check(self, module: nn.Module, form: Form) -> Verdict:
         """Result of running both forms, once for all modules that compute the same."""
         if form.examples is None:
-            return None
+            return Verdict(None)
         key = signature(module, form) if form.run is None else (form.kind, id(module))
         if key not in self._checked:
-            self._checked[key] = differs(module, form)
+            self._checked[key] = compare(module, form)
         return self._checked[key]
 
     def _selected(self, name: str, module: nn.Module) -> bool:

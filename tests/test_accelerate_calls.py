@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate_models import FEATURES, HEADS, WIDTH, Block, FurtherLinear, attention, encoder_layer
+from accelerate_models import FEATURES, HEADS, WIDTH, Block, FurtherLinear, Mlp, attention, encoder_layer
 from torch import Tensor, nn
 
 from lmim_fast import accelerate
@@ -52,7 +52,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, ob
         {"tgt_mask": MASK},
         "tgt_mask given",
     ),
-    "attn_mask of timm": (lambda: Block(WIDTH, HEADS), (X, MASK), {}, "argument 2 given"),
+    "attn_mask of timm": (lambda: Block(WIDTH, HEADS), (X, MASK), {}, "attn_mask given"),
     "no rows": (lambda: nn.LayerNorm(WIDTH), (X[:0],), {}, "shape (0, 9, 32)"),
 }
 
@@ -82,6 +82,78 @@ def test_wrong_inputs_raise_what_the_original_raises() -> None:
         layer(torch.randn(2, 5, WIDTH + 1))
     with pytest.raises(RuntimeError):
         layer(X.double())
+
+
+class HiddenStatesBlock(Block):
+    def forward(
+        self, hidden_states: Tensor, last: bool = True, scale: float = 1.0, *, deep: bool = False
+    ) -> Tensor:
+        """An option that is not given means that it is True."""
+        hidden_states = scale * super().forward(hidden_states)
+        return hidden_states if last and not deep else hidden_states[:, :1]
+
+
+def test_arguments_may_be_given_by_the_names_of_the_original() -> None:
+    norm = nn.LayerNorm(WIDTH)
+    expected = norm(input=X)
+    report = accelerate(norm)
+    torch.testing.assert_close(norm(input=X), expected)
+    assert not report.rows[0].note
+    layer = HiddenStatesBlock(WIDTH, HEADS)
+    original = copy.deepcopy(layer)
+    report = accelerate(layer, only="")
+    for options in ({}, {"last": True}, {"scale": 1.0, "deep": False}):
+        torch.testing.assert_close(layer(hidden_states=X, **options), original(X), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(X, **options), original(X), rtol=1e-5, atol=1e-5)
+    assert not report.rows[0].note
+    for name, value in {"last": False, "scale": 2.0, "deep": True}.items():
+        expected = original(X, **{name: value})
+        torch.testing.assert_close(layer(X, **{name: value}), expected)
+        assert report.rows[0].note.endswith(f"{name} given")
+    with pytest.raises(TypeError, match="multiple values"):
+        layer(X, hidden_states=X)
+    with pytest.raises(TypeError, match="missing"):
+        layer()
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        layer(X, other=1)
+
+
+def test_an_option_that_is_true_by_default_is_given_when_it_is_false() -> None:
+    layer = HiddenStatesBlock(WIDTH, HEADS)
+    expected = layer(X, False)
+    accelerate(layer, only="")
+    assert torch.equal(layer(X, False), expected)
+    assert expected.shape == (2, 1, WIDTH)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(WIDTH), lambda: Mlp(WIDTH, 40), encoder_layer])
+def test_tensors_without_memory_take_the_original_forward(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    report = accelerate(layer)
+    assert layer.to("meta")(X.to("meta")).shape == X.shape
+    assert report.rows[0].note.endswith("input on meta")
+
+
+def test_transforms_of_torch_func_that_are_compiled_take_the_original_forward() -> None:
+    layer = Block(WIDTH, HEADS)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: layer(row[None]).sum()))(x)
+
+    expected = gradient(X)
+    accelerate(layer)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(X), expected)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_layer_has_the_arguments_of_the_original(strict: bool) -> None:
+    layer = Block(WIDTH, HEADS).eval()
+    expected = layer(X)
+    accelerate(layer)
+    sizes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    exported = torch.export.export(layer, (X,), strict=strict, dynamic_shapes=sizes)
+    torch.testing.assert_close(exported.module()(X), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parts_that_are_replaced_or_hooked_later_are_obeyed() -> None:

@@ -166,7 +166,7 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "torch's layer of two layouts": (with_mixed_layouts, "batch_first"),
     "a class that cannot be extended": (lambda: RegisteredMlp(WIDTH, 40), "RegisteredMlp is final"),
     "tanh GELU in an MLP": (lambda: Mlp(WIDTH, 40, lambda: nn.GELU("tanh")), "gives other results"),
-    "MLP with dropout in its function": (lambda: DroppingMlp(WIDTH, 40), "gives other results"),
+    "MLP with dropout in its function": (lambda: DroppingMlp(WIDTH, 40), "random numbers of its own"),
     "MLP with another gradient": (lambda: DetachedMlp(WIDTH, 40), "gives other results"),
     "MLP with a parameter more": (lambda: ScaledMlp(WIDTH, 40), "gamma"),
     "block of another wiring": (lambda: ParallelBlock(WIDTH, HEADS), "gives other results"),

@@ -62,6 +62,12 @@ def test_a_class_changed_by_others_is_named_by_undo() -> None:
     with pytest.raises(RuntimeError, match="changed since: 0"):
         report.undo()
     assert type(model[1]) is nn.LayerNorm
+    report = accelerate(model[1])
+    model[1].__class__ = type("Sharded", (type(model[1]),), {})
+    with pytest.raises(RuntimeError, match="changed since: the model"):
+        accelerate.undo(model[1])
+    with pytest.raises(RuntimeError, match="changed since: the model"):
+        report.undo()
 
 
 def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,19 +7,28 @@ buffers, names, hooks and the object itself stay; the old class undoes it.
 from __future__ import annotations
 
 import copyreg
+import inspect
 import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-PLAIN = (Tensor, nn.Parameter)
+from lmim_fast.layers.accelerated.record import PLAIN, RECORD, changed, equal, original_class, remember
+
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 _reasons: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
+
+
+class Parameters(NamedTuple):
+    """Names that a forward takes by position, and the defaults of all."""
+
+    positional: tuple[str, ...]
+    defaults: dict[str, Any]
 
 
 class Accelerated(nn.Module):
@@ -27,7 +36,7 @@ class Accelerated(nn.Module):
 
     _accelerated_from: ClassVar[type[nn.Module]]
     _accelerated_form: ClassVar[type[nn.Module]]
-    _accelerated_parts: tuple[type[nn.Module], ...]  # classes of `parts_of` at the swap
+    _accelerated_inputs: ClassVar[Parameters]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -61,10 +70,35 @@ class Form:
 def fast_class(mixin: type[Accelerated], original: type[nn.Module]) -> type[nn.Module]:
     """Subclass of `original` with the fast forward of `mixin`; one for each pair."""
     if (mixin, original) not in _classes:
-        body = dict(_accelerated_from=original, _accelerated_form=mixin, __module__=original.__module__)
+        body: dict[str, Any] = dict(
+            _accelerated_from=original,
+            _accelerated_form=mixin,
+            _accelerated_inputs=_parameters(original.forward),
+            __module__=original.__module__,
+        )
+        if "forward" in vars(mixin):
+            body["forward"] = _with_signature(mixin.forward, inspect.signature(original.forward))
         name = f"Accelerated{original.__name__}"
         _classes[mixin, original] = types.new_class(name, (mixin, original), {}, lambda ns: ns.update(body))
     return _classes[mixin, original]
+
+
+def _with_signature(forward: Any, signature: inspect.Signature) -> Callable[..., Any]:
+    """The function, with the parameters that torch.export and others read from it."""
+    function = types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    function.__doc__, function.__qualname__ = forward.__doc__, forward.__qualname__
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
+
+
+def _parameters(forward: Callable[..., Any]) -> Parameters:
+    """Those of a method, without `self`."""
+    entries = list(inspect.signature(forward).parameters.values())[1:]
+    named = [each for each in entries if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    positional = tuple(each.name for each in named if each.kind != each.KEYWORD_ONLY)
+    return Parameters(positional, {each.name: each.default for each in named})
 
 
 def _new(mixin: type[Accelerated], original: type[nn.Module]) -> nn.Module:
@@ -73,62 +107,43 @@ def _new(mixin: type[Accelerated], original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was swapped."""
-    return getattr(type(module), "_accelerated_from", type(module))
+def swap(module: nn.Module, form: Form, dropout: bool = True) -> str | None:
+    """Give the module the fast form; a reason where its class does not let itself be replaced.
 
-
-def swap(module: nn.Module, form: Form) -> str | None:
-    """Give the module the fast form; a reason where its class does not let itself be replaced."""
-    parts = tuple(original_class(part) for part in parts_of(module)) if form.parts else None
+    `dropout`: its dropout is known to be where the fast form has it.
+    """
     try:
         module.__class__ = fast_class(form.mixin, type(module))
-    except TypeError as error:  # a metaclass, a layout or an __init_subclass__ that refuses
+    except (TypeError, ValueError) as error:  # a metaclass, a layout, a signature, an __init_subclass__
         return f"its class cannot be extended: {error}"
-    if parts is not None:
-        vars(module)["_accelerated_parts"] = parts
+    remember(module, form.parts, dropout)
     return None
 
 
 def restore(module: nn.Module) -> None:
     """Give the module its own class back."""
     module.__class__ = original_class(module)
-    vars(module).pop("_accelerated_parts", None)
+    vars(module).pop(RECORD, None)
     _reasons.pop(module, None)
 
 
-def call_original(module: nn.Module, reason: str, *arguments: Any, **named: Any) -> Any:
-    """The original forward; the reason is noted once for the report."""
+def note(module: nn.Module, reason: str) -> None:
+    """Keep for the report, once, why a call is left to the original."""
     if not torch.compiler.is_compiling():
         noted = _reasons.setdefault(module, [])
         if reason not in noted:
             noted.append(reason)
+
+
+def call_original(module: nn.Module, reason: str, *arguments: Any, **named: Any) -> Any:
+    """The original forward; the reason is noted."""
+    note(module, reason)
     return original_class(module).forward(module, *arguments, **named)
 
 
 def reasons(module: nn.Module) -> list[str]:
     """Why calls of this module were left to its original forward."""
     return _reasons.get(module, [])
-
-
-def parts_of(module: nn.Module) -> list[nn.Module]:
-    """The module and all modules in it; faster than modules(), and a part with two places comes twice."""
-    parts = [module]
-    for child in module._modules.values():
-        if child is not None:
-            parts += parts_of(child)
-    return parts
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something runs around the module's forward, or in its place."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def given(**options: object) -> str | None:
@@ -139,60 +154,74 @@ def given(**options: object) -> str | None:
     return None
 
 
-def refusal(module: nn.Module, width: int, *inputs: Tensor, dims: int | None = 3) -> str | None:
+def bind(
+    module: Any, count: int, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], str | None]:
+    """The first `count` arguments of the original's forward, by whatever name it calls them.
+
+    Returns:
+        the arguments, and a reason (without them) where another one is not what it is by default.
+    """
+    if not named and len(arguments) == count:
+        return arguments, None
+    known = module._accelerated_inputs
+    found = dict(zip(known.positional, arguments, strict=False)) | named
+    if len(arguments) > len(known.positional) or len(found) < len(arguments) + len(named):
+        return (), "more arguments given"
+    inputs = known.positional[:count]
+    for name, value in found.items():
+        default = known.defaults.get(name, inspect.Parameter.empty)
+        if name not in inputs and not (value is default or equal(value, default)):
+            return (), f"{name} given"
+    if len(inputs) < count or any(name not in found for name in inputs):
+        return (), "an argument is missing"
+    return tuple(found[name] for name in inputs), None
+
+
+def refusal(module: nn.Module, width: int, *inputs: Tensor, batched: bool = True) -> str | None:
     """Why the fast form does not take these inputs, or the module as it is now; None where it does.
 
     Args:
-        module: the swapped layer.
-        width:  features that each input must have in its last dimension.
-        inputs: tensors; all of one batch layout.
-        dims:   dimensions that each must have; None for any but 0.
+        module:  the swapped layer.
+        width:   features that each input must have in its last dimension.
+        inputs:  tensors; all of one batch layout.
+        batched: each must have three dimensions; else any but 0.
     """
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if _transformed():
         return "a torch.func transform or forward-mode differentiation"
     first = inputs[0]
     if not isinstance(first, Tensor):
         return f"input of type {type(first).__name__}"
     device, dtype = first.device, first.dtype
+    if device.type == "meta":
+        return "input on meta"
     autocast = torch.is_autocast_enabled(device.type)
     taken = (torch.float32, torch.get_autocast_dtype(device.type)) if autocast else (dtype,)
     for x in inputs:
         if type(x) not in PLAIN or x.is_nested:
             return f"input of type {'NestedTensor' if x.is_nested else type(x).__name__}"
-        if x.dim() == 0 or (dims is not None and x.dim() != dims):
+        if x.dim() == 0 or (batched and x.dim() != 3):
             return f"input with {x.dim()} dimensions"
         if x.shape[-1] != width or 0 in x.shape:
             return f"input of shape {tuple(x.shape)}"
         if x.device != device or x.dtype not in taken or not x.is_floating_point():
             return f"input in {x.dtype} on {x.device}"
-    return _changed(module, device, (dtype, torch.float32) if autocast else (dtype,))
+    return changed(module, device, (dtype, torch.float32) if autocast else (dtype,))
 
 
-def _changed(module: Any, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What is no longer as it was checked, or does not fit the input. Runs at every call: kept cheap."""
-    parts = parts_of(module)
-    if len(parts) != len(module._accelerated_parts):
-        return "a part was added or removed"
-    seen = None
-    for part, known in zip(parts, module._accelerated_parts, strict=True):
-        if type(part) is not known and original_class(part) is not known:
-            return f"a {known.__name__} was replaced"
-        if part is not module and hooked(part):
-            return f"hooks on its {known.__name__}"
-        for parameter in part._parameters.values():
-            if parameter is None:
-                continue
-            if type(parameter) not in PLAIN or parameter.device != device:
-                return f"parameter of type {type(parameter).__name__} on {parameter.device}"
-            dtype = parameter.dtype
-            if dtype is not seen and (seen is not None or dtype not in dtypes):
-                return f"parameters in {dtype} beside {seen or dtypes[0]}"
-            seen = dtype
-    return None
+def _transformed() -> bool:
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+# torch.compile asks it once, while it traces; as torch.compiler.assume_constant_result, without its import.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def example(*shape: int, size: float = 1.0) -> Tensor:
+    """What stands for an input to try a layer on: random values of this shape and size."""
+    return torch.full(shape, size, dtype=torch.float64, device="cpu")
 
 
 def dropout_of(module: nn.Module, *names: str) -> float:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lmim_fast.layers.accelerated.base import Accelerated, Form, call_original, dropout_of, given, refusal
+from lmim_fast.layers.accelerated.base import (
+    Accelerated,
+    Form,
+    bind,
+    call_original,
+    dropout_of,
+    example,
+    refusal,
+)
 from lmim_fast.layers.accelerated.torch_layers import (
     attend_cross,
     attend_self,
+    unlike_dropout,
     unlike_layer_norm,
     unlike_linear,
     unpaired,
 )
-from lmim_fast.layers.accelerated.transformer import add_post_norm, unlike_dropout
+from lmim_fast.layers.accelerated.transformer import add_post_norm
 from lmim_fast.layers.accelerated.vit import has
 from lmim_fast.layers.mlp import feed_forward
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -32,11 +40,13 @@ class FastGuidedAttention(Accelerated):
     in_proj_bias: nn.Parameter
     out_proj: nn.Linear
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """x (B, N, D), memory (B, M, D) to (B, N, D)."""
-        reason = refusal(self, self.in_proj_weight.shape[1], x, memory) or unpaired(x, memory, memory, True)
+        inputs, reason = bind(self, 2, arguments, named)
+        reason = reason or _refusal(self, self.out_proj.in_features, *inputs)
         if reason:
-            return call_original(self, reason, x, memory)
+            return call_original(self, reason, *arguments, **named)
+        x, memory = inputs
         return self.out_proj(_attend(self, x, memory))
 
 
@@ -48,15 +58,13 @@ class FastGuidedDecoderLayer(Accelerated):
     linear2: nn.Linear
     norm3: nn.LayerNorm
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """x (B, N, D), memory (B, M, D) to (B, N, D)."""
-        reason = (
-            given(order=None if self.order in ORDERS else self.order)
-            or refusal(self, self.linear1.in_features, x, memory)
-            or unpaired(x, memory, memory, True)
-        )
+        inputs, reason = bind(self, 2, arguments, named)
+        reason = reason or _refusal(self, self.linear1.in_features, *inputs)
         if reason:
-            return call_original(self, reason, x, memory)
+            return call_original(self, reason, *arguments, **named)
+        x, memory = inputs
         p = dropout_of(self, "dropout")
         for step in self.order.split("_"):
             attention: Any = self.self_attn if step == "sa" else self.multihead_attn
@@ -67,6 +75,10 @@ class FastGuidedDecoderLayer(Accelerated):
         hidden = x.to(compute_dtype(self.linear1.weight))
         product = feed_forward(hidden, self.linear1, self.linear2.weight, p)
         return add_post_norm(product, self.linear2.bias, x, self.norm3, p)
+
+
+def _refusal(layer: nn.Module, width: int, x: Tensor, memory: Tensor) -> str | None:
+    return refusal(layer, width, x, memory) or unpaired(x, memory, memory, True)
 
 
 def _attend(attention: Any, x: Tensor, memory: Tensor) -> Tensor:
@@ -119,8 +131,8 @@ def _unlike_decoder_layer(module: Any) -> str | None:
 
 def _examples(width: int) -> list[tuple[Tensor, ...]]:
     return [
-        (torch.empty(2, 7, width), torch.empty(2, 5, width)),
-        (torch.empty(1, 320, width), torch.empty(1, 300, width)),
+        (example(2, 7, width), example(2, 5, width)),
+        (example(1, 320, width), example(1, 300, width)),
     ]
 
 

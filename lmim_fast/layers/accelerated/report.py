@@ -42,7 +42,6 @@ class AccelerationReport:
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = tuple(rows)
-        self._classes = [(row, type(row.module)) for row in self.rows if row.swapped and not row.shared]
 
     @property
     def swapped(self) -> list[Row]:
@@ -60,14 +59,7 @@ class AccelerationReport:
         Raises:
             RuntimeError: a layer has been given another class since (by FSDP, say); the others are restored.
         """
-        changed = []
-        for row, fast in self._classes:
-            if type(row.module) is fast:
-                restore(row.module)
-            elif isinstance(row.module, Accelerated):
-                changed.append(row.name)
-        if changed:
-            raise RuntimeError(f"not undone, for their class was changed since: {', '.join(changed)}")
+        _undo((row.name, row.module) for row in self.rows if row.swapped and not row.shared)
 
     def table(self) -> str:
         """The rows as text, like rows of a stack folded into one ("blocks.0..11.norm1")."""
@@ -91,6 +83,28 @@ class AccelerationReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+def undo(model: nn.Module) -> None:
+    """Give every layer of a model that has a fast form its own class back, whichever call swapped it.
+
+    For copies and loaded pickles of a swapped model, which no report knows.
+
+    Raises:
+        RuntimeError: as `AccelerationReport.undo`.
+    """
+    _undo(model.named_modules())
+
+
+def _undo(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    changed = []
+    for name, module in layers:
+        if "_accelerated_from" in vars(type(module)):
+            restore(module)
+        elif isinstance(module, Accelerated):
+            changed.append(name or "the model")
+    if changed:
+        raise RuntimeError(f"not undone, for their class was changed since: {', '.join(changed)}")
 
 
 def _folded(rows: Iterable[Row]) -> list[tuple[str, str, str, str]]:

@@ -12,12 +12,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lmim_fast.layers.accelerated.base import (
     Accelerated,
     Form,
+    bind,
     call_original,
     dropout_of,
+    example,
     given,
-    original_class,
     refusal,
 )
+from lmim_fast.layers.accelerated.record import original_class
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.norm import layer_norm
@@ -33,11 +35,13 @@ class FastLayerNorm(Accelerated):
     bias: nn.Parameter
     eps: float
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """(..., D) to (..., D)."""
-        reason = refusal(self, self.normalized_shape[0], x, dims=None)
+        inputs, reason = bind(self, 1, arguments, named)
+        reason = reason or refusal(self, self.normalized_shape[0], *inputs, batched=False)
         if reason:
-            return call_original(self, reason, x)
+            return call_original(self, reason, *arguments, **named)
+        (x,) = inputs
         return layer_norm(x, self.weight, self.bias, norm_dtype(x), eps=self.eps)
 
 
@@ -163,6 +167,9 @@ def unlike_layer_norm(module: nn.Module) -> str | None:
         return f"normalises over {len(module.normalized_shape)} dimensions"
     if module.weight is None or module.bias is None:
         return "has no weight or no bias"
+    for name in (*module._parameters, *module._buffers, *module._modules):
+        if name not in ("weight", "bias"):
+            return f"has {name} of its own"
     return None
 
 
@@ -171,6 +178,15 @@ def unlike_linear(name: str, layer: object, bias: bool = False) -> str | None:
     if not isinstance(layer, nn.Module) or original_class(layer) not in LINEAR:
         return f"{name} is a {type(layer).__name__}, not a Linear"
     return f"{name} has no bias" if bias and layer.bias is None else None
+
+
+def unlike_dropout(name: str, child: object) -> str | None:
+    """A reason where a child is neither an identity nor a dropout below 1."""
+    if type(child) is nn.Identity:
+        return None
+    if type(child) is not nn.Dropout:
+        return f"{name} is a {type(child).__name__}"
+    return None if 0 <= child.p < 1 else f"{name} is {child.p}"
 
 
 def unlike_attention(module: nn.Module) -> str | None:
@@ -191,7 +207,12 @@ def _layer_norm_examples(module: nn.LayerNorm) -> list[tuple[Tensor, ...]]:
     if inherits(nn.LayerNorm, "forward")(module) is None:
         return []
     width = module.normalized_shape[0]
-    return [(torch.empty(2, 5, width),), (torch.empty(3, width),), (torch.empty(2, 3, 2, width),)]
+    return [
+        (example(2, 5, width),),
+        (example(3, width),),
+        (example(2, 3, 2, width),),
+        (example(2, 5, width, size=1e3),),
+    ]
 
 
 LAYER_NORM = Form(

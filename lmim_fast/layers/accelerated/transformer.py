@@ -16,6 +16,7 @@ from lmim_fast.layers.accelerated.torch_layers import (
     inherits,
     norm_dtype,
     unlike_attention,
+    unlike_dropout,
     unlike_layer_norm,
     unlike_linear,
     unpaired,
@@ -200,15 +201,6 @@ def _unlike(module: Any) -> str | None:
         if reason:
             return reason if reason.startswith(name) else f"{name} {reason}"
     return None
-
-
-def unlike_dropout(name: str, child: object) -> str | None:
-    """A reason where a child is neither an identity nor a dropout below 1."""
-    if type(child) is nn.Identity:
-        return None
-    if type(child) is not nn.Dropout:
-        return f"{name} is a {type(child).__name__}"
-    return None if 0 <= child.p < 1 else f"{name} is {child.p}"
 
 
 def _unlike_encoder_layer(module: nn.TransformerEncoderLayer) -> str | None:

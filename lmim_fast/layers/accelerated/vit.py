@@ -13,9 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmim_fast.layers.accelerated.base import Accelerated, Form, call_original, dropout_of, given, refusal
-from lmim_fast.layers.accelerated.torch_layers import attend_self, unlike_layer_norm, unlike_linear
-from lmim_fast.layers.accelerated.transformer import add_branch, unlike_dropout
+from lmim_fast.layers.accelerated.base import (
+    Accelerated,
+    Form,
+    bind,
+    call_original,
+    dropout_of,
+    example,
+    note,
+    refusal,
+)
+from lmim_fast.layers.accelerated.record import changed_itself
+from lmim_fast.layers.accelerated.torch_layers import (
+    attend_self,
+    unlike_dropout,
+    unlike_layer_norm,
+    unlike_linear,
+)
+from lmim_fast.layers.accelerated.transformer import add_branch
 from lmim_fast.layers.block import norm_linear
 from lmim_fast.layers.mlp import feed_forward, gelu_linear
 from lmim_fast.ops.attention import self_attention
@@ -35,11 +50,13 @@ class FastAttention(Accelerated):
     qkv: nn.Linear
     proj: nn.Linear
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """(B, N, D) to (B, N, D); a mask or any other argument is the original's."""
-        reason = _further(arguments, options) or refusal(self, self.qkv.in_features, x)
+        inputs, reason = bind(self, 1, arguments, named)
+        reason = reason or refusal(self, self.qkv.in_features, *inputs)
         if reason:
-            return call_original(self, reason, x, *arguments, **options)
+            return call_original(self, reason, *arguments, **named)
+        (x,) = inputs
         p = dropout_of(self, "attn_drop")
         context = attend_self(x, self.qkv.weight, self.qkv.bias, _heads(self), p)
         return F.dropout(self.proj(context), dropout_of(self, "proj_drop"))
@@ -51,11 +68,13 @@ class FastMlp(Accelerated):
     fc1: nn.Linear
     fc2: nn.Linear
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """(..., D) to (..., D); any other argument is the original's."""
-        reason = _further(arguments, options) or refusal(self, self.fc1.in_features, x, dims=None)
+        inputs, reason = bind(self, 1, arguments, named)
+        reason = reason or refusal(self, self.fc1.in_features, *inputs, batched=False)
         if reason:
-            return call_original(self, reason, x, *arguments, **options)
+            return call_original(self, reason, *arguments, **named)
+        (x,) = inputs
         x = x.to(compute_dtype(self.fc1.weight))
         product = feed_forward(x, self.fc1, self.fc2.weight, dropout_of(self, "drop1", "drop"))
         if self.fc2.bias is not None:
@@ -71,11 +90,13 @@ class FastBlock(Accelerated):
     norm2: nn.LayerNorm
     mlp: FastMlp
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """(B, N, D) to (B, N, D); a mask or any other argument is the original's."""
-        reason = _further(arguments, options) or refusal(self, self.attn.qkv.in_features, x)
+        inputs, reason = bind(self, 1, arguments, named)
+        reason = reason or refusal(self, self.attn.qkv.in_features, *inputs)
         if reason:
-            return call_original(self, reason, x, *arguments, **options)
+            return call_original(self, reason, *arguments, **named)
+        (x,) = inputs
         attn, mlp, segments = self.attn, self.mlp, [(x.shape[0], x.shape[1])]
         qkv, residual = norm_linear(x.flatten(0, 1), None, None, self.norm1, attn.qkv)
         context = self_attention(qkv, attn.qkv.bias, _heads(attn), segments, p=dropout_of(attn, "attn_drop"))
@@ -103,7 +124,10 @@ class FastMasking(Accelerated):
         """
         patches = x.shape[1]
         kept = int(patches * (1 - mask_ratio))
-        if not 1 <= kept < patches:
+        reason = changed_itself(self)
+        if reason:
+            note(self, reason)
+        if reason or not 1 <= kept < patches:
             return super().random_masking(x, mask_ratio)  # type: ignore[misc]
         noise = torch.rand(x.shape[0], patches, device=x.device)
         ids_visible, ids_masked = select_patches(noise, kept)
@@ -115,11 +139,6 @@ class FastMasking(Accelerated):
 
 def _heads(module: Any) -> int:
     return module.num_heads if hasattr(module, "num_heads") else module.heads
-
-
-def _further(arguments: tuple[Any, ...], options: dict[str, Any]) -> str | None:
-    positional = {f"argument {number}": value for number, value in enumerate(arguments, start=2)}
-    return given(**positional, **options)
 
 
 def has(module: nn.Module, *names: str) -> bool:
@@ -168,8 +187,8 @@ def _unlike_mlp(module: Any) -> str | None:
         return reason
     if module.fc1.out_features != module.fc2.in_features:
         return f"fc1 gives {module.fc1.out_features} features, fc2 takes {module.fc2.in_features}"
-    if has(module, "act") and any(True for _ in module.act.parameters()):
-        return "act has parameters"
+    if has(module, "act") and any(part._parameters or part._buffers for part in module.act.modules()):
+        return "act has parameters or buffers"
     return None
 
 
@@ -199,7 +218,7 @@ def _unlike_masking(module: Any) -> str | None:
 
 def tokens(width: int) -> list[tuple[Tensor, ...]]:
     """A few tokens of two images, and more of one than any usual window of local attention has."""
-    return [(torch.empty(2, 7, width),), (torch.empty(1, 320, width),)]
+    return [(example(2, 7, width),), (example(1, 320, width),)]
 
 
 def _mask(module: Any, x: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
@@ -221,21 +240,24 @@ MLP = Form(
     FastMlp,
     lambda module: has(module, "fc1", "fc2"),
     _unlike_mlp,
-    lambda module: [(torch.empty(2, 7, module.fc1.in_features),)],
+    lambda module: [(example(2, 7, module.fc1.in_features, size=size),) for size in (1.0, 1e3)],
 )
 BLOCK = Form(
     "ViT block",
     FastBlock,
     lambda module: has(module, "norm1", "attn", "norm2", "mlp"),
     _unlike_block,
-    lambda module: tokens(module.attn.qkv.in_features),
+    lambda module: [
+        *tokens(module.attn.qkv.in_features),
+        (example(2, 7, module.attn.qkv.in_features, size=1e3),),
+    ],
 )
 MASKING = Form(
     "random_masking",
     FastMasking,
     lambda module: callable(getattr(module, "random_masking", None)),
     _unlike_masking,
-    lambda module: [(torch.empty(2, 16, 8), 0.75), (torch.empty(3, 9, 8), 0.5)],
+    lambda module: [(example(2, 16, 8), 0.75), (example(3, 9, 8), 0.5)],
     run=_mask,
     parts=False,
 )
