@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmim_fast.ops import dispatch, dropout
@@ -43,17 +42,18 @@ def _eager(x: Tensor, bias: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 class _BiasGelu(torch.autograd.Function):
-    """Keeps only x: the sum with the bias is made again in the backward pass."""
+    """Keeps only x: the sum with the bias is made again for backward. Results take the sum's memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
-        return F.gelu(x + bias)
+        return torch.ops.aten.gelu_(x + bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
-        grad_x = torch.ops.aten.gelu_backward(grad, x + bias)
+        total = x + bias
+        grad_x = torch.ops.aten.gelu_backward.grad_input(grad, total, grad_input=total)
         return grad_x, grad_x.reshape(-1, bias.shape[0]).sum(0)
 
 

@@ -99,9 +99,11 @@ def _eager(
     seed: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if x_bias is not None:
-        x = x + x_bias.to(x.dtype)
-    total = residual + dropout.dropout(x, p, seed).to(residual.dtype)
+    branch = x if x_bias is None else x + x_bias.to(x.dtype)
+    if branch is not x and p == 0 and x.dtype == residual.dtype:
+        total = branch.add_(residual)
+    else:
+        total = residual + dropout.dropout(branch, p, seed).to(residual.dtype)
     return _layer_norm_eager(total, weight, bias, x.dtype, eps), total
 
 
