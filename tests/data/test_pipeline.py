@@ -401,6 +401,8 @@ def own_threads():
 
 @pytest.mark.parametrize("taken", [0, 1, 4])
 def test_an_early_stop_leaves_no_thread_and_no_process(folder, taken):
+    with pipeline(folder, end_step=1) as batches:  # libraries start threads at their first use and keep them
+        list(batches)
     gc.collect()
     process = psutil.Process()
     before, children = process.num_threads(), process.children(recursive=True)  # of other tests
