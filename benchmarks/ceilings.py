@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.bench_step import gemm_rate
 from benchmarks.floors import Ceilings
 
 # (bytes of a copy, side of a square product): large enough to leave caches and launches behind
@@ -29,6 +28,19 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
         gemm_rate(device, dtype, side, rounds=10),
         exponential_rate(device) if device.type == "cuda" else None,
     )
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> float:
+    """FLOP/s of the fastest of `rounds` square products."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds + 1):
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def copy_bandwidth(device: torch.device, size: int, rounds: int = 10) -> float:

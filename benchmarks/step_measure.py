@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from benchmarks import step_parts
 from benchmarks.floors import Ceilings
 from benchmarks.step_floor import step_seconds
@@ -18,6 +20,7 @@ from benchmarks.step_workers import (
     Worker,
     measure_memory,
     serve_parts,
+    serve_products,
     serve_steps,
 )
 
@@ -60,7 +63,7 @@ class _Lane:
 class Comparison:
     """Variants side by side on one setting after another.
 
-    `rows`, `parts` and `failed` are JSON-ready, and hold at any time what is measured by then.
+    `rows`, `parts`, `failed` and `product_rates` are JSON-ready, and hold what is measured by then.
 
     Args:
         variants: names in the order of a round.
@@ -70,6 +73,8 @@ class Comparison:
         search:   "compiled" tries all its candidates.
         parts:    measure the parts of a step too.
         ceilings: of the device, where the floor of a step is known.
+        products: side of square products whose rate on a CPU is measured in every round too, since a shared
+                  machine changes within seconds: `product_rates` (FLOP/s) of the rounds that count.
     """
 
     def __init__(
@@ -82,10 +87,13 @@ class Comparison:
         search: bool = False,
         parts: bool = False,
         ceilings: Ceilings | None = None,
+        products: int | None = None,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.parts: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
+        self.product_rates: list[float] = []
+        self._products = products
         self._variants, self._settings = variants, settings
         self._warmup, self._rounds = warmup, rounds
         self._search, self._parts, self._ceilings = search, parts, ceilings
@@ -117,11 +125,18 @@ class Comparison:
         for lane in lanes:  # one after the other: their first steps together might not fit
             if lane.prepared is None:
                 lane.prepared = lane.ask("prepare")
+        dtype = torch.bfloat16 if lanes[0].request.setting.low else torch.float32
+        products = Worker(serve_products, self._products, dtype) if self._products else None
         for number in range(self._warmup + self._rounds):
             for lane in lanes:
                 milliseconds = lane.ask("turn")
                 if milliseconds is not None and number >= self._warmup:
                     lane.milliseconds.append(milliseconds)
+            rate = products.ask("turn") if products else None
+            if rate is not None and number >= self._warmup:
+                self.product_rates.append(rate)
+        if products:
+            products.end()
         for lane in lanes:
             memory = self._memory(lane)
             lane.worker.end()

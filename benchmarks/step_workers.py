@@ -20,6 +20,7 @@ from benchmarks.step_variants import Candidate, Prepared, Setting, prepare, sync
 from lmim_fast.config import preset
 
 STEPS = {"cuda": 5, "cpu": 1}  # of a turn; on CUDA they follow each other without a wait, as in training
+_PRODUCTS = 3  # of a turn
 
 
 class Request(NamedTuple):
@@ -113,6 +114,18 @@ def serve_steps(pipe: Connection, request: Request) -> None:
             pipe.send((_turn(prepared.run, place), None))
         else:
             pipe.send((torch.cuda.max_memory_allocated(place), None))
+
+
+def serve_products(pipe: Connection, size: int, dtype: torch.dtype) -> None:
+    """Order "turn": FLOP/s of the CPU in square products."""
+    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    while True:
+        pipe.recv()
+        start = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            torch.mm(a, b)
+        pipe.send((_PRODUCTS * 2 * size**3 / (time.perf_counter() - start), None))
 
 
 def _turn(run: Callable[[], None], place: torch.device) -> float:

@@ -12,8 +12,9 @@ from lmim_fast.layers.attention import Attention
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.mlp import Mlp
 from lmim_fast.layers.norm import LAYER_NORM_EPS
+from lmim_fast.ops import dispatch
 from lmim_fast.ops.attention import Segment
-from lmim_fast.ops.linear import compute_dtype, linear_recomputing
+from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing
 from lmim_fast.ops.norm import dropout_add_layer_norm, layer_norm
 
 
@@ -92,15 +93,19 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Add the branch, normalise, multiply by `layer`'s weight: (product without bias, new residual).
 
-    The normalised rows are made again in the backward pass from the residual, which is kept anyway.
+    The normalised rows are made again in the backward pass from the residual, which is kept anyway; not by
+    kernels under torch.compile, where that would take another launch in the forward pass.
     """
     dtype = compute_dtype(layer.weight)
     normalised, residual = add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    parameters = residual, norm.weight, norm.bias
+    if torch.compiler.is_compiling() and dispatch.select("layer_norm", *parameters, dtype, norm.eps):
+        return linear(normalised, layer.weight), residual
 
     def recompute(residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return layer_norm(residual, weight, bias, dtype, eps=norm.eps)
 
-    product = linear_recomputing(normalised, layer.weight, recompute, residual, norm.weight, norm.bias)
+    product = linear_recomputing(normalised, layer.weight, recompute, *parameters)
     return product, residual
 
 

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from lmim_fast.layers.inputs import features
 from lmim_fast.ops.dropout import check_probability
-from lmim_fast.ops.gelu import bias_gelu
-from lmim_fast.ops.linear import linear, linear_recomputing
-from lmim_fast.ops.mlp import mlp
+from lmim_fast.ops.linear import linear
+from lmim_fast.ops.mlp import gelu_linear, mlp
 
 
 class Mlp(nn.Module):
@@ -46,8 +45,8 @@ class Mlp(nn.Module):
         return F.dropout(product + self.fc2.bias.to(product.dtype), self.dropout)
 
     def forward_packed(self, hidden: Tensor) -> Tensor:
-        """Product of fc1 (..., F) to that of fc2 (..., D), each without its bias and the last dropout."""
-        return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.dropout)
+        """Product of fc1 (..., F), taken over, to that of fc2 (..., D); without biases and last dropout."""
+        return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, p=self.dropout)
 
     @property
     def dropout(self) -> float:
@@ -58,13 +57,5 @@ class Mlp(nn.Module):
 def feed_forward(x: Tensor, layer: nn.Linear, weight: Tensor, p: float) -> Tensor:
     """dropout(gelu(layer(x))) @ weight.T for x in the dtype of the products, which is kept for backward."""
     if p:
-        return gelu_linear(linear(x, layer.weight), layer.bias, weight, p)
+        return gelu_linear(linear(x, layer.weight), layer.bias, weight, p=p)
     return mlp(x, layer.weight, layer.bias, weight)
-
-
-def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, p: float) -> Tensor:
-    """dropout(gelu(hidden + bias)) @ weight.T; without dropout only `hidden` is kept for backward."""
-    activated = bias_gelu(hidden, bias, p=p)
-    if p:
-        return linear(activated, weight)
-    return linear_recomputing(activated, weight, bias_gelu, hidden, bias)

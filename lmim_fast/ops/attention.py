@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmim_fast.ops import attention_backends, attention_kernels, dispatch, dropout
 from lmim_fast.ops.attention_backends import backend
+from lmim_fast.ops.attention_heads import split_heads
 
 __all__ = ["Segment", "attention_weights", "backend", "cross_attention", "self_attention"]
 
@@ -58,13 +59,11 @@ def self_attention(
     if name == "triton":
         return attention_kernels.self_attention(*arguments)
     if qkv_bias is not None:
-        qkv = qkv + qkv_bias.to(qkv.dtype)
+        qkv_bias = qkv_bias.to(qkv.dtype)
     contexts, first = [], 0
-    parts = qkv.split([sequences * tokens for sequences, tokens in segments])
-    for part, (sequences, tokens) in zip(parts, segments, strict=True):
-        q, k, v = part.unflatten(0, (sequences, tokens)).unflatten(2, (3, heads, -1)).unbind(2)
+    for q, k, v in split_heads(qkv, qkv_bias, heads, segments):
         contexts.append(_attend(name, q, k, v, p, seed, first).flatten(2).flatten(0, 1))
-        first += sequences
+        first += len(q)
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 

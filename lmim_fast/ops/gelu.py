@@ -25,15 +25,21 @@ def bias_gelu(x: Tensor, bias: Tensor, *, p: float = 0.0, seed: Tensor | None = 
             outside [0, 1), or seed is not one int64.
     Source: Hendrycks and Gimpel 2016.
     """
+    check(x, bias)
+    dropout.check_probability(p)
+    dropout.check_seed(seed)
+    dispatch.same_device(x=x, seed=seed)
+    return dispatch.run("bias_gelu", _eager, x, bias, p, seed)
+
+
+def check(x: Tensor, bias: Tensor) -> None:
+    """Raise ValueError where bias is not as wide as x, one is not floating-point, or their devices differ."""
     if x.dim() == 0 or bias.shape != x.shape[-1:]:
         raise ValueError(f"bias {tuple(bias.shape)} must be as wide as x {tuple(x.shape)}")
     for name, tensor in (("x", x), ("bias", bias)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
-    dropout.check_probability(p)
-    dropout.check_seed(seed)
-    dispatch.same_device(x=x, bias=bias, seed=seed)
-    return dispatch.run("bias_gelu", _eager, x, bias, p, seed)
+    dispatch.same_device(x=x, bias=bias)
 
 
 def _eager(x: Tensor, bias: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -59,8 +60,8 @@ def linear_recomputing(
 ) -> Tensor:
     """As `linear`, but keeps `sources` for the backward pass, which rebuilds x as recompute(*sources).
 
-    Saves the memory of x when its sources are kept by other ops anyway. Under torch.compile it is `linear`:
-    the compiler decides itself what to recompute.
+    Saves the memory of x when its sources are kept by other ops anyway. Under torch.compile the forward pass
+    reads recompute(*sources) as well, and x is made only where something else needs it.
 
     Args:
         x:         (..., D), equal to recompute(*sources).
@@ -70,8 +71,17 @@ def linear_recomputing(
         (..., F).
     """
     weight = weight.to(x.dtype)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return _product(x, weight)
+    if torch.compiler.is_compiling():
+        remade: Tensor = checkpoint(
+            lambda weight, *sources: _product(recompute(*sources), weight),
+            weight,
+            *sources,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return remade
     product: Tensor = _RecomputingLinear.apply(x, weight, recompute, *sources)
     return product
 

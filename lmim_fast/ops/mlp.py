@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lmim_fast.ops import dispatch
+from lmim_fast.ops import dispatch, gelu
 from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import linear, linear_recomputing
 
@@ -54,8 +55,64 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
 
 
 def _eager(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    hidden = linear(x, weight1)
-    return linear_recomputing(bias_gelu(hidden, bias1), weight2, bias_gelu, hidden, bias1)
+    return gelu_linear(linear(x, weight1), bias1, weight2)
+
+
+def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0) -> Tensor:
+    """dropout(gelu(hidden + bias)) @ weight.T; takes `hidden` over, which may hold anything afterwards.
+
+    Without dropout one (..., F) tensor is kept for the backward pass: `hidden`, or the sum in its memory.
+
+    Args:
+        hidden: (..., F) product without its bias, fp32 | bf16 | fp16.
+        bias:   (F,), any float dtype.
+        weight: (D, F), any float dtype, cast to hidden's dtype.
+        p:      dropout probability.
+    Returns:
+        (..., D) in hidden's dtype.
+    Raises:
+        ValueError: as `bias_gelu`.
+    """
+    gelu.check(hidden, bias)
+    if p:
+        return linear(bias_gelu(hidden, bias, p=p), weight)
+    if torch.compiler.is_compiling() or dispatch.select("bias_gelu", hidden, bias, p, None) is not None:
+        return linear_recomputing(bias_gelu(hidden, bias), weight, bias_gelu, hidden, bias)
+    bias, weight = bias.to(hidden.dtype), weight.to(hidden.dtype)
+    given = hidden.is_leaf and hidden.requires_grad  # by a caller; autograd refuses to change it
+    total = hidden + bias if given else hidden.add_(bias)
+    product: Tensor = _GeluLinear.apply(total, weight)
+    return product
+
+
+class _GeluLinear(torch.autograd.Function):
+    """gelu(x) @ weight.T, keeping x; backward, the gradient of GELU takes the memory of GELU made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        kept = any(ctx.needs_input_grad)
+        if kept:
+            ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(F.gelu(x) if kept else torch.ops.aten.gelu_(x), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x_needed, weight_needed = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        grad_x = grad_weight = None
+        with torch.autocast(x.device.type, enabled=False):
+            activated = F.gelu(rows)
+            if weight_needed:
+                grad_weight = grad.T @ activated
+            if x_needed:
+                grad_x = torch.mm(grad, weight, out=activated)
+                torch.ops.aten.gelu_backward.grad_input(grad_x, rows, grad_input=grad_x)
+                grad_x = grad_x.view(x.shape)
+        return grad_x, grad_weight
 
 
 def _launch(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:

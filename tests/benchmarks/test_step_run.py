@@ -65,6 +65,13 @@ def test_the_share_of_the_floor_is_that_of_the_median_round() -> None:
     assert row["share_of_floor"] == pytest.approx(floor / sorted(row["milliseconds"])[1])
 
 
+def test_products_are_measured_in_every_round_that_counts() -> None:
+    comparison = step_measure.Comparison(["ours"], [ON_CPU], warmup=1, rounds=3, products=64)
+    comparison.run()
+    assert len(comparison.product_rates) == 3
+    assert all(1e6 < rate < 1e13 for rate in comparison.product_rates)
+
+
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cpu", "--preset", "tiny"]
     return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -93,12 +100,12 @@ def test_what_is_measured_is_printed_however_the_run_ends(
 ) -> None:
     def run(self: step_measure.Comparison) -> None:
         self.rows.append(dict(variant="ours", images_per_second=10.0))
+        self.product_rates += [2e12, 1e12, 1e11]
         self.failed += failed
         if error is not None:
             raise error
 
     monkeypatch.setattr(step_measure.Comparison, "run", run)
-    monkeypatch.setattr(bench_step, "gemm_rate", lambda device, dtype: 1e12)
     monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cpu", "--preset", "tiny", "--json"])
     assert bench_step.main() == code
     found = json.loads(capsys.readouterr().out)

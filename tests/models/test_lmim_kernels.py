@@ -7,7 +7,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from twins import assert_same_gradients, batch_of, twins
 
 from lmim_fast.config import ModelConfig
@@ -55,6 +57,31 @@ def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
     expected.backward()
     loss.backward()
     assert_same_gradients(oracle, fast)
+
+
+def test_compiled_loss_and_every_gradient_equal_the_eager_ones() -> None:
+    oracle, fast = ReferenceLMIM(CASES["one layer"]), LMIM(CASES["one layer"])
+    twins(oracle, fast)
+    batch = batch_of(CASES["one layer"], 3)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def forward(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    backend = aot_autograd(
+        fw_compiler=forward, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition
+    )
+    with dispatch.backend("triton"):
+        loss = torch.compile(fast, backend=backend, fullgraph=True)(*batch).loss
+    loss.backward()
+    expected = oracle(*batch).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_same_gradients(oracle, fast)
+    called = [str(node.target) for node in graphs[0].graph.nodes]
+    # two norms a block and the last, of student and teacher, three of the decoder's layer and its last
+    assert called.count("lmim_fast.dropout_add_layer_norm.default") == 3 + 3 + 3 + 1
 
 
 def test_mae_loss_and_every_gradient_equal_the_oracle() -> None:

@@ -32,10 +32,11 @@ from lmim_fast.layers.accelerated.torch_layers import (
 )
 from lmim_fast.layers.accelerated.transformer import add_branch
 from lmim_fast.layers.block import norm_linear
-from lmim_fast.layers.mlp import feed_forward, gelu_linear
+from lmim_fast.layers.mlp import feed_forward
 from lmim_fast.ops.attention import self_attention
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.masking import gather_rows, select_patches
+from lmim_fast.ops.mlp import gelu_linear
 
 # Children that a fast form knows; each but the first two is optional.
 ATTENTION_PARTS = ("qkv", "proj", "attn_drop", "proj_drop", "q_norm", "k_norm", "norm")
@@ -103,7 +104,8 @@ class FastBlock(Accelerated):
         branch = linear(context, attn.proj.weight)
         p = dropout_of(attn, "proj_drop")
         hidden, residual = norm_linear(residual, branch, attn.proj.bias, self.norm2, mlp.fc1, p=p)
-        branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, dropout_of(mlp, "drop1", "drop"))
+        p = dropout_of(mlp, "drop1", "drop")
+        branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, p=p)
         p = dropout_of(mlp, "drop2", "drop")
         return add_branch(
             residual.view(x.shape), branch.view(x.shape), mlp.fc2.bias, p
