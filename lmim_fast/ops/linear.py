@@ -28,7 +28,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., F).
     """
-    return _product(x, weight.to(x.dtype))
+    weight = weight.to(x.dtype)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and _convolves(x, weight):
+        (product,) = _Linears.apply(x, weight)  # autograd of a convolution is slower than products
+        return product
+    return product_of(x, weight)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -44,15 +48,33 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """
     weights = [weight.to(x.dtype) for weight in weights]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return [_product(x, weight) for weight in weights]
+        return [product_of(x, weight) for weight in weights]
     products: tuple[Tensor, ...] = _Linears.apply(x, *weights)
     return list(products)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in their own dtype, under autocast too."""
+def product_of(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in their own dtype, under autocast too. Differentiate `linear` instead.
+
+    On a CPU large fp32 products run as convolutions of 1 x 1, which PyTorch gives to oneDNN while it gives
+    linears to MKL: 5 to 20 % faster on an AMD EPYC with 2 threads, forward alone.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, weight)
+        if torch.compiler.is_compiling() or not _convolves(x, weight):
+            return F.linear(x, weight)
+        image = x.view(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        rows = F.conv2d(image, weight[:, :, None, None]).permute(0, 2, 3, 1)
+        # no view for autograd: the output of a function that is one could not be changed in place
+        product: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])
+        return product
+
+
+def _convolves(x: Tensor, weight: Tensor) -> bool:
+    """The product runs as a convolution: where that is faster, and PyTorch has oneDNN for it."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return False
+    large = min(weight.shape) >= 128 and x.numel() >= 256 * x.shape[-1]
+    return large and torch.get_num_threads() > 1 and bool(torch.backends.mkldnn.enabled)
 
 
 def linear_recomputing(
@@ -72,10 +94,10 @@ def linear_recomputing(
     """
     weight = weight.to(x.dtype)
     if not torch.is_grad_enabled():
-        return _product(x, weight)
+        return product_of(x, weight)
     if torch.compiler.is_compiling():
         remade: Tensor = checkpoint(
-            lambda weight, *sources: _product(recompute(*sources), weight),
+            lambda weight, *sources: product_of(recompute(*sources), weight),
             weight,
             *sources,
             use_reentrant=False,
@@ -91,7 +113,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights)
-        return tuple(_product(x, weight) for weight in weights)
+        return tuple(product_of(x, weight) for weight in weights)
 
     @staticmethod
     @once_differentiable
@@ -118,7 +140,7 @@ class _RecomputingLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.recompute = recompute
         ctx.save_for_backward(weight, *sources)
-        return _product(x, weight)
+        return product_of(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

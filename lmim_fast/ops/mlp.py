@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from lmim_fast.ops import dispatch, gelu
 from lmim_fast.ops.gelu import bias_gelu
-from lmim_fast.ops.linear import linear, linear_recomputing
+from lmim_fast.ops.linear import linear, linear_recomputing, product_of
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
@@ -93,8 +93,7 @@ class _GeluLinear(torch.autograd.Function):
         kept = any(ctx.needs_input_grad)
         if kept:
             ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(F.gelu(x) if kept else torch.ops.aten.gelu_(x), weight)
+        return product_of(F.gelu(x) if kept else torch.ops.aten.gelu_(x), weight)
 
     @staticmethod
     @once_differentiable
