@@ -93,7 +93,8 @@ def main() -> int:
             "gemm_rounds": comparison.product_rates,
         }
     for row in comparison.rows:
-        row["mfu"] = row["images_per_second"] * flops / result["gemm_flops"]
+        rate = row.get("gemm_flops", result["gemm_flops"])
+        row["mfu"] = None if rate is None else row["images_per_second"] * flops / rate
     result |= {"rows": comparison.rows, "failed": comparison.failed}
     if arguments.parts:
         result["parts"] = comparison.parts
@@ -167,7 +168,7 @@ def text(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['variant']:>12} {row['batch']:>6} {row['dropout']:>8} "
             f"{statistics.median(row['milliseconds']):>9.1f} {row['images_per_second']:>9.2f} "
-            f"{row['mfu']:>7.1%} {'-' if share is None else f'{share:.1%}':>9} "
+            f"{_percent(row['mfu']):>7} {_percent(share):>9} "
             f"{row['peak_memory'] / 1e6:>8.0f}  "
             + (f"{chosen['mode']}, {chosen['attention']} attention" if chosen else "")
         )
@@ -179,6 +180,10 @@ def text(result: dict[str, Any]) -> str:
         )
     lines += [f"{row['variant']}, batch {row['batch']}: FAILED: {row['error']}" for row in result["failed"]]
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

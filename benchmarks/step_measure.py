@@ -125,25 +125,36 @@ class Comparison:
         for lane in lanes:  # one after the other: their first steps together might not fit
             if lane.prepared is None:
                 lane.prepared = lane.ask("prepare")
-        dtype = torch.bfloat16 if lanes[0].request.setting.low else torch.float32
-        products = Worker(serve_products, self._products, dtype) if self._products else None
+        products, rates = self._serve_products(lanes[0].request.setting), list[float]()
         for number in range(self._warmup + self._rounds):
             for lane in lanes:
                 milliseconds = lane.ask("turn")
                 if milliseconds is not None and number >= self._warmup:
                     lane.milliseconds.append(milliseconds)
-            rate = products.ask("turn") if products else None
+            rate = None
+            if products:
+                try:
+                    rate = products.ask("turn")
+                except VariantFailed as error:
+                    self._note("products", lanes[0].request.setting, str(error))
+                    products.end()
+                    products = None
             if rate is not None and number >= self._warmup:
-                self.product_rates.append(rate)
+                rates.append(rate)
         if products:
             products.end()
+        self.product_rates += rates
         for lane in lanes:
             memory = self._memory(lane)
             lane.worker.end()
             if lane.error is None:
-                self.rows.append(self._row(lane, memory))
+                self.rows.append(self._row(lane, memory, rates))
             else:
                 self._note(lane.request.variant, lane.request.setting, lane.error)
+
+    def _serve_products(self, setting: Setting) -> Worker | None:
+        dtype = torch.bfloat16 if setting.low else torch.float32
+        return Worker(serve_products, self._products, dtype) if self._products else None
 
     def _memory(self, lane: _Lane) -> int | None:
         """Peak bytes: on CUDA the process's own, on a CPU those of another one."""
@@ -157,7 +168,7 @@ class Comparison:
             lane.error = f"memory: {error}"
             return None
 
-    def _row(self, lane: _Lane, memory: int | None) -> dict[str, Any]:
+    def _row(self, lane: _Lane, memory: int | None, rates: list[float]) -> dict[str, Any]:
         setting, milliseconds = lane.request.setting, statistics.median(lane.milliseconds)
         row: dict[str, Any] = self._about(lane.request.variant, setting)
         row |= {
@@ -166,6 +177,8 @@ class Comparison:
             "peak_memory": memory,
             "share_of_floor": None,
         }
+        if rates:
+            row["gemm_flops"] = statistics.median(rates)
         if self._ceilings is not None:
             itemsize = 2 if setting.low else 4
             floor = step_seconds(setting.config, setting.batch, itemsize, self._ceilings)

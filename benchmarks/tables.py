@@ -48,14 +48,14 @@ def step(result: dict[str, Any]) -> str:
         milliseconds = statistics.median(row["milliseconds"])
         baseline = first.setdefault((row["batch"], row["dropout"]), milliseconds)
         share, chosen = row.get("share_of_floor"), row.get("chosen")
+        mfu = row["mfu"] if "mfu" in row else row["share_of_gemm_rate"]
         rows.append(
             [
                 row["variant"],
                 *(str(row[name]) for name in ("batch", "dropout")),
                 f"{milliseconds:,.1f}",
                 f"{1e3 * row['batch'] / milliseconds:,.2f}",
-                f"{row['mfu'] if 'mfu' in row else row['share_of_gemm_rate']:.0%}",
-                "" if share is None else f"{share:.0%}",
+                *("" if part is None else f"{part:.0%}" for part in (mfu, share)),
                 f"{row['peak_memory'] / 1e6:,.0f}",
                 f"{baseline / milliseconds:.2f}x",
                 f"{chosen['mode']}, {chosen['attention']} attention" if chosen else "",
@@ -65,7 +65,9 @@ def step(result: dict[str, Any]) -> str:
     gemm = result["gemm_flops"] if "gemm_flops" in result else result["gemm_4096_flops"]
     size = result.get("gemm_size", 4096)
     title = f"## Training step: {result['preset']}, {result['dtype']}, {result['device']}"
-    note = f"{machine(result)} {size}^3 product: {gemm / 1e9:,.0f} GFLOP/s, which MFU is read against."
+    note = machine(result)
+    if gemm is not None:
+        note += f" {size}^3 product: {gemm / 1e9:,.0f} GFLOP/s, which MFU is read against."
     blocks = [title, note, table((*head, "compiled by"), rows)]
     return "\n\n".join([*blocks, _parts(result["parts"])] if result.get("parts") else blocks)
 

@@ -32,6 +32,7 @@ class LMIM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.num_patches, self.num_visible = config.num_patches, config.num_visible  # a compiler's constants
         width = config.decoder_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
@@ -67,16 +68,13 @@ class LMIM(nn.Module):
             ValueError: an image of another layout or size, guidance missing while config.guidance is on, or
                 patches of another number.
         """
-        config = self.config
-        ids_visible, ids_masked = choose_patches(
-            images, noise, patches, config.num_patches, config.num_visible
-        )
+        ids_visible, ids_masked = choose_patches(images, noise, patches, self.num_patches, self.num_visible)
         target = self.make_target(images)
         latent, memory, loss_align = self.encode_views(images, guidance, ids_visible)
         product = self.decode(latent, latent if memory is None else memory, ids_visible, ids_masked)
         bias = self.decoder_pred.bias
         loss_recon = target.loss(product, bias, ids_masked)
-        loss = loss_recon + config.align_weight * loss_align
+        loss = loss_recon + self.config.align_weight * loss_align
         return PretrainOutput(
             loss, loss_recon, loss_align, latent, memory, ids_visible, ids_masked, product, bias, target
         )
@@ -92,7 +90,7 @@ class LMIM(nn.Module):
         if guidance is None or len(guidance) != batch:
             got = "none" if guidance is None else f"{len(guidance)}"
             raise ValueError(f"need one guidance view for each of {batch} images, got {got}")
-        full = 1 + self.config.num_patches
+        full = 1 + self.num_patches
         rows = encoder.embed([(images, ids_visible), (guidance, None)])
         features = encoder.run(rows, [(batch, shown), (batch, full)])
         return split_aligned(features, batch, shown, full, stop_gradient=self.config.align_stop_gradient)

@@ -26,6 +26,7 @@ class MAE(Encoder):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.num_patches = config.num_patches
         self.num_visible = int(config.num_patches * (1 - config.mae_mask_ratio))
         width = config.decoder_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -55,9 +56,7 @@ class MAE(Encoder):
         Raises:
             ValueError: an image of another layout or size, or patches of another number.
         """
-        ids_visible, ids_masked = choose_patches(
-            images, noise, patches, self.config.num_patches, self.num_visible
-        )
+        ids_visible, ids_masked = choose_patches(images, noise, patches, self.num_patches, self.num_visible)
         latent = self.encode(images, ids_visible)
         product, bias = self.decode(latent, ids_visible, ids_masked), self.decoder_pred.bias
         target = Target(images, None, self.config.patch_size, normalise=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lmim_fast.ops.transforms import transformed
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -27,7 +28,8 @@ def split_heads(
     Returns:
         q, k, v of each segment: (sequences, tokens, H, D / H).
     """
-    if bias is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    plain = torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled()
+    if plain or bias is None:
         return _views(qkv if bias is None else qkv + bias, heads, segments)
     return _triples(_SplitHeads.apply(qkv, bias, heads, segments))
 
@@ -50,13 +52,16 @@ class _SplitHeads(torch.autograd.Function):
         return tuple(view for views in _views(qkv + bias, heads, segments) for view in views)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        features = 3 * grads[0].shape[2] * grads[0].shape[3]
-        grad = grads[0].new_empty(sum(sequences * tokens for sequences, tokens in ctx.segments), features)
-        for target, part in zip(_views(grad, ctx.heads, ctx.segments), _triples(grads), strict=True):
-            for view, value in zip(target, part, strict=True):
-                view.copy_(value)
+        if torch.is_grad_enabled():  # for a second derivative
+            parts = [torch.stack(part, 2).flatten(2).flatten(0, 1) for part in _triples(grads)]
+            grad = torch.cat(parts)
+        else:
+            rows = sum(sequences * tokens for sequences, tokens in ctx.segments)
+            grad = grads[0].new_empty(rows, 3 * grads[0].shape[2] * grads[0].shape[3])
+            for target, part in zip(_views(grad, ctx.heads, ctx.segments), _triples(grads), strict=True):
+                for view, value in zip(target, part, strict=True):
+                    view.copy_(value)
         return grad, grad.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
 

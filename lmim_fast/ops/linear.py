@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from lmim_fast.ops.transforms import transformed
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -71,10 +72,11 @@ def product_of(x: Tensor, weight: Tensor) -> Tensor:
 
 def _convolves(x: Tensor, weight: Tensor) -> bool:
     """The product runs as a convolution: where that is faster, and PyTorch has oneDNN for it."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or transformed() or not x.is_contiguous():
         return False
     large = min(weight.shape) >= 128 and x.numel() >= 256 * x.shape[-1]
-    return large and torch.get_num_threads() > 1 and bool(torch.backends.mkldnn.enabled)
+    onednn = torch.backends.mkldnn
+    return large and torch.get_num_threads() > 1 and onednn.is_available() and bool(onednn.enabled)
 
 
 def linear_recomputing(
@@ -93,7 +95,7 @@ def linear_recomputing(
         (..., F).
     """
     weight = weight.to(x.dtype)
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return product_of(x, weight)
     if torch.compiler.is_compiling():
         remade: Tensor = checkpoint(
@@ -116,7 +118,6 @@ class _Linears(torch.autograd.Function):
         return tuple(product_of(x, weight) for weight in weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         rows, of_x = x.reshape(-1, x.shape[-1]), None

@@ -64,7 +64,7 @@ def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0)
     Without dropout one (..., F) tensor is kept for the backward pass: `hidden`, or the sum in its memory.
 
     Args:
-        hidden: (..., F) product without its bias, fp32 | bf16 | fp16.
+        hidden: (..., F) product without its bias, any float dtype.
         bias:   (F,), any float dtype.
         weight: (D, F), any float dtype, cast to hidden's dtype.
         p:      dropout probability.
@@ -81,6 +81,8 @@ def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0)
     bias, weight = bias.to(hidden.dtype), weight.to(hidden.dtype)
     given = hidden.is_leaf and hidden.requires_grad  # by a caller; autograd refuses to change it
     total = hidden + bias if given else hidden.add_(bias)
+    if not torch.is_grad_enabled() or not (total.requires_grad or weight.requires_grad):
+        return product_of(torch.ops.aten.gelu_(total), weight)
     product: Tensor = _GeluLinear.apply(total, weight)
     return product
 
@@ -90,10 +92,8 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        kept = any(ctx.needs_input_grad)
-        if kept:
-            ctx.save_for_backward(x, weight)
-        return product_of(F.gelu(x) if kept else torch.ops.aten.gelu_(x), weight)
+        ctx.save_for_backward(x, weight)
+        return product_of(F.gelu(x), weight)
 
     @staticmethod
     @once_differentiable

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench_step, step_measure, step_parts
 from benchmarks.floors import Ceilings
@@ -70,6 +71,37 @@ def test_products_are_measured_in_every_round_that_counts() -> None:
     comparison.run()
     assert len(comparison.product_rates) == 3
     assert all(1e6 < rate < 1e13 for rate in comparison.product_rates)
+    assert comparison.rows[0]["gemm_flops"] == sorted(comparison.product_rates)[1]
+
+
+def test_products_that_fail_are_told_and_steps_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_measure, "serve_products", _fail)
+    comparison = step_measure.Comparison(["ours"], [ON_CPU], warmup=0, rounds=2, products=64)
+    comparison.run()
+    assert [(row["variant"], row["error"]) for row in comparison.failed] == [
+        ("products", "ValueError: no products here")
+    ]
+    (row,) = comparison.rows
+    assert len(row["milliseconds"]) == 2
+    assert (comparison.product_rates, "gemm_flops" in row) == ([], False)
+
+
+def _fail(pipe: Connection, size: int, dtype: torch.dtype) -> None:
+    pipe.recv()
+    raise ValueError("no products here")
+
+
+def test_steps_without_products_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: step_measure.Comparison) -> None:
+        row = dict(variant="ours", batch=2, dropout=0.0, milliseconds=[5.0], share_of_floor=None)
+        self.rows.append(row | dict(images_per_second=10.0, peak_memory=1))
+
+    monkeypatch.setattr(step_measure.Comparison, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cpu", "--preset", "tiny"])
+    assert bench_step.main() == 0
+    assert "product of 4096^3: - GFLOP/s" in capsys.readouterr().out
 
 
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:

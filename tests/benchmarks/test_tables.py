@@ -106,6 +106,13 @@ def test_steps_measured_before_floors_were_counted_are_shown(tmp_path: Path) -> 
     assert "| ours | 512 | 0.0 | 50.0 | 10,240.00 | 50% |  | 3 | 1.00x |  |" in page
 
 
+def test_steps_without_a_rate_of_products_are_shown(tmp_path: Path) -> None:
+    rows = [step_row("ours", [50.0], mfu=None, share_of_floor=None)]
+    page = step_page(tmp_path, rows, gemm_flops=None, gemm_size=4096)
+    assert "product" not in page
+    assert "| ours | 512 | 0.0 | 50.0 | 10,240.00 |  |  | 3 | 1.00x |  |" in page
+
+
 def test_parts_of_a_step_stand_beside_their_floors(tmp_path: Path) -> None:
     part = dict(
         variant="ours", batch=512, dropout=0.0, part="decoder", direction="backward", milliseconds=9.5

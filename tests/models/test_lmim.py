@@ -248,3 +248,14 @@ def test_the_model_compiles_into_one_graph_with_the_same_loss_and_gradients(kind
     torch.testing.assert_close(loss, expected)
     for mine, theirs in zip(torch.autograd.grad(loss, trained), truth, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_models_of_other_mask_ratios_compile_one_after_the_other() -> None:
+    torch.compiler.reset()
+    first = preset("tiny", depth=1, decoder_depth=1, decoder_dropout=0.0)
+    for config in (first, dataclasses.replace(first, mask_ratio=0.6)):
+        model = LMIM(config)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for size in (2, 3):
+            batch = batch_of(config, size)
+            torch.testing.assert_close(compiled(*batch).loss, model(*batch).loss)

@@ -57,11 +57,33 @@ def test_a_callers_leaf_is_left_as_it_is() -> None:
     assert torch.equal(hidden, before)
 
 
-def test_without_gradients_nothing_new_is_as_large_as_the_hidden_rows() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_gradients_nothing_new_is_as_large_as_the_hidden_rows(trained: bool) -> None:
     hidden, bias, weight = torch.randn(ROWS, HIDDEN), torch.randn(HIDDEN), torch.randn(OUT, HIDDEN)
-    expected = written_out(hidden, bias, weight)
-    assert torch.equal(gelu_linear(hidden, bias, weight), expected)
-    assert torch.equal(F.linear(hidden, weight), expected)  # it holds the GELU
+    bias.requires_grad_(trained)
+    weight.requires_grad_(trained)
+    with torch.set_grad_enabled(not trained):
+        expected = written_out(hidden, bias, weight)
+        assert torch.equal(gelu_linear(hidden, bias, weight), expected)
+        assert torch.equal(F.linear(hidden, weight), expected)  # it holds the GELU
+
+
+def test_a_second_backward_pass_gives_the_same_gradients() -> None:
+    x, first = double(ROWS, WIDTH), double(HIDDEN, WIDTH)
+    bias, weight = double(HIDDEN), double(OUT, HIDDEN)
+    loss = gelu_linear(linear(x, first), bias, weight).square().sum()
+    before, after = (torch.autograd.grad(loss, (x, first, bias, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(after, before, strict=True))
+
+
+def test_a_backward_pass_under_autocast_stays_in_the_type_of_the_products() -> None:
+    bias, weight = torch.randn(HIDDEN, requires_grad=True), torch.randn(OUT, HIDDEN, requires_grad=True)
+    rows = torch.randn(ROWS, HIDDEN)
+    expected = torch.autograd.grad(gelu_linear(rows.clone(), bias, weight).sum(), (bias, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(gelu_linear(rows.clone(), bias, weight).sum(), (bias, weight))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def kept_shapes(compiled: bool, p: float = 0.0) -> list[tuple[int, ...]]:

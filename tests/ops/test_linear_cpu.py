@@ -118,6 +118,19 @@ def test_without_threads_or_onednn_products_are_linears(convolution: mock.Mock) 
     assert not convolution.called
 
 
+def test_transforms_and_second_derivatives_go_through(convolution: mock.Mock) -> None:
+    x, weight, _ = inputs(ROWS)
+    loss = lambda weight: linear(x.detach(), weight).pow(3).sum()  # noqa: E731
+    (first,) = torch.autograd.grad(loss(weight), weight, create_graph=True)
+    assert convolution.called
+    (second,) = torch.autograd.grad(first.sum(), weight)
+    plain = lambda weight: F.linear(x.detach(), weight).pow(3).sum()  # noqa: E731
+    (expected,) = torch.autograd.grad(plain(weight), weight, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), expected.detach())
+    (expected,) = torch.autograd.grad(expected.sum(), weight)
+    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_compiled_products_are_left_to_the_compiler(convolution: mock.Mock) -> None:
     x, weight, _ = inputs(ROWS)
     torch.compiler.reset()

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from lmim_fast.layers.accelerated.record import PLAIN, RECORD, changed, equal, original_class, remember
+from lmim_fast.ops.transforms import transformed
 
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 _reasons: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
@@ -189,7 +189,7 @@ def refusal(module: nn.Module, width: int, *inputs: Tensor, batched: bool = True
     """
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
-    if _transformed():
+    if transformed():
         return "a torch.func transform or forward-mode differentiation"
     first = inputs[0]
     if not isinstance(first, Tensor):
@@ -209,14 +209,6 @@ def refusal(module: nn.Module, width: int, *inputs: Tensor, batched: bool = True
         if x.device != device or x.dtype not in taken or not x.is_floating_point():
             return f"input in {x.dtype} on {x.device}"
     return changed(module, device, (dtype, torch.float32) if autocast else (dtype,))
-
-
-def _transformed() -> bool:
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
-
-
-# torch.compile asks it once, while it traces; as torch.compiler.assume_constant_result, without its import.
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def example(*shape: int, size: float = 1.0) -> Tensor:
