@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import ceilings, harness, shapes
 from benchmarks.machine import describe
+from benchmarks.operations import SCRIPTS
 
-collect_ignore = ["bench_data.py", "bench_step.py"]  # scripts of their own
+collect_ignore = [f"{name}.py" for name in SCRIPTS]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,19 +13,17 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
-from unittest import mock
 
 import pytest
 import torch
-from lmim_fast.kernels import runtime
 from torch import Tensor
 
 from benchmarks import ceilings, floors
 from benchmarks.correctness import assert_correct
+from benchmarks.operations import launches
 
 Result = Tensor | tuple[Tensor, ...]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,27 +192,24 @@ def check(operation: Operation, variant: str) -> str:
     key = str(operation), variant
     if key not in _forms:
         try:
-            with _launches() as names:
-                run = operation.ours[variant]
-                assert_correct(run, operation.plain, operation.inputs, operation.sizes["p"], DEVICE, DTYPE)
+            names = hold(operation, variant)
         except Unavailable as error:
             _skip(variant, error)
-        _forms[key] = "kernels " + ", ".join(dict.fromkeys(names)) if names else "PyTorch alone"
+        _forms[key] = "kernels " + ", ".join(names) if names else "PyTorch alone"
     return _forms[key]
 
 
-@contextmanager
-def _launches() -> Iterator[list[str]]:
-    """Names of the kernels that are launched inside."""
-    names: list[str] = []
-    launch = runtime.launch
+def hold(operation: Operation, variant: str) -> list[str]:
+    """Hold our form against plain PyTorch; the names of the kernels that it launched.
 
-    def counted(kernel: Any, *arguments: Any, **options: Any) -> None:
-        names.append(getattr(kernel, "__name__", str(kernel)))
-        launch(kernel, *arguments, **options)
-
-    with mock.patch.object(runtime, "launch", counted):
-        yield names
+    Raises:
+        AssertionError: it is wrong.
+        Unavailable:    this machine cannot run it.
+    """
+    with launches() as names:
+        run = operation.ours[variant]
+        assert_correct(run, operation.plain, operation.inputs, operation.sizes["p"], DEVICE, DTYPE)
+    return list(dict.fromkeys(names))
 
 
 def _copy(operation: Operation) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

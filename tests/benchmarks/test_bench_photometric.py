@@ -10,7 +10,7 @@ from lmim_fast.ops import dispatch
 def test_the_kernel_is_held_against_plain_pytorch_at_the_size_of_a_crop(number: int) -> None:
     operation = list(bench_photometric.operations(1))[number]
     with dispatch.backend("triton"):
-        assert harness.check(operation, "ours") == "kernels _photometric"
+        assert harness.check(operation, "ours") == "kernels photometric._photometric"
 
 
 def test_both_images_their_coverage_and_the_views_are_counted_once() -> None:

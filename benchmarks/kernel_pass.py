@@ -1,0 +1,84 @@
+"""One small pass of every kernel, forward and backward, held against plain PyTorch: for tools that watch it.
+
+    python -m benchmarks.kernel_pass [--batch 16] [--only REGEX] [--planted memcheck|racecheck]
+
+A line for each operation, the leading ones first. Exit code 1 where one is wrong or a kernel was not
+launched. `--planted` runs a kernel with a fault instead. `benchmarks/sanitize.py` runs it under checkers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+
+import torch
+
+from benchmarks import harness, operations
+
+DONE = "kernel pass: all well"  # what a complete run prints last
+PLANTED = "kernel pass: the fault was launched"
+
+
+def run(batch: int, only: str = "") -> bool:
+    """True where every operation is right and every kernel was launched; says what was not."""
+    chosen = [item for item in operations.every(batch) if re.search(only, str(item))]
+    chosen.sort(key=lambda operation: not operation.leading)
+    todo = [(operation, variant) for operation in chosen for variant in operation.ours]
+    launched: set[str] = set()
+    well = bool(todo)
+    for number, (operation, variant) in enumerate(todo, 1):
+        try:
+            names = harness.hold(operation, variant)
+            verdict = f"right, {', '.join(names) or 'no kernel'}"
+        except harness.Unavailable as error:
+            names, verdict = [], f"not here: {error}"
+        except AssertionError as error:
+            names, verdict, well = [], f"WRONG: {error}", False
+        except torch.AcceleratorError:
+            raise  # whatever followed would fail
+        except Exception as error:  # Triton has no one class for what its compiler and launcher raise
+            names, verdict, well = [], f"FAILED: {type(error).__name__}: {error}", False
+        launched.update(names)
+        print(f"{number}/{len(todo)} {operation} {variant}: {verdict}", flush=True)
+    missing = sorted(operations.shipped_kernels() - launched)
+    print(f"{len(launched)} kernels launched" + (f", not {', '.join(missing)}" if missing else ""))
+    return well and (bool(only) or not missing)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--batch", type=int, default=16, help="rows are a multiple of it: of 16, as in training"
+    )
+    parser.add_argument("--only", default="", help="a regular expression for the names of operations")
+    parser.add_argument("--planted", choices=("memcheck", "racecheck"), help="what has to find the fault")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"kernel pass: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
+        return 1
+    if args.planted:
+        _launch_planted(args.planted)
+    well = run(args.batch, args.only)
+    print(DONE if well else "kernel pass: RED", flush=True)
+    return int(not well)
+
+
+def _launch_planted(tool: str) -> None:
+    """Launch the fault and leave: it can take the CUDA context with it, and nothing of that is an error."""
+    from benchmarks.planted_faults import launch_faulty
+
+    try:
+        launch_faulty(tool, harness.DEVICE)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+    print(PLANTED, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""compute-sanitizer over one pass of every kernel: bad memory accesses (memcheck), races (racecheck).
+
+    python -m benchmarks.sanitize [--tool memcheck] [--tool racecheck] [--seconds N] [--only REGEX]
+
+Each tool also runs over a kernel with a fault: where it does not find that, nothing that it says counts. All
+runs go side by side; only our kernels are instrumented. Exit code 0: no tool found anything, and each found
+its planted fault; 1: else; 3: there is no compute-sanitizer, or no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from benchmarks import kernel_pass, operations
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ("memcheck", "racecheck")
+FOUND = 77  # compute-sanitizer's exit code where it found something; Python has no use for it
+ABSENT = 3
+_PLANTED = {"memcheck": "planted_write", "racecheck": "planted_race"}
+
+
+def find() -> str | None:
+    """compute-sanitizer: on PATH, of the CUDA toolkit, or of the package nvidia-cuda-sanitizer-api."""
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    spec = find_spec("nvidia")
+    wheels = list(spec.submodule_search_locations or ()) if spec else []
+    folders = [str(folder) for wheel in wheels for folder in sorted(Path(wheel).glob("cu*/bin"))]
+    path = os.pathsep.join([os.environ.get("PATH", ""), f"{toolkit}/bin", *folders])
+    return shutil.which("compute-sanitizer", path=path)
+
+
+@dataclass
+class Run:
+    """A process under a tool. `planted`: it has a fault that has to be found."""
+
+    tool: str
+    planted: bool
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    stopped: bool = False
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+    def verdict(self) -> str:
+        """What came of it; begins with "ok" where all is well."""
+        code, text = self.process.returncode, self.text()
+        lines = [line for line in text.splitlines() if not line.startswith("=========")]
+        last = lines[-1] if lines else "it printed nothing"
+        if self.stopped:
+            return f"RED: stopped, the time was up: {last}"
+        if self.planted:
+            if kernel_pass.PLANTED not in lines:
+                return f"RED: the fault was not launched (exit code {code}): {last}"
+            return "ok, found the planted fault" if code == FOUND else f"RED: missed it (exit code {code})"
+        if code == FOUND:
+            return "RED: found something"
+        if code != 0 or kernel_pass.DONE not in lines:
+            return f"RED: exit code {code}: {last}"
+        checked = sum(": right, " in line for line in lines)
+        return f"ok, nothing found in {checked} operations"
+
+
+def command(sanitizer: str, tool: str, *, planted: bool, only: str) -> list[str]:
+    """One run. The exit code tells of faults alone: a failing program keeps its own."""
+    names = {_PLANTED[tool]} if planted else {_symbol(name) for name in operations.shipped_kernels()}
+    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--check-exit-code", "no"]
+    options += ["--target-processes", "application-only", "--print-limit", "20"]
+    if tool == "memcheck":
+        options += ["--report-api-errors", "no"]  # PyTorch asks for what is not there and goes on
+    for name in sorted(names):
+        options += ["--kernel-name", f"kernel_name={name}"]
+    worker = [sys.executable, "-m", "benchmarks.kernel_pass", "--only", only]
+    return [sanitizer, *options, *worker, *(["--planted", tool] if planted else [])]
+
+
+def _symbol(name: str) -> str:
+    """A kernel as it is called on the device; some modules share a name."""
+    return name.rpartition(".")[2]
+
+
+def start(command_line: list[str], tool: str, *, planted: bool) -> Run:
+    """Begin a run; every tensor gets memory of its own, so that an access beside it shows."""
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the run
+    process = subprocess.Popen(
+        command_line, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+    )
+    return Run(tool, planted, process, output)
+
+
+def finish(runs: list[Run], seconds: float) -> None:
+    """Wait for all; what still runs at the end is killed, and so is whatever a run has left behind."""
+    deadline = time.monotonic() + seconds
+    try:
+        for run in runs:
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for run in runs:
+            run.stopped = run.process.poll() is None
+            with suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all")
+    parser.add_argument("--seconds", type=float, default=600, help="what still runs then is stopped, and red")
+    parser.add_argument("--only", default="", help="a regular expression for the names of operations")
+    args = parser.parse_args(argv)
+    sanitizer = find()
+    if sanitizer is None:
+        print("sanitize: no compute-sanitizer (pip install nvidia-cuda-sanitizer-api)", file=sys.stderr)
+        return ABSENT
+    if not torch.cuda.is_available():
+        print(f"sanitize: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
+        return ABSENT
+    runs = [
+        start(command(sanitizer, tool, planted=planted, only=args.only), tool, planted=planted)
+        for tool in args.tool or TOOLS
+        for planted in (False, True)
+    ]
+    finish(runs, args.seconds)
+    verdicts = {f"{run.tool}{', planted' if run.planted else ''}": run.verdict() for run in runs}
+    for run, name in zip(runs, verdicts, strict=True):
+        print(f"--- {name}\n{run.text()}")
+    for name, verdict in verdicts.items():
+        print(f"sanitize: {name}: {verdict}")
+    return int(not all(verdict.startswith("ok") for verdict in verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
