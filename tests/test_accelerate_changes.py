@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lmim_fast import accelerate
+from lmim_fast.layers.accelerated import record
 from lmim_fast.layers.accelerated.base import Accelerated
 
 X = 3 * torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
@@ -199,6 +200,23 @@ def test_a_masking_with_another_attribute_runs_the_original() -> None:
     model.first = 3
     assert not model.random_masking(X, 0.5)[1].any()
     assert report.rows[0].note.endswith("changed since the swap: first of its Curriculum")
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_forward_set_on_a_part_is_obeyed_by_compilers_that_count_attributes_or_do_not(
+    counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch before 2.13 cannot go through the attributes of a module while it compiles."""
+    if counts and not record._COMPILER_COUNTS:
+        pytest.skip("this PyTorch cannot count them")
+    monkeypatch.setattr(record, "_COMPILER_COUNTS", counts)
+    layer = Block(WIDTH, HEADS)
+    original = copy.deepcopy(layer)
+    accelerate(layer)
+    torch._dynamo.reset()
+    layer.mlp.act.forward = original.mlp.act.forward = torch.tanh
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), original(X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_change_after_torch_compile_is_obeyed() -> None:

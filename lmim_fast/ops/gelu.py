@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmim_fast.ops import dispatch, dropout
@@ -53,7 +54,10 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
-        return torch.ops.aten.gelu_(x + bias)
+        if torch.compiler.is_compiling():  # in place PyTorch 2.11 would lose the gradient
+            return F.gelu(x + bias)
+        result: Tensor = torch.ops.aten.gelu_(x + bias)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -288,7 +288,7 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
     parts = [
         gpu.Part("kernels", python("exit(1)"), "kernels.txt", "kernels.txt", 60),
         gpu.Part("tests", python(both.format("one failed") + "; exit(1)"), "tests.txt", "tests.txt", 60),
-        gpu.Part("ops", python(interrupted), "ops.txt", "ops.txt", 1, grace=15),
+        gpu.Part("ops", python(interrupted), "ops.txt", "ops.txt", 4, grace=15),
         gpu.Part("stubborn", python(stubborn), "stubborn.txt", "stubborn.txt", 1, grace=1),
         gpu.Part("step", python(both.format("{}")), "step.json", "step.txt", 60),
     ]
@@ -305,7 +305,7 @@ def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
     assert [line.split(",")[0] for line in summary[1:]] == [
         "kernels: skipped",
         "tests: RED (1)",
-        "ops: RED (stopped after 1 s)",
+        "ops: RED (stopped after 4 s)",
         "stubborn: RED (stopped after 1 s)",
         "step: ok",
     ]

@@ -14,6 +14,7 @@ RECORD = "_accelerated_record"
 INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", RECORD}
 # Attributes that may be a dropout probability; read at every call.
 PROBABILITIES = ("dropout", "attn_drop", "proj_drop", "drop", "drop1", "drop2")
+_COMPILER_COUNTS = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 _MISSING = object()
 
 
@@ -119,7 +120,7 @@ def changed(module: nn.Module, device: torch.device, dtypes: tuple[torch.dtype, 
         return reason
     if not torch.compiler.is_compiling() and module_hooks._has_any_global_hook():
         return "hooks on all modules"
-    seen = None
+    seen, countable = None, _countable()
     for known in record.parts:
         part, cls, children, attributes, size, parameters, dropouts = known
         if part is None:
@@ -139,8 +140,10 @@ def changed(module: nn.Module, device: torch.device, dtypes: tuple[torch.dtype, 
         if (children or modules) and tuple(modules.values()) != children:
             return _replaced(children, tuple(modules.values()))
         # As _changed_attributes, which is called only where something differs.
-        if len(own) - (RECORD in own) != size and _changed_attributes(known, own):
-            return _changed_attributes(known, own)
+        if (len(own) - (RECORD in own) != size) if countable else ("forward" in own):
+            reason = _changed_attributes(known, own)
+            if reason:
+                return reason
         for name, value in attributes:
             if own.get(name) is not value and _changed_attributes(known, own):
                 return _changed_attributes(known, own)
@@ -207,11 +210,21 @@ def _changed_attributes(known: Part, own: dict[str, Any]) -> str | None:
         found = own.get(name, _MISSING)
         if found is not value and not equal(found, value):
             return f"changed since the swap: {name} of its {known.cls.__name__}"
+    if not _countable():
+        return f"changed since the swap: forward of its {known.cls.__name__}" if "forward" in own else None
     old = {*(name for name, _ in known.attributes), *known.dropouts, *INTERNALS}
     for name in own:
         if name not in old and (not name.startswith("_") or hasattr(known.cls, name)):
             return f"changed since the swap: {name} of its {known.cls.__name__}"
     return None
+
+
+def _countable() -> bool:
+    """Whether a module's attributes can be gone through: not while PyTorch before 2.13 compiles.
+
+    Of new attributes only a `forward` is seen there.
+    """
+    return _COMPILER_COUNTS or not torch.compiler.is_compiling()
 
 
 def equal(found: object, value: object) -> bool:
