@@ -26,6 +26,7 @@ from benchmarks.correctness import assert_correct
 from benchmarks.operations import launches
 
 Result = Tensor | tuple[Tensor, ...]
+Copy = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # inputs, and gradients of the outputs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 BATCHES = (512, 64, 8) if DEVICE.type == "cuda" else (8,)  # a CPU takes seconds a call at 64
@@ -115,12 +116,10 @@ def _measure(benchmark: Any, operation: Operation, direction: str, variant: str)
         pytest.skip(f"the budget of {settings.budget:.0f} s is spent")
     run = choose(operation, variant)
     form = check(operation, variant) if variant in operation.ours else variant
-    copies = [_copy(operation) for _ in range(_copy_count(operation))]
-    passes = operation.passes(DTYPE.itemsize, direction != "forward")
-    stages = passes.of(direction)
-    call = partial(_call, run, itertools.cycle(copies), direction, len(copies))
+    copies = copies_of(operation)
+    stages = stages_of(operation, direction)
     try:
-        round_of_calls, repetitions = _prepare(call, len(copies) if DEVICE.type == "cuda" else 1)
+        round_of_calls, repetitions = round_of(run, copies, direction)
     except (RuntimeError, ImportError) as error:
         if _uncompiled(variant) not in operation.others:
             raise
@@ -212,8 +211,25 @@ def hold(operation: Operation, variant: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _copy(operation: Operation) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inputs, and gradients of the outputs."""
+def stages_of(operation: Operation, direction: str) -> tuple[floors.Work, ...]:
+    """What the operation has to move and to compute in a direction."""
+    return operation.passes(DTYPE.itemsize, direction != "forward").of(direction)
+
+
+def copies_of(operation: Operation) -> list[Copy]:
+    """Random inputs, as many sets as leave the cache behind."""
+    return [_copy(operation) for _ in range(_copy_count(operation))]
+
+
+def round_of(
+    run: Callable[..., Result], copies: Sequence[Copy], direction: str
+) -> tuple[Callable[[], None], int]:
+    """A round of calls on the copies in turn, which waits for its end, and how many calls it has."""
+    call = partial(_call, run, itertools.cycle(copies), direction, len(copies))
+    return _prepare(call, len(copies) if DEVICE.type == "cuda" else 1)
+
+
+def _copy(operation: Operation) -> Copy:
     inputs = operation.inputs(DEVICE, DTYPE)
     with torch.no_grad():
         outputs = _as_tuple(operation.plain(*inputs))
@@ -230,7 +246,7 @@ def _copy_count(operation: Operation) -> int:
 
 def _call(
     run: Callable[..., Result],
-    turns: Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    turns: Iterator[Copy],
     direction: str,
     alive: int,
     count: int,

@@ -70,6 +70,11 @@ class Build:
         return f"{self.kernel.fn.__module__}:{self.kernel.fn.__qualname__}"
 
     @property
+    def key(self) -> str:
+        """Equal where the compiler is given the same."""
+        return f"{self.name} {self.signature} {self.constants} {self.attributes} {self.options}"
+
+    @property
     def configuration(self) -> str:
         """Constants and dtypes by name, without those that are None."""
         names = list(self.signature)
@@ -143,8 +148,7 @@ def record(selection: Selection, arch: str) -> list[Build]:
             raise RuntimeError(f"case {label!r} launches no kernel")
         for launch in recording.launches:
             build = specialise(launch, target_of(arch))
-            key = f"{build.name} {build.signature} {build.constants} {build.attributes} {build.options}"
-            known = builds.setdefault(key, build)
+            known = builds.setdefault(build.key, build)
             if label not in known.cases:
                 known.cases.append(label)
     return list(builds.values())

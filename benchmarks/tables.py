@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -189,7 +190,55 @@ def static(result: dict[str, Any]) -> str:
     return "\n\n".join([title, note, table((*head, "failing"), rows)])
 
 
-_RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(step=step, ops=ops, data=data, static=static)
+def tune(result: dict[str, Any]) -> str:
+    """Configurations that were tried, the fastest first and what failed last."""
+    title = f"## Configurations tried: {result['device']}"
+    ceilings = f" {_ceilings(result['ceilings'])}" if "ceilings" in result else ""
+    parts = [title, machine(result) + ceilings]
+    head = (
+        "configuration",
+        "us",
+        "against shipped",
+        "of floor",
+        "registers",
+        "spilled",
+        "warps/SM",
+        "failure",
+    )
+    for (study, idea), of_study in groupby(result["rows"], lambda row: (row["study"], row["idea"])):
+        parts.append(f"### {study}: {idea}")
+        for (name, direction), group in groupby(of_study, lambda row: (_tried_on(row), row["direction"])):
+            rows = sorted(group, key=lambda row: _microseconds(row) or math.inf)
+            shipped = next((_microseconds(row) for row in rows if row["candidate"] == "shipped"), None)
+            parts += [f"{name}, {direction}", table(head, (_tune_line(row, shipped) for row in rows))]
+    return "\n\n".join(parts)
+
+
+def _tried_on(row: dict[str, Any]) -> str:
+    return f"{row['operation']} {_sizes(row['sizes'])}" if "sizes" in row else row["case"].strip("^$")
+
+
+def _microseconds(row: dict[str, Any]) -> float | None:
+    return statistics.median(row["microseconds"]) if "microseconds" in row else None
+
+
+def _tune_line(row: dict[str, Any], shipped: float | None) -> list[str]:
+    """Of several kernels the most registers and spilled bytes, and the fewest warps."""
+    median, kernels = _microseconds(row), row["kernels"]
+    line = [row["candidate"]]
+    if median is None:
+        line += [""] * 3
+    else:
+        line += [f"{median:,.1f}", f"{shipped / median:.2f}x" if shipped else ""]
+        line.append(f"{row['percent_of_floor']:.0f}%")
+    for name, worst in (("registers", max), ("spilled", max), ("warps_per_multiprocessor", min)):
+        line.append(str(worst(kernel[name] for kernel in kernels)) if kernels else "")
+    return [*line, row.get("failure", "").replace("|", "/").replace("\n", " ")[:120]]
+
+
+_RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(
+    step=step, ops=ops, tune=tune, data=data, static=static
+)
 
 
 def ops_page(path: Path) -> str:

@@ -11,6 +11,8 @@ vector, and a few queries more than whole blocks are turned, so that they are th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from lmim_fast.kernels import runtime
@@ -251,6 +253,22 @@ def geometry(keys: int, dim: int) -> tuple[int, bool, int]:
     return tile(dim, 128), tail, keys - 1 if tail else keys
 
 
+class Blocks(NamedTuple):
+    """Queries of a block, last queries that are turned at most, keys of a tile; the launch."""
+
+    queries: int
+    turned: int
+    keys: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def _blocks(resident: int, block_d: int, threshold: int) -> Blocks:
+    """As many queries and warps as the registers hold beside the keys and values of a sequence."""
+    crowded = resident * block_d > 256 * 64 or (threshold > 0 and block_d > 64)
+    return Blocks(128, 32, 64, num_warps=8) if crowded else Blocks(64, 32, 64, num_warps=4)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, out: Tensor,
     normaliser: Tensor | None, heads: int, threshold: int, seed: Tensor | None, first_sequence: int,
@@ -264,12 +282,10 @@ def forward(
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
     block_d, tail, resident = geometry(keys, dim)
-    block_n = tile(resident, 64)
-    crowded = resident * block_d > 256 * 64 or (threshold > 0 and block_d > 64)
-    block_m, num_warps = (128, 8) if crowded else (64, 4)
-    block_m = tile(queries, block_m)
+    blocks = _blocks(resident, block_d, threshold)
+    block_n, block_m = tile(resident, blocks.keys), tile(queries, blocks.queries)
     rest = queries % block_m if queries > block_m else 0
-    if rest > 32 or dim not in (32, 64):  # a block of their own, with masked rows
+    if rest > blocks.turned or dim not in (32, 64):  # a block of their own, with masked rows
         rest = 0
     runtime.launch(
         attention_forward, (sequences * heads,),
@@ -277,5 +293,5 @@ def forward(
         q.stride(0), k.stride(0), out.stride(0), stride_q=q.stride(1), stride_k=k.stride(1),
         stride_o=out.stride(1), N=queries, M=keys, H=heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m,
         REST=rest, REST_BLOCK=tile(rest, 32), BLOCK_N=block_n, CHUNKS=triton.cdiv(resident, block_n),
-        TAIL=tail, threshold=threshold, num_warps=num_warps,
+        TAIL=tail, threshold=threshold, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip

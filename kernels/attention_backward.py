@@ -12,6 +12,8 @@ The key bias has no gradient: it shifts all scores of a query alike.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -229,7 +231,7 @@ def backward(
     keys, dim = k.shape[1], width // heads
     block_d, tail, keys_tile, count = _plan(keys, dim)
     major, _ = runtime.capability(q.device)
-    block_m, num_warps = _blocks(keys_tile, block_d, threshold, wgmma=major in (9, 10))
+    blocks = _blocks(keys_tile, block_d, threshold, wgmma=major in (9, 10))
     parts_of_dq, delta = dq[None], None
     if normaliser is not None:
         size = (sequences * heads * count, 2, queries)
@@ -243,8 +245,9 @@ def backward(
         parts_of_dq.stride(1), parts_of_dq.stride(0), dk.stride(0), stride_q=q.stride(1),
         stride_k=k.stride(1), stride_do=d_out.stride(1), stride_out=out.stride(1),
         stride_dq=parts_of_dq.stride(2), stride_dk=dk.stride(1), N=queries, M=keys, H=heads, D=dim,
-        BLOCK_D=block_d, BLOCK_M=min(block_m, tile(queries, 64)), PREPARED=32, KEYS=keys_tile,
-        PARTS=count, TAIL=tail, threshold=threshold, num_warps=num_warps,
+        BLOCK_D=block_d, BLOCK_M=min(blocks.queries, tile(queries, 64)), PREPARED=blocks.prepared,
+        KEYS=keys_tile, PARTS=count, TAIL=tail, threshold=threshold, num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )  # fmt: skip
     if count > 1:
         dq.copy_(parts_of_dq.sum(0))
@@ -265,9 +268,18 @@ def _plan(keys: int, dim: int) -> tuple[int, bool, int, int]:
     return block_d, tail, keys_tile, triton.cdiv(resident, keys_tile)
 
 
-def _blocks(keys_tile: int, block_d: int, threshold: int, *, wgmma: bool) -> tuple[int, int]:
-    """Queries of a block and warps: as many as registers hold beside the gradients of keys and values."""
+class Blocks(NamedTuple):
+    """Queries of a block, queries whose row sums are made at a time before; the launch."""
+
+    queries: int
+    prepared: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def _blocks(keys_tile: int, block_d: int, threshold: int, *, wgmma: bool) -> Blocks:
+    """As many queries as registers hold beside the gradients of keys and values."""
     if keys_tile <= 64:
-        return 64, 4 if keys_tile * block_d <= 64 * (64 if wgmma else 32) else 8
+        return Blocks(64, 32, num_warps=4 if keys_tile * block_d <= 64 * (64 if wgmma else 32) else 8)
     crowded = threshold > 0 and block_d >= 64
-    return 16 if crowded else 32, 4 if keys_tile <= 128 and block_d <= 32 else 8
+    return Blocks(16 if crowded else 32, 32, num_warps=4 if keys_tile <= 128 and block_d <= 32 else 8)

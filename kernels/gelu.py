@@ -10,6 +10,7 @@ from lmim_fast.kernels.dropout import keep_tile
 from lmim_fast.kernels.rows import as_rows, padded_width
 from torch import Tensor
 
+NUM_WARPS = 4
 MAX_BLOCK = 512  # columns of a program; divides the hidden widths 1536, 2048 and 3072
 FORWARD_TILE = 4096  # values: 32 a thread, so four 16-byte loads of bf16 are in flight
 BACKWARD_TILE = 2048  # values: 16 a thread of both inputs
@@ -147,7 +148,7 @@ def forward(x: Tensor, bias: Tensor, seed: Tensor | None, threshold: int) -> Ten
         out,
         x.stride(0),
         rows,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         F=width,
         THRESHOLD=threshold,
         EXACT=x.dtype == torch.float32,
@@ -191,7 +192,7 @@ def backward(
         grad.stride(0),
         x.stride(0),
         rows,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         F=width,
         THRESHOLD=threshold,
         EXACT=x.dtype == torch.float32,

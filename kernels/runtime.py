@@ -21,6 +21,7 @@ class Launch:
     """One launch of a kernel, as it would be compiled."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
@@ -71,7 +72,7 @@ def launch(
         constants:  the kernel's constexpr arguments.
     """
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, arguments, constants, num_warps, num_stages))
+        _recording.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
         return
     if 0 in grid:
         return

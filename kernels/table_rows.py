@@ -14,6 +14,7 @@ from lmim_fast.kernels import runtime
 from lmim_fast.kernels.rows import padded_width
 from torch import Tensor
 
+NUM_WARPS = 4
 MAX_BLOCK = 512  # columns of a program; divides the widths 512, 1024 and 1536
 FORWARD_TILE = 4096  # values: 32 a thread, so four 16-byte loads of bf16 are in flight
 BACKWARD_TILE = 2048
@@ -129,7 +130,7 @@ def append_rows(shown: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         count,
         appended,
         patches,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         F=width,
         R=tile,
         BLOCK=block,
@@ -151,7 +152,7 @@ def table_gradient(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
         places,
         count,
         patches,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         P=searched,
         BLOCK=together,
     )
@@ -169,7 +170,7 @@ def table_gradient(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
         grad.stride(1),
         images,
         patches,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         F=width,
         P=tile,
         BLOCK=block,

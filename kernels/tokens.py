@@ -10,7 +10,14 @@ import torch
 import triton
 import triton.language as tl
 from lmim_fast.kernels import runtime
-from lmim_fast.kernels.table_rows import BACKWARD_TILE, FORWARD_TILE, gather_tile, side_by_side, tile_shape
+from lmim_fast.kernels.table_rows import (
+    BACKWARD_TILE,
+    FORWARD_TILE,
+    NUM_WARPS,
+    gather_tile,
+    side_by_side,
+    tile_shape,
+)
 from torch import Tensor
 
 PROGRAMS = 4  # per multiprocessor, that sum
@@ -141,7 +148,7 @@ def decoder_tokens(
         images,
         kept,
         masked,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         D=width,
         R=tile,
         BLOCK=block,
@@ -187,7 +194,7 @@ def decoder_tokens_backward(
         images,
         shown,
         tokens,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         D=width,
         R=tile,
         BLOCK=block,

@@ -1,0 +1,186 @@
+"""Tries launch configurations of the kernels: what the compiler makes of them, and what they take on a GPU.
+
+    python -m benchmarks.tune [--only REGEX] [--batch 512] [--seconds N] [--results FILE] [--jobs N]
+    python -m benchmarks.tune --static [--arch sm_90]                                 # needs no GPU
+
+The studies are in `benchmarks/tune_studies.py`. All configurations of an operation are captured first and
+then replayed in turn, so that they meet the same clocks; each is held against plain PyTorch before, at a
+batch of 16. What does not compile, does not launch or is wrong is told too. Nothing is changed: the best
+values are entered into kernels/ by hand. Exit code 1 where a shipped configuration failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ceilings, floors, harness, operations
+from benchmarks.harness import Operation
+from benchmarks.machine import describe
+from benchmarks.static import without_interpreter
+from benchmarks.static_build import ARCHES
+from benchmarks.tune_static import Compiled, compile_attempts
+from benchmarks.tune_studies import SHIPPED
+
+ROUNDS = 20
+CHECKED_BATCH = 16
+MOST_SPILLED = 128  # bytes a thread: a few may be worth what they buy
+_FIELDS = ("kernel", "registers", "spilled", "shared", "warps_per_multiprocessor")
+
+Row = dict[str, Any]
+
+
+def described(compiled: Compiled) -> Row:
+    """What is known of an attempt before it is run."""
+    study, trial, candidate = compiled.attempt
+    kernels = [
+        {name: value for name, value in report.as_json().items() if name in _FIELDS}
+        for report in compiled.reports
+    ]
+    row: Row = dict(study=study.name, idea=study.idea, case=trial.case, direction=study.direction)
+    row |= dict(candidate=candidate.label, kernels=kernels)
+    broken = [text for report in compiled.reports for text in report.failures if "spills" not in text]
+    if (spilled := max((report.spilled for report in compiled.reports), default=0)) > MOST_SPILLED:
+        broken.append(f"spills {spilled} bytes a thread: not run")
+    return row | ({"failure": broken[0]} if broken else {})
+
+
+def timed(group: Sequence[Compiled], batch: int) -> Iterator[Row]:
+    """Rows of all configurations of one study on one operation; a row without times has a failure."""
+    study, trial, _ = group[0].attempt
+    operation, small = (find(trial.operation, size) for size in (batch, CHECKED_BATCH))
+    rows = [described(compiled) | dict(operation=operation.name, sizes=operation.sizes) for compiled in group]
+    copies = harness.copies_of(operation)
+    rounds: list[tuple[Row, Callable[[], None], int]] = []
+    for compiled, row in zip(group, rows, strict=True):
+        if "failure" in row:
+            continue
+        with compiled.attempt.candidate.applied():
+            try:
+                harness.hold(small, study.variant)
+                rounds.append(
+                    (row, *harness.round_of(operation.ours[study.variant], copies, study.direction))
+                )
+            except torch.AcceleratorError:
+                raise  # whatever followed would fail
+            except Exception as error:  # Triton has no one class for what its compiler and launcher raise
+                row["failure"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    stages = harness.stages_of(operation, study.direction)
+    floor = floors.floor_seconds(stages, ceilings.measure(harness.DEVICE, harness.DTYPE))
+    for row, microseconds in zip((row for row, _, _ in rounds), _in_turn(rounds), strict=True):
+        median = statistics.median(microseconds)
+        row |= dict(floor_us=floor * 1e6, percent_of_floor=100e6 * floor / median, microseconds=microseconds)
+    yield from rows
+
+
+def _in_turn(rounds: Sequence[tuple[Row, Callable[[], None], int]]) -> list[list[float]]:
+    """Microseconds a call in each round; the first round does not count."""
+    times: list[list[float]] = [[] for _ in rounds]
+    for _ in range(ROUNDS + 1):
+        for found, (_, replay, repetitions) in zip(times, rounds, strict=True):
+            start = time.perf_counter()
+            replay()
+            found.append((time.perf_counter() - start) / repetitions * 1e6)
+    return [found[1:] for found in times]
+
+
+def find(pattern: str, batch: int) -> Operation:
+    """The operation of the sweep that a trial names."""
+    wanted = pattern.replace("{B}", str(batch))
+    found = [operation for operation in operations.every(batch) if re.search(wanted, str(operation))]
+    if len(found) != 1:
+        raise LookupError(f"{wanted} names {len(found)} operations, not one: {', '.join(map(str, found))}")
+    return found[0]
+
+
+def measure(compiled: Sequence[Compiled], batch: int, deadline: float) -> Iterator[Row]:
+    """Rows of all attempts, told as they come; those begun after the deadline are left out."""
+    groups = [list(group) for _, group in groupby(compiled, key=lambda one: one.attempt[:2])]
+    for number, group in enumerate(groups):
+        if time.monotonic() > deadline:
+            print(f"tune: time is up, {len(groups) - number} of {len(groups)} are left out", file=sys.stderr)
+            return
+        for row in timed(group, batch):
+            print(told(row), flush=True)
+            yield row
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def write(path: Path, rows: list[Row], arch: str, *, static: bool) -> None:
+    """The results as JSON; without a GPU the device is the arch that was compiled for."""
+    result = dict(benchmark="tune", **describe(torch.device("cpu") if static else harness.DEVICE))
+    if static:
+        result["device"] = arch
+    else:
+        result["ceilings"] = vars(ceilings.measure(harness.DEVICE, harness.DTYPE))
+    path.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def told(row: Row) -> str:
+    """A line for the terminal."""
+    resources = [
+        f"{one['registers']} registers, {one['warps_per_multiprocessor']} warps/SM" for one in row["kernels"]
+    ]
+    spilled = sum(one["spilled"] for one in row["kernels"])
+    text = f"{row['study']} | {row['case']} | {row['candidate']} | {'; '.join(resources)}"
+    text += f", spills {spilled}" if spilled else ""
+    if "microseconds" in row:
+        median = statistics.median(row["microseconds"])
+        text += f" | {median:.1f} us, {row['percent_of_floor']:.0f}% of the floor"
+    return text + (f" | FAILED {row['failure']}" if "failure" in row else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="a regular expression for the names of studies")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no study is begun after them")
+    parser.add_argument("--static", action="store_true", help="compile only")
+    parser.add_argument("--arch", choices=list(ARCHES), help="with --static; default: sm_90")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compiling processes")
+    parser.add_argument("--results", type=Path, help="write all rows into this JSON file")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    without_interpreter()
+    if not args.static and not torch.cuda.is_available():
+        print(f"tune: torch {torch.__version__} sees no CUDA device; --static needs none", file=sys.stderr)
+        return 1
+    arch = args.arch or "sm_90"
+    if not args.static:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        if arch not in ARCHES:
+            print(f"tune: there are no limits for {arch}, only for {', '.join(ARCHES)}", file=sys.stderr)
+            return 1
+    compiled = compile_attempts(args.only, arch, args.jobs)
+    rows: list[Row] = []
+    try:
+        if args.static:
+            for row in map(described, compiled):
+                rows.append(row)
+                print(told(row), flush=True)
+        else:
+            for row in measure(list(compiled), args.batch, start + args.seconds):
+                rows.append(row)
+    finally:  # also what was measured before an interruption
+        if args.results and rows:
+            write(args.results, rows, arch, static=args.static)
+    return int(any(row["candidate"] == SHIPPED and "failure" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

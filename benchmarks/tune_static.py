@@ -1,0 +1,102 @@
+"""What the compiler makes of the configurations of studies, from all cores; needs no GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+from lmim_fast.kernels import runtime
+
+from benchmarks import operations, static_build, static_cases
+from benchmarks.static_build import Build, Report
+from benchmarks.tune_studies import Candidate, Study, Trial, studies
+
+
+class Attempt(NamedTuple):
+    """A configuration on an operation."""
+
+    study: Study
+    trial: Trial
+    candidate: Candidate
+
+
+class Compiled(NamedTuple):
+    """An attempt, and the kernels of the study that it launches."""
+
+    attempt: Attempt
+    reports: list[Report]
+
+
+def compile_attempts(only: str, arch: str, jobs: int) -> Iterator[Compiled]:
+    """Attempts of the studies whose names match, in order; what several of them launch is compiled once.
+
+    An attempt that launches what an earlier one of its study and trial does is left out.
+    """
+    recorded = _record(only, arch)
+    builds = _distinct(recorded)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _prepare, (only, arch)) as pool:
+        found = zip(builds, pool.map(partial(_compile, arch), range(len(builds))), strict=True)
+        reports: dict[str, Report] = {}
+        for attempt, own in recorded:
+            while any(build.key not in reports for build in own):
+                key, report = next(found)
+                reports[key] = report
+            yield Compiled(attempt, [reports[build.key] for build in own])
+
+
+def _record(only: str, arch: str) -> list[tuple[Attempt, list[Build]]]:
+    number, target = int(arch.removeprefix("sm_")), static_build.target_of(arch)
+    cases = list(static_cases.cases())
+    recorded = []
+    for study in studies(only):
+        for trial in study.trials:
+            calls = [call for label, call in cases if re.search(trial.case, label)]
+            seen: set[str] = set()
+            for candidate in study.candidates():
+                with candidate.applied(), runtime.recording((number // 10, number % 10)) as recording:
+                    for call in calls:
+                        call()
+                launches = [one for one in recording.launches if study.changes(one.kernel)]
+                if not launches:
+                    raise RuntimeError(f"no case for {study.name}: {trial.case}")
+                told = [
+                    (
+                        operations.kernel_name(one.kernel),
+                        one.grid,
+                        one.constants,
+                        one.num_warps,
+                        one.num_stages,
+                    )
+                    for one in launches
+                ]
+                if str(told) not in seen:
+                    seen.add(str(told))
+                    builds = [static_build.specialise(launch, target) for launch in launches]
+                    recorded.append((Attempt(study, trial, candidate), builds))
+    return recorded
+
+
+def _distinct(recorded: list[tuple[Attempt, list[Build]]]) -> dict[str, Build]:
+    """What there is to compile, in the order in which it is wanted."""
+    builds: dict[str, Build] = {}
+    for _, own in recorded:
+        for build in own:
+            builds.setdefault(build.key, build)
+    return builds
+
+
+_builds: list[Build] = []  # of a worker process
+
+
+def _prepare(only: str, arch: str) -> None:
+    """Record all launches in a worker: kernels do not travel between processes."""
+    _builds[:] = _distinct(_record(only, arch)).values()
+
+
+def _compile(arch: str, number: int) -> Report:
+    return static_build.compile_build(_builds[number], arch)

@@ -1,0 +1,206 @@
+"""Launch configurations that are tried: what is changed, compiled, measured and told."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lmim_fast.kernels import attention, gelu
+from torch import Tensor
+
+from benchmarks import floors, operations, static_cases, tables, tune
+from benchmarks.harness import Operation
+from benchmarks.static_build import Report
+from benchmarks.tune_static import Attempt, Compiled
+from benchmarks.tune_studies import SHIPPED, Candidate, Study, Trial, studies
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
+def test_a_study_names_what_there_is(study: Study) -> None:
+    """Each name is one of a kernel's module, each trial one operation at both batches and its launches."""
+    labels = [label for label, _ in static_cases.cases()]
+    for trial in study.trials:
+        assert sum(bool(re.search(trial.case, label)) for label in labels) == 1, trial.case
+        for batch in (512, tune.CHECKED_BATCH):
+            assert study.variant in tune.find(trial.operation, batch).ours
+    candidates = study.candidates()
+    assert candidates[0] == Candidate(SHIPPED, {})
+    assert len({candidate.label for candidate in candidates}) == len(candidates)
+    for candidate in candidates:
+        with candidate.applied():
+            pass
+
+
+def test_studies_are_chosen_by_name() -> None:
+    assert [study.name for study in studies("^attention")] == ["attention backward", "attention forward"]
+
+
+def test_an_operation_that_is_not_one_is_an_error() -> None:
+    with pytest.raises(LookupError, match="names 0 operations"):
+        tune.find("nothing B{B}", 16)
+    with pytest.raises(LookupError, match=r"names \d+ operations, not one: self_attention"):
+        tune.find("^self_attention", 16)
+
+
+def test_changes_are_in_force_inside_alone() -> None:
+    before, blocks = gelu.FORWARD_TILE, attention.Blocks(16, 0, 64, 4)
+    shipped = attention._blocks(256, 64, 0)
+    with Candidate("", {"gelu.FORWARD_TILE": 1, "attention._blocks()": blocks}).applied():
+        assert gelu.FORWARD_TILE == 1
+        assert attention._blocks(256, 64, threshold=0) == blocks
+    assert before == gelu.FORWARD_TILE
+    assert attention._blocks(256, 64, 0) == shipped != blocks
+    with pytest.raises(AttributeError, match="NOTHING"), Candidate("", {"gelu.NOTHING": 1}).applied():
+        pass
+
+
+def test_values_are_tried_in_all_combinations_and_named() -> None:
+    grid = {"gelu.MAX_BLOCK": (256, 512), "attention._blocks()": [attention.Blocks(16, 0, 64, 4)]}
+    found = Study("", "", (), grid).candidates()
+    blocks = "queries=16, turned=0, keys=64, num_warps=4, num_stages=1"
+    assert [one.label for one in found] == [SHIPPED, f"MAX_BLOCK=256, {blocks}", f"MAX_BLOCK=512, {blocks}"]
+    assert found[1].changes == {"gelu.MAX_BLOCK": 256, "attention._blocks()": attention.Blocks(16, 0, 64, 4)}
+
+
+def test_without_a_gpu_configurations_are_compiled_once_and_told(tmp_path: Path) -> None:
+    """Of six combinations one is what is shipped."""
+    path = tmp_path / "tune.json"
+    command = [sys.executable, "-m", "benchmarks.tune", "--static", "--only", "tokens forward", "--jobs", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [*command, "--results", str(path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(path.read_text())
+    assert found["device"] == "sm_90"
+    rows = found["rows"]
+    assert [row["candidate"] for row in rows] == [
+        SHIPPED,
+        "FORWARD_TILE=2048, NUM_WARPS=4",
+        "FORWARD_TILE=2048, NUM_WARPS=8",
+        "FORWARD_TILE=4096, NUM_WARPS=8",
+        "FORWARD_TILE=8192, NUM_WARPS=4",
+        "FORWARD_TILE=8192, NUM_WARPS=8",
+    ]
+    names = [[kernel["kernel"] for kernel in row["kernels"]] for row in rows]
+    assert all("lmim_fast.kernels.tokens:_decoder_tokens" in found for found in names)
+    forward = [row["kernels"][names[0].index("lmim_fast.kernels.tokens:_decoder_tokens")] for row in rows]
+    assert forward[4]["registers"] > forward[1]["registers"] > 0
+    assert len(result.stdout.splitlines()) == 6
+    page = tables.tune(found)
+    assert "### decoder tokens forward: bytes in flight\n\ntokens decoder .* bfloat16, forward\n" in page
+    assert "| FORWARD_TILE=8192, NUM_WARPS=4 |  |  |  |" in page
+
+
+def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.randn(64, 32, dtype=dtype).requires_grad_(),)
+
+
+def form(x: Tensor, seed: Tensor | None = None) -> Tensor:
+    if gelu.FACTOR is None:
+        raise ValueError("out of resources")
+    return 2 * x * gelu.FACTOR
+
+
+def twice(batch: int) -> Operation:
+    sizes = dict(model="test", batch=batch, tokens=64, p=0.0)
+    passes = lambda itemsize, training: floors.layer_norm(64, 32, itemsize, itemsize)  # noqa: E731
+    return Operation("twice", sizes, inputs, lambda x: 2 * x, {"ours": form}, passes)
+
+
+def group(
+    monkeypatch: pytest.MonkeyPatch, *candidates: tuple[str, dict[str, Any], list[Report]]
+) -> list[Compiled]:
+    monkeypatch.setattr(operations, "every", lambda batch: [twice(batch)])
+    monkeypatch.setattr(gelu, "FACTOR", 1.0, raising=False)
+    study = Study("doubling", "nothing", (), {}, direction="forward+backward")
+    trial = Trial("^twice test B{B} N64$", "^case$")
+    return [
+        Compiled(Attempt(study, trial, Candidate(label, changes)), reports)
+        for label, changes, reports in candidates
+    ]
+
+
+def report(**values: Any) -> Report:
+    return Report("lmim_fast.kernels.gelu:_forward", "", [], **values)
+
+
+def test_configurations_are_checked_and_timed_in_turn_and_failures_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = group(
+        monkeypatch,
+        (SHIPPED, {}, [report(registers=40, warps_per_multiprocessor=32)]),
+        ("wrong", {"gelu.FACTOR": 1.01}, []),
+        ("failing", {"gelu.FACTOR": None}, []),
+        ("uncompiled", {}, [report(failures=["does not compile: X"])]),
+        ("spilling a little", {}, [report(spilled=8, failures=["spills 8 bytes a thread"])]),
+        ("spilling", {}, [report(spilled=999, failures=["spills 999 bytes a thread"])]),
+    )
+    rows = list(tune.measure(found, 4, float("inf")))
+    by_label = {row["candidate"]: row for row in rows}
+    assert list(by_label) == [one.attempt.candidate.label for one in found]
+    for label in (SHIPPED, "spilling a little"):
+        row = by_label[label]
+        assert "failure" not in row
+        assert len(row["microseconds"]) == tune.ROUNDS
+        assert min(row["microseconds"]) > 0
+        assert row["floor_us"] > 0
+        assert row["sizes"]["batch"] == 4
+    assert by_label["wrong"]["failure"].startswith("AssertionError: tensor 0 is wrong")
+    assert by_label["failing"]["failure"] == "ValueError: out of resources"
+    assert by_label["uncompiled"]["failure"] == "does not compile: X"
+    assert by_label["spilling"]["failure"] == "spills 999 bytes a thread: not run"
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"doubling \| \^case\$ \| shipped \| 40 registers, 32 warps/SM \| \d+\.\d us, \d+%", lines[0]
+    )
+    assert lines[2].endswith("FAILED ValueError: out of resources")
+
+    path = tmp_path / "tune.json"
+    tune.write(path, rows, "sm_90", static=False)
+    page = tables.render(tmp_path)
+    assert "### doubling: nothing\n\ntwice test B4 N64, forward+backward\n" in page
+    shipped = next(line for line in page.splitlines() if line.startswith("| shipped |"))
+    assert "| 1.00x |" in shipped
+    assert shipped.endswith("| 40 | 0 | 32 |  |")
+    assert "| wrong |  |  |  |  |  |  | AssertionError: tensor 0 is wrong" in page
+    order = [
+        line.split(" | ")[0] for line in page.splitlines() if re.match(r"\| (shipped|wrong|spilling)", line)
+    ]
+    assert order[-2:] == ["| wrong", "| spilling"]
+
+
+def test_no_study_is_begun_after_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = group(monkeypatch, (SHIPPED, {}, []))
+    assert list(tune.measure(found, 4, -1.0)) == []
+    assert capsys.readouterr().err == "tune: time is up, 1 of 1 are left out\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_only_compiling_is_offered() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tune"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "sees no CUDA device; --static needs none" in result.stderr
