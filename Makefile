@@ -58,9 +58,10 @@ static: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tables
 
-# What needs a CUDA device, with this machine's own Python: tests, operations, whole steps, into RESULTS.
+# What needs a CUDA device, with this machine's own Python, into RESULTS: tests, compute-sanitizer, operations,
+# whole steps, launch configurations. PARTS="ops tune" runs these alone, LIMIT=1800 gives them all half an hour.
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(RESULTS)
+	$(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) $(if $(PARTS),--parts $(PARTS)) $(if $(LIMIT),--seconds $(LIMIT))
 
 clean:
 	rm -rf .venv build *.egg-info lmim_fast/*.so

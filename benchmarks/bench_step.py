@@ -169,7 +169,7 @@ def text(result: dict[str, Any]) -> str:
             f"{row['variant']:>12} {row['batch']:>6} {row['dropout']:>8} "
             f"{statistics.median(row['milliseconds']):>9.1f} {row['images_per_second']:>9.2f} "
             f"{_percent(row['mfu']):>7} {_percent(share):>9} "
-            f"{row['peak_memory'] / 1e6:>8.0f}  "
+            f"{'-' if row['peak_memory'] is None else format(row['peak_memory'] / 1e6, '.0f'):>8}  "
             + (f"{chosen['mode']}, {chosen['attention']} attention" if chosen else "")
         )
     for row in result.get("parts", []):

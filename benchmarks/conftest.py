@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import types
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from benchmarks.machine import describe
 from benchmarks.operations import SCRIPTS
 
 collect_ignore = [f"{name}.py" for name in SCRIPTS]
+
+
+_WRITE_SECONDS = 10.0
+_written = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,22 +47,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The leading size first, then the batches in the order asked for and the models in theirs."""
+    """The batches in the order asked for; of each the leading sizes first, then the models in their order."""
     names = [model.name for model in shapes.MODELS]
 
-    def rank(item: pytest.Item) -> tuple[bool, int, int]:
+    def rank(item: pytest.Item) -> tuple[int, bool, int]:
         callspec = getattr(item, "callspec", None)
         operation: harness.Operation | None = callspec and callspec.params.get("operation")
         if operation is None:
-            return False, 0, 0
+            return -1, False, 0
         batch = config.option.batches.index(operation.sizes["batch"])
-        return not operation.leading, batch, names.index(operation.sizes["model"])
+        return batch, not operation.leading, names.index(operation.sizes["model"])
 
     items.sort(key=rank)
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What is measured stays, however the run ends."""
+    global _written
+    if time.monotonic() - _written > _WRITE_SECONDS:
+        _write(item.config)
+        _written = time.monotonic()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path: Path | None = session.config.option.results
+    _write(session.config)
+
+
+def _write(config: pytest.Config) -> None:
+    path: Path | None = config.option.results
     if path is None or not harness.rows:
         return
     measured = ceilings.measure(harness.DEVICE, harness.DTYPE)
@@ -67,4 +84,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         ceilings=vars(measured),
         rows=harness.rows,
     )
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)

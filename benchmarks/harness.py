@@ -7,6 +7,7 @@ Our forms are held against plain PyTorch before they are timed.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import statistics
@@ -36,6 +37,7 @@ _ROUNDS = {"cuda": 20, "cpu": 5}
 _ROUND_SECONDS = {"cuda": 3e-3, "cpu": 5e-3}  # far above a launch, a wait, and the clock
 _MOST_REPETITIONS = 200
 _CPU_CACHE = 32 * 2**20
+_MOST_COPIES = 64
 _LETTERS = {"batch": "B", "tokens": "N", "memory": "M"}
 _IMPLIED = ("model", "width", "heads", "hidden")
 
@@ -237,11 +239,14 @@ def _copy(operation: Operation) -> Copy:
 
 
 def _copy_count(operation: Operation) -> int:
-    """Copies of the inputs that together are far beyond the cache: on CUDA three times as large."""
+    """Copies of the inputs that together are far beyond the cache: on CUDA three times as large.
+
+    Inputs of a few bytes, whose operation takes a launch's time, are not copied so often.
+    """
     size = sum(tensor.nbytes for tensor in operation.inputs(DEVICE, DTYPE))
     if DEVICE.type == "cpu":
         return min(8, _CPU_CACHE // size + 1)
-    return torch.cuda.get_device_properties(DEVICE).L2_cache_size * 3 // size + 1
+    return min(_MOST_COPIES, torch.cuda.get_device_properties(DEVICE).L2_cache_size * 3 // size + 1)
 
 
 def _call(
@@ -293,6 +298,7 @@ def _round(call: Callable[[int], None], repetitions: int) -> Callable[[], None]:
     if DEVICE.type == "cpu":
         return partial(call, repetitions)
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # a tensor that is freed while a capture goes on may end it
     with torch.cuda.graph(graph):
         call(repetitions)
 

@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lmim_fast.kernels import runtime
 
 Case = tuple[str, Callable[[], object]]  # what is computed, a call of launch functions on meta tensors
@@ -120,6 +122,7 @@ def specialise(launch: runtime.Launch, target: Any) -> Build:
     kernel, backend = launch.kernel, make_backend(target)
     if not hasattr(kernel, "_pack_args"):
         raise RuntimeError(f"{kernel} was made for Triton's interpreter: run without TRITON_INTERPRET")
+    runtime.settle_key(kernel)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
     bound, specialization, options = bind(*launch.arguments, **launch.constants, **options)
@@ -166,7 +169,19 @@ def compile_build(build: Build, arch: str) -> Report:
         report.failures.append(f"does not compile: {type(error).__name__}: {str(error).strip()[:500]}")
         return report
     _measure(report, compiled, ARCHES[arch])
+    if torch.cuda.is_available():
+        _build_launcher(compiled)
     return report
+
+
+def _build_launcher(compiled: Any) -> None:
+    """What a first launch would build besides: Triton 3.6 compiles a C function for each signature."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.launcher_cls(compiled.src, compiled.metadata)
+    except Exception as error:  # it would only have saved the first launch some time
+        print(f"no launcher for {compiled.src.fn.__name__}: {error}", file=sys.stderr)
 
 
 def _measure(report: Report, compiled: Any, limits: Limits) -> None:

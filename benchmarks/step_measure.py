@@ -63,7 +63,8 @@ class _Lane:
 class Comparison:
     """Variants side by side on one setting after another.
 
-    `rows`, `parts`, `failed` and `product_rates` are JSON-ready, and hold what is measured by then.
+    `rows`, `parts`, `failed` and `product_rates` are JSON-ready, and hold what is measured by then. Where the
+    run is interrupted, rows of the rounds until then have no peak memory.
 
     Args:
         variants: names in the order of a round.
@@ -99,7 +100,7 @@ class Comparison:
         self._search, self._parts, self._ceilings = search, parts, ceilings
 
     def run(self) -> None:
-        """Measure. What is compiled is compiled first, for all settings at once: that takes longest."""
+        """Measure steps, then parts. What is compiled is compiled first, for all settings at once."""
         early = {
             (variant, setting): self._lane(variant, setting)
             for setting in self._settings
@@ -113,8 +114,8 @@ class Comparison:
         for setting in self._settings:
             lanes = [early.get((name, setting)) or self._lane(name, setting) for name in self._variants]
             self._compare(lanes)
-            if self._parts:
-                self._measure_parts(setting)
+        for setting in self._settings if self._parts else ():
+            self._measure_parts(setting)
 
     def _lane(self, variant: str, setting: Setting) -> _Lane:
         request = Request(variant, setting, candidates(setting.device, self._search), self._search)
@@ -125,7 +126,27 @@ class Comparison:
         for lane in lanes:  # one after the other: their first steps together might not fit
             if lane.prepared is None:
                 lane.prepared = lane.ask("prepare")
-        products, rates = self._serve_products(lanes[0].request.setting), list[float]()
+        rates: list[float] = []
+        try:
+            self._alternate(lanes, rates)
+        except KeyboardInterrupt:  # what is measured counts; no order is given to processes amid another one
+            for lane in lanes:
+                if lane.error is None and lane.milliseconds:
+                    self.rows.append(self._row(lane, None, rates))
+            raise
+        finally:
+            self.product_rates += rates
+        for lane in lanes:
+            memory = self._memory(lane)
+            lane.worker.end()
+            if lane.error is None:
+                self.rows.append(self._row(lane, memory, rates))
+            else:
+                self._note(lane.request.variant, lane.request.setting, lane.error)
+
+    def _alternate(self, lanes: list[_Lane], rates: list[float]) -> None:
+        """All rounds; the times go to the lanes, the rates of products into `rates`."""
+        products = self._serve_products(lanes[0].request.setting)
         for number in range(self._warmup + self._rounds):
             for lane in lanes:
                 milliseconds = lane.ask("turn")
@@ -143,14 +164,6 @@ class Comparison:
                 rates.append(rate)
         if products:
             products.end()
-        self.product_rates += rates
-        for lane in lanes:
-            memory = self._memory(lane)
-            lane.worker.end()
-            if lane.error is None:
-                self.rows.append(self._row(lane, memory, rates))
-            else:
-                self._note(lane.request.variant, lane.request.setting, lane.error)
 
     def _serve_products(self, setting: Setting) -> Worker | None:
         dtype = torch.bfloat16 if setting.low else torch.float32

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -173,6 +174,7 @@ def _prepare_compiled(trainee: Trainee, tries: Sequence[Candidate], search: bool
     fastest: dict[Candidate, float] = {}
     for candidate in tries:
         try:
+            probe(candidate.attention, trainee.setting)
             run = _compile(trainee, plain, candidate)
             times = [_milliseconds(run, trainee.device) for _ in range(_SEARCH_STEPS if search else 0)]
         except Exception as error:  # the compiler and the backends raise whatever they like
@@ -192,6 +194,29 @@ def _prepare_compiled(trainee: Trainee, tries: Sequence[Candidate], search: bool
         torch.cuda.reset_peak_memory_stats(trainee.device)
         run()
     return Prepared(run, best, searched)
+
+
+def probe(attention: str, setting: Setting) -> None:
+    """Run this attention on all shapes of a step, a few sequences each: compiling takes far longer.
+
+    Raises:
+        RuntimeError: it does not take one of them.
+    """
+    if attention not in _ATTENTION:
+        return
+    config, dtype = setting.config, torch.bfloat16 if setting.low else torch.float32
+    shown, tokens = config.num_visible + 1, config.num_patches + 1
+    encoder = config.heads, config.width // config.heads, 0.0
+    decoder = config.decoder_heads, config.decoder_width // config.decoder_heads, config.decoder_dropout
+    shapes = [(shown, shown, encoder), (tokens, tokens, encoder), (tokens, tokens, decoder)]
+    for queries, keys, (heads, dim, p) in [*shapes, (tokens - shown, tokens, decoder)]:
+        q, k, v = (
+            torch.randn(2, heads, count, dim, device=setting.device, dtype=dtype).requires_grad_()
+            for count in (queries, keys, keys)
+        )
+        with sdpa_kernel([_ATTENTION[attention]]):
+            F.scaled_dot_product_attention(q, k, v, dropout_p=p).sum().backward()
+    synchronise(torch.device(setting.device))
 
 
 def _compile(trainee: Trainee, plain: Callable[..., Tensor], candidate: Candidate) -> Callable[[], None]:

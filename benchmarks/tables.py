@@ -57,7 +57,7 @@ def step(result: dict[str, Any]) -> str:
                 f"{milliseconds:,.1f}",
                 f"{1e3 * row['batch'] / milliseconds:,.2f}",
                 *("" if part is None else f"{part:.0%}" for part in (mfu, share)),
-                f"{row['peak_memory'] / 1e6:,.0f}",
+                "" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:,.0f}",
                 f"{baseline / milliseconds:.2f}x",
                 f"{chosen['mode']}, {chosen['attention']} attention" if chosen else "",
             ]

@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,13 @@ def find(pattern: str, batch: int) -> Operation:
     return found[0]
 
 
-def measure(compiled: Sequence[Compiled], batch: int, deadline: float) -> Iterator[Row]:
-    """Rows of all attempts, told as they come; those begun after the deadline are left out."""
-    groups = [list(group) for _, group in groupby(compiled, key=lambda one: one.attempt[:2])]
-    for number, group in enumerate(groups):
+def measure(compiled: Iterable[Compiled], batch: int, deadline: float) -> Iterator[Row]:
+    """Rows of all attempts; no operation is begun after the deadline."""
+    for (study, trial), group in groupby(compiled, key=lambda one: one.attempt[:2]):
         if time.monotonic() > deadline:
-            print(f"tune: time is up, {len(groups) - number} of {len(groups)} are left out", file=sys.stderr)
+            print(f"tune: time is up before {study.name}, {trial.case}", file=sys.stderr)
             return
-        for row in timed(group, batch):
-            print(told(row), flush=True)
-            yield row
+        yield from timed(list(group), batch)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -169,13 +166,10 @@ def main(argv: list[str] | None = None) -> int:
     compiled = compile_attempts(args.only, arch, args.jobs)
     rows: list[Row] = []
     try:
-        if args.static:
-            for row in map(described, compiled):
-                rows.append(row)
-                print(told(row), flush=True)
-        else:
-            for row in measure(list(compiled), args.batch, start + args.seconds):
-                rows.append(row)
+        deadline = start + args.seconds
+        for row in map(described, compiled) if args.static else measure(compiled, args.batch, deadline):
+            rows.append(row)
+            print(told(row), flush=True)
     finally:  # also what was measured before an interruption
         if args.results and rows:
             write(args.results, rows, arch, static=args.static)

@@ -32,14 +32,16 @@ class Compiled(NamedTuple):
 
 
 def compile_attempts(only: str, arch: str, jobs: int) -> Iterator[Compiled]:
-    """Attempts of the studies whose names match, in order; what several of them launch is compiled once.
+    """Attempts of the studies whose names match, in order, while the next ones are compiled.
 
-    An attempt that launches what an earlier one of its study and trial does is left out.
+    What several of them launch is compiled once. An attempt that launches what an earlier one of its study
+    and trial launches is left out.
     """
     recorded = _record(only, arch)
     builds = _distinct(recorded)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _prepare, (only, arch)) as pool:
+    pool = ProcessPoolExecutor(jobs, context, _prepare, (only, arch))
+    try:
         found = zip(builds, pool.map(partial(_compile, arch), range(len(builds))), strict=True)
         reports: dict[str, Report] = {}
         for attempt, own in recorded:
@@ -47,6 +49,8 @@ def compile_attempts(only: str, arch: str, jobs: int) -> Iterator[Compiled]:
                 key, report = next(found)
                 reports[key] = report
             yield Compiled(attempt, [reports[build.key] for build in own])
+    finally:  # who reads no further does not wait for the rest
+        pool.shutdown(cancel_futures=True)
 
 
 def _record(only: str, arch: str) -> list[tuple[Attempt, list[Build]]]:

@@ -76,10 +76,30 @@ def launch(
         return
     if 0 in grid:
         return
+    settle_key(kernel)
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+_settled: set[int] = set()  # ids of functions, which live as long as the process
+
+
+def settle_key(kernel: Any) -> None:
+    """Have the functions that `kernel` calls get their keys in Triton's cache before its own; once each.
+
+    Triton 3.6 makes a key of those global constants that the called functions have told of by then. So it
+    would depend on what ran before, and a process would compile what another one has compiled already.
+    """
+    if id(kernel) in _settled or not hasattr(type(kernel), "cache_key"):  # the interpreter has none
+        return
+    _settled.add(id(kernel))
+    for name in kernel.fn.__code__.co_names:
+        called = kernel.fn.__globals__.get(name)
+        if type(called) is type(kernel):
+            settle_key(called)
+    kernel.cache_key  # noqa: B018 - computed at the first access
 
 
 def capability(device: torch.device) -> tuple[int, int]:

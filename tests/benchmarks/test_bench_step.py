@@ -146,6 +146,35 @@ def test_the_attention_of_a_candidate_is_what_its_graph_holds(
     assert all(operator in name for name in heads)
 
 
+def test_attention_that_does_not_take_a_shape_is_found_before_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU cuDNN's takes none; flash takes all, decoder and encoder, short and long."""
+    seen: list[tuple[int, ...]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
+        seen.append((*q.shape[1:], k.shape[2]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    step_variants.probe("flash", ON_CPU)
+    heads, dim = CONFIG.heads, CONFIG.width // CONFIG.heads
+    deep = CONFIG.decoder_heads, CONFIG.decoder_width // CONFIG.decoder_heads
+    assert [(row[:2], row[2:]) for row in ((h, d, n, m) for h, n, d, m in seen)] == [
+        ((heads, dim), (52, 52)),
+        ((heads, dim), (257, 257)),
+        (deep, (257, 257)),
+        (deep, (205, 257)),
+    ]
+    step_variants.probe("default", ON_CPU)
+    assert len(seen) == 4
+    monkeypatch.setattr(torch, "compile", None)  # is not reached
+    tries = [Candidate("default", "cudnn")]
+    with pytest.raises(RuntimeError, match=r"no way to compile runs.*RuntimeError: No "):
+        step_variants.prepare("compiled", ON_CPU, tries, False)
+
+
 def test_a_search_tries_every_mode_with_every_attention_and_else_only_the_default_mode() -> None:
     assert len(step_variants.candidates("cuda", search=True)) == 9
     quick = step_variants.candidates("cuda", search=False)

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_attention, compare, floors, gpu, harness, tables
+from benchmarks import bench_attention, compare, floors, harness, tables
 from benchmarks.correctness import assert_correct
 from benchmarks.harness import Operation
 
@@ -239,6 +240,48 @@ def test_a_round_has_the_calls_that_fit_into_it(seconds: float, least: int, most
     assert counts == [1, 1, 1, repetitions]
 
 
+@pytest.mark.parametrize(("values", "copies"), [(2**28, 1), (2**23, 6), (2**15, 64)])
+def test_inputs_are_copied_until_they_leave_the_cache_of_a_device_but_tiny_ones_are_not(
+    values: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 MiB of fp32 come to six copies of three times 60 MiB."""
+    properties = types.SimpleNamespace(L2_cache_size=60 * 2**20)
+    monkeypatch.setattr(harness, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    inputs = (torch.empty(values, device="meta"),)
+    assert harness._copy_count(dataclasses.replace(operation(good), inputs=lambda *_: inputs)) == copies
+
+
+def test_results_are_written_while_the_run_goes_on(tmp_path: Path) -> None:
+    """The third benchmark kills its process: what the others measured is there."""
+    path, plugin = tmp_path / "ops.json", tmp_path / "killer.py"
+    plugin.write_text(
+        "import os\nfrom benchmarks import conftest, harness\n"
+        "conftest._WRITE_SECONDS = 0.0\nmeasure = harness._measure\n"
+        "def killed(*arguments):\n"
+        "    os._exit(9) if len(harness.rows) == 2 else measure(*arguments)\n"
+        "harness._measure = killed\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [
+        "-m",
+        "pytest",
+        "benchmarks/bench_gelu.py",
+        "-p",
+        "killer",
+        "--benchmark-only",
+        "--batches",
+        "8",
+    ]
+    command += ["-k", SHORT_GELU + " and not compiled", "--results", str(path)]
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
+    assert result.returncode == 9
+    assert len(json.loads(path.read_text())["rows"]) == 2
+
+
 def test_results_of_a_round_do_not_share_memory() -> None:
     copies = [harness._copy(operation(good)) for _ in range(3)]
     for direction in harness.DIRECTIONS:
@@ -266,67 +309,3 @@ def test_a_budget_that_is_spent_skips_the_rest(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(harness, "settings", harness.Settings(budget=0.0))
     with pytest.raises(pytest.skip.Exception, match="budget of 0 s is spent"):
         harness.measure(None, operation(good), "forward", "ours")
-
-
-def test_files_with_gpu_tests_are_found_and_others_left_alone() -> None:
-    found = gpu.gpu_tests()
-    assert "tests/models/test_lmim_cuda.py" in found
-    assert "tests/data/test_pipeline_cuda.py" in found
-    assert "tests/ops/test_philox.py" not in found
-    assert "tests/benchmarks/test_harness.py" not in found
-
-
-def test_a_red_part_of_the_gpu_run_does_not_stop_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def python(code: str) -> list[str]:
-        return [sys.executable, "-c", code]
-
-    both = "import sys; print('{}'); print('log', file=sys.stderr)"
-    interrupted = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written at the end')"
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    parts = [
-        gpu.Part("kernels", python("exit(1)"), "kernels.txt", "kernels.txt", 60),
-        gpu.Part("tests", python(both.format("one failed") + "; exit(1)"), "tests.txt", "tests.txt", 60),
-        gpu.Part("ops", python(interrupted), "ops.txt", "ops.txt", 4, grace=15),
-        gpu.Part("stubborn", python(stubborn), "stubborn.txt", "stubborn.txt", 1, grace=1),
-        gpu.Part("step", python(both.format("{}")), "step.json", "step.txt", 60),
-    ]
-    (tmp_path / "step.json").write_text("of an earlier run")
-    monkeypatch.setattr(gpu, "parts", lambda results, arch: parts)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
-    monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path)])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main clears it: put back at the end
-    assert gpu.main() == 1
-    summary = (tmp_path / "summary.txt").read_text().splitlines()
-    assert summary[0].startswith("GPU X, torch ")
-    assert [line.split(",")[0] for line in summary[1:]] == [
-        "kernels: skipped",
-        "tests: RED (1)",
-        "ops: RED (stopped after 4 s)",
-        "stubborn: RED (stopped after 1 s)",
-        "step: ok",
-    ]
-    assert sorted((tmp_path / "tests.txt").read_text().splitlines()) == ["log", "one failed"]
-    assert (tmp_path / "ops.txt").read_text() == "written at the end\n"
-    assert capsys.readouterr().out.splitlines() == summary[1:]
-    assert (tmp_path / "step.json").read_text() == "{}\n"
-    assert (tmp_path / "step.txt").read_text() == "log\n"
-
-
-def test_the_gpu_run_ends_within_ten_minutes_and_leaves_seven_files(tmp_path: Path) -> None:
-    parts = gpu.parts(tmp_path, "sm_90")
-    assert sum(part.seconds + part.grace for part in parts) < 550  # starting and installing take time too
-    files = {name for part in parts for name in (part.file, part.log)} | {"summary.txt", "ops.json"}
-    assert len(files) == 7
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_the_gpu_run_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path / "results")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith("make gpu needs a CUDA device")
-    assert not (tmp_path / "results").exists()

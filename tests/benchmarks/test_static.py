@@ -111,6 +111,30 @@ def launched_kernels() -> set[str]:
     return {key for key, name in functions.items() if name not in called}
 
 
+_KEYS = """
+import json, sys
+from benchmarks import operations, static_cases
+from lmim_fast.kernels import runtime
+with runtime.recording((9, 0)) as recording:
+    for _, call in static_cases.cases():
+        call()
+kernels = {{operations.kernel_name(one.kernel): one.kernel for one in recording.launches}}
+for name in sorted(kernels, reverse={reverse}):
+    runtime.settle_key(kernels[name])
+print(json.dumps({{name: kernel.cache_key for name, kernel in sorted(kernels.items())}}))
+"""
+
+
+def test_what_is_compiled_once_is_found_again_whatever_ran_before() -> None:
+    results = [
+        run_static(code="import os; del os.environ['TRITON_INTERPRET']" + _KEYS.format(reverse=reverse))
+        for reverse in (False, True)
+    ]
+    keys = [json.loads(result.stdout) for result in results]
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 20
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_has_cases(arch: str) -> None:
     number = int(arch.removeprefix("sm_"))

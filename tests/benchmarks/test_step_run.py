@@ -57,6 +57,44 @@ def test_memory_of_a_step_grows_with_the_batch() -> None:
     assert large > 3 * small
 
 
+def test_rounds_before_an_interruption_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second variant is interrupted in its first round that counts, the first one has had that round."""
+    asked = step_measure._Lane.ask
+    turns: list[str] = []
+
+    def ask(self: step_measure._Lane, order: str) -> Any:
+        turns.append(order)
+        if turns.count("turn") == 4:
+            raise KeyboardInterrupt
+        return asked(self, order)
+
+    monkeypatch.setattr(step_measure._Lane, "ask", ask)
+    comparison = step_measure.Comparison(["ours", "sdpa"], [ON_CPU], warmup=1, rounds=3, products=64)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.run()
+    (row,) = comparison.rows
+    assert (row["variant"], len(row["milliseconds"]), row["peak_memory"]) == ("ours", 1, None)
+    result = dict(device="cpu", dtype="float32", preset="tiny", gemm_size=64, gemm_flops=None, failed=[])
+    assert bench_step.text(result | dict(rows=[row | dict(mfu=None)])).endswith(" -  ")
+
+
+def test_parts_are_measured_after_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(
+        step_measure.Comparison,
+        "_compare",
+        lambda self, lanes: order.append(f"steps {lanes[0].request.setting.batch}"),
+    )
+    monkeypatch.setattr(
+        step_measure.Comparison,
+        "_measure_parts",
+        lambda self, setting: order.append(f"parts {setting.batch}"),
+    )
+    settings = [ON_CPU, ON_CPU._replace(batch=3)]
+    step_measure.Comparison(["ours"], settings, warmup=0, rounds=1, parts=True).run()
+    assert order == ["steps 2", "steps 3", "parts 2", "parts 3"]
+
+
 def test_the_share_of_the_floor_is_that_of_the_median_round() -> None:
     ceilings = Ceilings(1e10, 1e11)
     comparison = step_measure.Comparison(["ours"], [ON_CPU], warmup=0, rounds=3, ceilings=ceilings)

@@ -77,6 +77,8 @@ def make_step(
 ) -> tuple[TrainStep, torch.nn.Module, optim.SkippingAdamW]:
     torch.manual_seed(0)
     model = (LMIM if config.objective == "lmim" else MAE)(config.model).to(DEVICE).train()
+    if config.precision == "bf16" and isinstance(model, LMIM):
+        model.halve_teacher()
     graphed = DEVICE if config.cuda_graph else None
     optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
     step = TrainStep(model, optimizer, config, World(0, 1, DEVICE), capture=capture)
@@ -249,9 +251,7 @@ def test_a_captured_graph_equals_eager_steps_on_a_device(precision: str) -> None
     curves = []
     for cuda_graph in (False, True):
         config = config_of(precision=precision, cuda_graph=cuda_graph)
-        step, model, _ = make_step(config, graph.capture)
-        if precision == "bf16":
-            model.halve_teacher()
+        step, _, _ = make_step(config, graph.capture)
         curves.append(torch.stack([step(i, iter([batch_of(i)]), lr=1e-3) for i in range(8)]))
     torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=0)
     again = make_step(config_of(precision=precision, cuda_graph=True), graph.capture)[0]
