@@ -118,7 +118,8 @@ def measure(compiled: Iterable[Compiled], batch: int, deadline: float) -> Iterat
 
 def write(path: Path, rows: list[Row], arch: str, *, static: bool) -> None:
     """The results as JSON; without a GPU the device is the arch that was compiled for."""
-    result = dict(benchmark="tune", **describe(torch.device("cpu") if static else harness.DEVICE))
+    machine = describe(torch.device("cpu") if static else harness.DEVICE)
+    result = dict(benchmark="tune", arch=arch, **machine)
     if static:
         result["device"] = arch
     else:

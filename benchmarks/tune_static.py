@@ -56,9 +56,12 @@ def compile_attempts(only: str, arch: str, jobs: int) -> Iterator[Compiled]:
 def _record(only: str, arch: str) -> list[tuple[Attempt, list[Build]]]:
     number, target = int(arch.removeprefix("sm_")), static_build.target_of(arch)
     cases = list(static_cases.cases())
-    recorded = []
+    recorded: list[tuple[Attempt, list[Build]]] = []
     for study in studies(only):
         for trial in study.trials:
+            if not study.compiles:
+                recorded += [(Attempt(study, trial, candidate), []) for candidate in study.candidates()]
+                continue
             calls = [call for label, call in cases if re.search(trial.case, label)]
             seen: set[str] = set()
             for candidate in study.candidates():

@@ -18,8 +18,11 @@ from unittest import mock
 from lmim_fast.kernels import attention, attention_backward, linear_gelu, patch_embed
 
 from benchmarks.operations import kernel_name
+from lmim_fast.ops.attention_backends import backend
 
 SHIPPED = "shipped"
+BACKEND_STUDY = "attention backend"
+_BACKEND = "backend"  # of attention: a name in place of a configuration
 
 
 class Trial(NamedTuple):
@@ -34,7 +37,10 @@ class Trial(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A configuration: values by "module.NAME", or by "module.name()" for what a function returns."""
+    """A configuration: values by "module.NAME", or by "module.name()" for what a function returns.
+
+    "backend" is the attention backend.
+    """
 
     label: str
     changes: dict[str, Any]
@@ -48,6 +54,9 @@ class Candidate(NamedTuple):
         """
         with ExitStack() as stack:
             for name, value in self.changes.items():
+                if name == _BACKEND:
+                    stack.enter_context(backend(value))
+                    continue
                 module, _, attribute = name.removesuffix("()").rpartition(".")
                 place = importlib.import_module(f"lmim_fast.kernels.{module}")
                 new = _returning(value) if name.endswith("()") else value
@@ -84,6 +93,11 @@ class Study:
             label = ", ".join(_told(name.rpartition(".")[2], value) for name, value in changes.items())
             found.append(Candidate(label, changes))
         return found
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it changes kernels."""
+        return _BACKEND not in self.grid
 
     def changes(self, kernel: Any) -> bool:
         """True for kernels of the modules that are changed."""
@@ -169,6 +183,12 @@ def _studies() -> list[Study]:
                     for stages in (1, 2)
                 ]
             },
+        ),
+        Study(
+            BACKEND_STUDY,
+            "the kernel against PyTorch's attention with its sums and copies around it, without gradients",
+            [trial for trial in _ATTENTION if "p0" not in trial.operation],
+            {_BACKEND: ("triton", "cudnn", "sdpa", "flash")},
         ),
         Study(
             "GELU forward",

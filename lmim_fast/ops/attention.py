@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmim_fast.kernels import runtime
 from lmim_fast.ops import attention_backends, attention_kernels, dispatch, dropout
 from lmim_fast.ops.attention_backends import backend
 from lmim_fast.ops.attention_heads import split_heads
+from lmim_fast.ops.attention_table import FASTER
 
 __all__ = ["Segment", "attention_weights", "backend", "cross_attention", "self_attention"]
 
@@ -145,7 +148,7 @@ def _check_rest(p: float, seed_value: Tensor | None, **tensors: Tensor | None) -
     dispatch.same_device(**tensors)
 
 
-def _choose(op: str, arguments: tuple[object, ...]) -> str:
+def _choose(op: str, arguments: tuple[Any, ...]) -> str:
     """Name of the backend that runs these arguments."""
     name = attention_backends.current()
     if name == "triton":
@@ -156,9 +159,26 @@ def _choose(op: str, arguments: tuple[object, ...]) -> str:
         raise RuntimeError(f"attention backend {name!r} draws its own dropout mask and takes no seed")
     if name != "auto":
         return name
-    if dispatch.select(op, *arguments) is not None:
-        return "triton"
-    return "eager" if seeded else "sdpa"
+    if dispatch.select(op, *arguments) is None:
+        return "eager" if seeded else "sdpa"
+    return (_faster(op, arguments) if FASTER and not p else None) or "triton"
+
+
+def _faster(op: str, arguments: tuple[Any, ...]) -> str | None:
+    """The backend that was measured to be faster than the kernel, or None; with gradients none is."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if differentiated or dispatch.current_backend() != "auto":
+        return None
+    if op == "self_attention":
+        qkv, _, heads, segments = arguments[:4]
+        lengths, width = {(tokens, tokens) for _, tokens in segments}, qkv.shape[1] // 3
+    else:
+        q, _, kv, _, heads = arguments[:5]
+        lengths, width = {(q.shape[1], kv.shape[1])}, q.shape[2]
+    capability = runtime.capability(tensors[0].device)
+    found = {FASTER.get((capability, width // heads, *length)) for length in lengths}
+    return found.pop() if len(found) == 1 else None
 
 
 def _attend(

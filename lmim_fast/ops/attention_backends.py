@@ -34,8 +34,9 @@ def backend(name: str) -> Iterator[None]:
 
     "triton" is this package's kernel; "flash" the flash-attn package (FlashAttention 2, or 4 where only that
     is installed); "cudnn" and "sdpa" PyTorch's scaled_dot_product_attention by cuDNN and by PyTorch's own
-    choice; "eager" explicit products and softmax; "auto" the kernel where it fits and kernels are on, else
-    "sdpa", or "eager" where a dropout seed is given. A backend that is named and cannot run is an error.
+    choice; "eager" explicit products and softmax; "auto" the kernel where it fits and kernels are on (without
+    gradients the faster one where `ops/attention_table.py` has one), else "sdpa", or "eager" where a dropout
+    seed is given. A backend that is named and cannot run is an error.
     The block has to hold the recomputation of checkpointed modules too.
     """
     global _override

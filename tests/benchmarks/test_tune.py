@@ -13,11 +13,12 @@ import torch
 from lmim_fast.kernels import attention, gelu
 from torch import Tensor
 
-from benchmarks import floors, operations, static_cases, tables, tune
+from benchmarks import floors, operations, static_cases, tables, tune, tune_static
 from benchmarks.harness import Operation
 from benchmarks.static_build import Report
 from benchmarks.tune_static import Attempt, Compiled
-from benchmarks.tune_studies import SHIPPED, Candidate, Study, Trial, studies
+from benchmarks.tune_studies import BACKEND_STUDY, SHIPPED, Candidate, Study, Trial, studies
+from lmim_fast.ops import attention_backends
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +29,7 @@ def test_a_study_names_what_there_is(study: Study) -> None:
     labels = [label for label, _ in static_cases.cases()]
     for trial in study.trials:
         assert sum(bool(re.search(trial.case, label)) for label in labels) == 1, trial.case
+        assert "p0" not in trial.operation or study.compiles  # other backends take no seed
         for batch in (512, tune.CHECKED_BATCH):
             assert study.variant in tune.find(trial.operation, batch).ours
     candidates = study.candidates()
@@ -39,7 +41,8 @@ def test_a_study_names_what_there_is(study: Study) -> None:
 
 
 def test_studies_are_chosen_by_name() -> None:
-    assert [study.name for study in studies("^attention")] == ["attention backward", "attention forward"]
+    names = [study.name for study in studies("^attention")]
+    assert names == ["attention backward", "attention forward", BACKEND_STUDY]
 
 
 def test_an_operation_that_is_not_one_is_an_error() -> None:
@@ -59,6 +62,24 @@ def test_changes_are_in_force_inside_alone() -> None:
     assert attention._blocks(256, 64, 0) == shipped != blocks
     with pytest.raises(AttributeError, match="NOTHING"), Candidate("", {"gelu.NOTHING": 1}).applied():
         pass
+
+
+def test_an_attention_backend_is_a_candidate_that_needs_no_compilation() -> None:
+    (study,) = studies(BACKEND_STUDY)
+    assert not study.compiles
+    found = {}
+    for candidate in study.candidates():
+        with candidate.applied():
+            found[candidate.label] = attention_backends.current()
+    assert found == {
+        SHIPPED: "auto",
+        "backend=triton": "triton",
+        "backend=cudnn": "cudnn",
+        "backend=sdpa": "sdpa",
+        "backend=flash": "flash",
+    }
+    attempts = list(tune_static.compile_attempts(BACKEND_STUDY, "sm_90", 1))
+    assert [one.reports for one in attempts] == [[]] * 5 * len(study.trials)
 
 
 def test_values_are_tried_in_all_combinations_and_named() -> None:

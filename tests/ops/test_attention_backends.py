@@ -13,7 +13,7 @@ from attention_cases import crossed, differentiate, packed, seed
 from lmim_fast.kernels import runtime
 from torch._subclasses import FakeTensorMode
 
-from lmim_fast.ops import attention, attention_backends, attention_kernels, dispatch
+from lmim_fast.ops import attention, attention_backends, attention_kernels, attention_table, dispatch
 from lmim_fast.ops.attention import cross_attention, self_attention
 
 DTYPE = torch.float16 if CUDA else torch.float32
@@ -147,6 +147,53 @@ def test_auto_on_a_cuda_device_is_the_kernel_where_it_fits(
         kv = torch.empty(2, tokens, 4 * dim, dtype=dtype, device="cuda")
         assert attention._choose("self_attention", (qkv, None, 2, ((2, tokens),), p, None)) == chosen
         assert attention._choose("cross_attention", (q, None, kv, None, 2, p, None)) == chosen
+
+
+_TABLE = {((9, 0), 64, 52, 52): "cudnn", ((9, 0), 64, 5, 52): "sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, ("cudnn", "sdpa")),
+        (dict(tokens=53), ("triton", "triton")),
+        (dict(dim=32), ("triton", "triton")),
+        (dict(capability=(8, 0)), ("triton", "triton")),
+        (dict(trained=True), ("triton", "triton")),
+        (dict(p=0.1), ("triton", "triton")),
+        (dict(kernels="triton"), ("triton", "triton")),
+        (dict(kernels="eager"), ("sdpa", "sdpa")),
+        (dict(other=53), ("triton", "sdpa")),
+        (dict(other=52), ("cudnn", "sdpa")),
+    ],
+)
+def test_without_gradients_auto_takes_what_was_measured_to_be_faster(
+    changes: dict[str, Any], chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`other`: tokens of a second group of sequences in the same matrix."""
+    monkeypatch.setattr(attention, "FASTER", _TABLE)
+    monkeypatch.delenv("LMIM_FAST_ATTENTION", raising=False)
+    given = (
+        dict(tokens=52, dim=64, capability=(9, 0), trained=False, p=0.0, kernels="auto", other=None) | changes
+    )
+    tokens, dim, p = given["tokens"], given["dim"], given["p"]
+    segments = ((2, tokens), *(((1, given["other"]),) if given["other"] else ()))
+    rows = sum(count * length for count, length in segments)
+    with FakeTensorMode(), runtime.recording(given["capability"]), dispatch.backend(given["kernels"]):
+        qkv = torch.empty(rows, 6 * dim, dtype=torch.bfloat16, device="cuda", requires_grad=given["trained"])
+        q = torch.empty(2, 5, 2 * dim, dtype=torch.bfloat16, device="cuda", requires_grad=given["trained"])
+        kv = torch.empty(2, tokens, 4 * dim, dtype=torch.bfloat16, device="cuda")
+        assert attention._choose("self_attention", (qkv, None, 2, segments, p, None)) == chosen[0]
+        assert attention._choose("cross_attention", (q, None, kv, None, 2, p, None)) == chosen[1]
+        with torch.no_grad():
+            trained = "cudnn" if given["trained"] else chosen[0]
+            assert attention._choose("self_attention", (qkv, None, 2, segments, p, None)) == trained
+
+
+def test_the_table_of_attention_names_backends_that_every_pytorch_has() -> None:
+    for (capability, dim, queries, keys), name in attention_table.FASTER.items():
+        assert name in ("cudnn", "sdpa")
+        assert attention_kernels.reach(capability, dim, 0.0) >= keys >= 1 <= queries
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn", "sdpa"])
