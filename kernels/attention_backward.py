@@ -238,6 +238,7 @@ def backward(
         delta = torch.empty(size, dtype=torch.float32, device=q.device)
     if count > 1:
         parts_of_dq = torch.empty(count, *dq.shape, dtype=torch.float32, device=q.device)
+    prepared = blocks.prepared if normaliser is not None else 16  # unused then
     runtime.launch(
         attention_backward, (sequences * heads * count,),
         q, k, v, d_out, out, normaliser, delta, q_bias, v_bias, seed, parts_of_dq, dk, dv, dq_bias, dv_bias,
@@ -245,7 +246,7 @@ def backward(
         parts_of_dq.stride(1), parts_of_dq.stride(0), dk.stride(0), stride_q=q.stride(1),
         stride_k=k.stride(1), stride_do=d_out.stride(1), stride_out=out.stride(1),
         stride_dq=parts_of_dq.stride(2), stride_dk=dk.stride(1), N=queries, M=keys, H=heads, D=dim,
-        BLOCK_D=block_d, BLOCK_M=min(blocks.queries, tile(queries, 64)), PREPARED=blocks.prepared,
+        BLOCK_D=block_d, BLOCK_M=min(blocks.queries, tile(queries, 64)), PREPARED=prepared,
         KEYS=keys_tile, PARTS=count, TAIL=tail, threshold=threshold, num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )  # fmt: skip
