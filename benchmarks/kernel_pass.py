@@ -41,9 +41,9 @@ def run(batch: int, only: str = "") -> bool:
         except Exception as error:  # Triton has no one class for what its compiler and launcher raise
             names, verdict, well = [], f"FAILED: {type(error).__name__}: {error}", False
         launched.update(names)
-        print(f"{number}/{len(todo)} {operation} {variant}: {verdict}", flush=True)
+        _say(f"{number}/{len(todo)} {operation} {variant}: {verdict}")
     missing = sorted(operations.shipped_kernels() - launched)
-    print(f"{len(launched)} kernels launched" + (f", not {', '.join(missing)}" if missing else ""))
+    _say(f"{len(launched)} kernels launched" + (f", not {', '.join(missing)}" if missing else ""))
     return well and (bool(only) or not missing)
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.planted:
         _launch_planted(args.planted)
     well = run(args.batch, args.only)
-    print(DONE if well else "kernel pass: RED", flush=True)
+    _say(DONE if well else "kernel pass: RED")
     return int(not well)
 
 
@@ -71,13 +71,19 @@ def _launch_planted(tool: str) -> None:
     """Launch the fault and leave: it can take the CUDA context with it, and nothing of that is an error."""
     from benchmarks.planted_faults import launch_faulty
 
+    launch_faulty(tool, harness.DEVICE)
     try:
-        launch_faulty(tool, harness.DEVICE)
         torch.cuda.synchronize()
     except RuntimeError as error:
-        print(str(error).splitlines()[0])
-    print(PLANTED, flush=True)
+        _say(str(error).splitlines()[0])
+    _say(PLANTED)
     os._exit(0)
+
+
+def _say(line: str) -> None:
+    """A line in one piece: a checker writes into the same stream."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

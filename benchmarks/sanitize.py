@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck")
 FOUND = 77  # compute-sanitizer's exit code where it found something; Python has no use for it
 ABSENT = 3
+_NOTHING = re.compile(r"^========= (ERROR|RACECHECK) SUMMARY: 0 ", re.MULTILINE)  # so it has looked
+_PORTS = 49152, 100  # the first, and how far those of two runs are apart
 _PLANTED = {"memcheck": "planted_write", "racecheck": "planted_race"}
 
 
@@ -61,6 +64,7 @@ class Run:
     def verdict(self) -> str:
         """What came of it; begins with "ok" where all is well."""
         code, text = self.process.returncode, self.text()
+        of_tool = "".join(line for line in text.splitlines() if line.startswith("========="))
         lines = [line for line in text.splitlines() if not line.startswith("=========")]
         last = lines[-1] if lines else "it printed nothing"
         if self.stopped:
@@ -68,22 +72,31 @@ class Run:
         if self.planted:
             if kernel_pass.PLANTED not in lines:
                 return f"RED: the fault was not launched (exit code {code}): {last}"
-            return "ok, found the planted fault" if code == FOUND else f"RED: missed it (exit code {code})"
+            found = code == FOUND and _PLANTED[self.tool] in of_tool
+            return "ok, found the planted fault" if found else f"RED: missed it (exit code {code})"
         if code == FOUND:
             return "RED: found something"
         if code != 0 or kernel_pass.DONE not in lines:
             return f"RED: exit code {code}: {last}"
+        if not _NOTHING.search(text):
+            return "RED: the tool does not say that it found nothing: it may not have looked"
         checked = sum(": right, " in line for line in lines)
         return f"ok, nothing found in {checked} operations"
 
 
 def command(sanitizer: str, tool: str, *, planted: bool, only: str) -> list[str]:
-    """One run. The exit code tells of faults alone: a failing program keeps its own."""
+    """One run. The exit code tells of faults alone: a failing program keeps its own.
+
+    The tool waits for the program however long that takes to start: else it would run on without the tool.
+    Runs that go side by side have ports of their own.
+    """
     names = {_PLANTED[tool]} if planted else {_symbol(name) for name in operations.shipped_kernels()}
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--check-exit-code", "no"]
-    options += ["--target-processes", "application-only", "--print-limit", "20"]
-    if tool == "memcheck":
-        options += ["--report-api-errors", "no"]  # PyTorch asks for what is not there and goes on
+    options += ["--target-processes", "application-only", "--print-limit", "20", "--launch-timeout", "0"]
+    first, apart = _PORTS
+    options += ["--port", str(first + apart * (2 * TOOLS.index(tool) + planted))]
+    if tool == "memcheck":  # PyTorch asks for what is not there and goes on; tensors lie side by side
+        options += ["--report-api-errors", "no", "--padding", "512"]
     for name in sorted(names):
         options += ["--kernel-name", f"kernel_name={name}"]
     worker = [sys.executable, "-m", "benchmarks.kernel_pass", "--only", only]
@@ -105,19 +118,31 @@ def start(command_line: list[str], tool: str, *, planted: bool) -> Run:
     return Run(tool, planted, process, output)
 
 
-def finish(runs: list[Run], seconds: float) -> None:
-    """Wait for all; what still runs at the end is killed, and so is whatever a run has left behind."""
+def wait(runs: list[Run], seconds: float) -> None:
+    """Until all have ended, or for so many seconds."""
     deadline = time.monotonic() + seconds
-    try:
-        for run in runs:
-            with suppress(subprocess.TimeoutExpired):
-                run.process.wait(max(0.0, deadline - time.monotonic()))
-    finally:
-        for run in runs:
-            run.stopped = run.process.poll() is None
-            with suppress(ProcessLookupError):
-                os.killpg(run.process.pid, signal.SIGKILL)
-            run.process.wait()
+    for run in runs:
+        with suppress(subprocess.TimeoutExpired):
+            run.process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def end(runs: list[Run]) -> None:
+    """Kill what still runs, and whatever a run has left behind."""
+    for run in runs:
+        run.stopped = run.process.poll() is None
+        with suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+
+
+def tell(runs: list[Run]) -> bool:
+    """Print what the runs have said, then the verdicts; True where all are well."""
+    verdicts = [(f"{run.tool}{', planted' if run.planted else ''}", run.verdict()) for run in runs]
+    for run, (name, _) in zip(runs, verdicts, strict=True):
+        print(f"--- {name}\n{run.text()}")
+    for name, verdict in verdicts:
+        print(f"sanitize: {name}: {verdict}", flush=True)
+    return all(verdict.startswith("ok") for _, verdict in verdicts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="what still runs then is stopped, and red")
     parser.add_argument("--only", default="", help="a regular expression for the names of operations")
     args = parser.parse_args(argv)
+    begun = time.monotonic()
     sanitizer = find()
     if sanitizer is None:
         print("sanitize: no compute-sanitizer (pip install nvidia-cuda-sanitizer-api)", file=sys.stderr)
@@ -135,18 +161,17 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"sanitize: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
         return ABSENT
-    runs = [
-        start(command(sanitizer, tool, planted=planted, only=args.only), tool, planted=planted)
-        for tool in args.tool or TOOLS
-        for planted in (False, True)
-    ]
-    finish(runs, args.seconds)
-    verdicts = {f"{run.tool}{', planted' if run.planted else ''}": run.verdict() for run in runs}
-    for run, name in zip(runs, verdicts, strict=True):
-        print(f"--- {name}\n{run.text()}")
-    for name, verdict in verdicts.items():
-        print(f"sanitize: {name}: {verdict}")
-    return int(not all(verdict.startswith("ok") for verdict in verdicts.values()))
+    runs: list[Run] = []
+    try:
+        for tool in args.tool or TOOLS:
+            for planted in (False, True):
+                line = command(sanitizer, tool, planted=planted, only=args.only)
+                runs.append(start(line, tool, planted=planted))
+        wait(runs, args.seconds - (time.monotonic() - begun))
+    finally:  # what they found by an interruption is told too
+        end(runs)
+        well = tell(runs)
+    return int(not well)
 
 
 if __name__ == "__main__":

@@ -138,11 +138,11 @@ class Comparison:
             self.product_rates += rates
         for lane in lanes:
             memory = self._memory(lane)
-            lane.worker.end()
             if lane.error is None:
                 self.rows.append(self._row(lane, memory, rates))
             else:
                 self._note(lane.request.variant, lane.request.setting, lane.error)
+            lane.worker.end()
 
     def _alternate(self, lanes: list[_Lane], rates: list[float]) -> None:
         """All rounds; the times go to the lanes, the rates of products into `rates`."""

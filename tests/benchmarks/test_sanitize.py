@@ -159,31 +159,94 @@ def test_our_kernels_alone_are_watched_by_the_names_they_have_on_the_device() ->
     assert planted.count("--kernel-name") == 1
     assert "kernel_name=planted_write" in planted
     assert "--report-api-errors" in planted
+    assert planted[planted.index("--padding") + 1] == "512"
+    ports = {
+        line[line.index("--port") + 1]
+        for tool in sanitize.TOOLS
+        for fault in (False, True)
+        if (line := sanitize.command("", tool, planted=fault, only=""))
+    }
+    assert len(ports) == 4
 
 
 def verdict(code: str, *, planted: bool = False, seconds: float = 60) -> str:
     run = sanitize.start([sys.executable, "-c", code], "memcheck", planted=planted)
-    sanitize.finish([run], seconds)
+    sanitize.wait([run], seconds)
+    sanitize.end([run])
     return run.verdict()
 
 
-PASS = "print('1/1 gelu ours: right, gelu._forward'); print('kernel pass: all well')"
+TOLD = "print('========= ERROR SUMMARY: 0 errors'); "
+PASS = TOLD + "print('1/1 gelu ours: right, gelu._forward'); print('kernel pass: all well'); "
 
 
-def test_a_run_counts_only_where_it_got_to_its_end() -> None:
+def test_a_run_counts_only_where_it_got_to_its_end_and_the_tool_looked() -> None:
     assert verdict(PASS) == "ok, nothing found in 1 operations"
-    assert verdict(PASS + "; print('========= ERROR SUMMARY: 0 errors')").startswith("ok")
-    assert verdict(PASS + "; exit(77)") == "RED: found something"
-    assert verdict("print('1/2 gelu ours: right'); exit(0)").startswith("RED: exit code 0: 1/2 gelu")
+    racecheck = PASS.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed")
+    assert verdict(racecheck) == "ok, nothing found in 1 operations"
+    assert verdict(PASS + "exit(77)") == "RED: found something"
+    unseen = "RED: the tool does not say that it found nothing: it may not have looked"
+    assert verdict(PASS.removeprefix(TOLD)) == unseen
+    assert verdict(PASS.replace("SUMMARY: 0", "SUMMARY: 10")) == unseen
+    assert verdict(PASS.removeprefix(TOLD) + "print('========= No attachable process found.')") == unseen
+    assert verdict(TOLD + "print('1/2 gelu ours: right'); exit(0)").startswith("RED: exit code 0: 1/2 gelu")
     assert verdict("print('kernel pass: RED'); exit(1)") == "RED: exit code 1: kernel pass: RED"
     assert verdict("print('========= no device'); exit(255)") == "RED: exit code 255: it printed nothing"
 
 
-def test_a_planted_fault_has_to_be_launched_and_found() -> None:
-    launched = "print('kernel pass: the fault was launched')"
-    assert verdict(launched + "; exit(77)", planted=True) == "ok, found the planted fault"
-    assert verdict(launched, planted=True) == "RED: missed it (exit code 0)"
-    assert verdict("exit(77)", planted=True).startswith("RED: the fault was not launched")
+def test_a_planted_fault_has_to_be_launched_and_found_by_its_name() -> None:
+    launched = "print('kernel pass: the fault was launched'); "
+    found = "print('=========     at planted_write+0x90'); "
+    assert verdict(launched + found + "exit(77)", planted=True) == "ok, found the planted fault"
+    assert verdict(launched + found, planted=True) == "RED: missed it (exit code 0)"
+    assert verdict(launched + "exit(77)", planted=True) == "RED: missed it (exit code 77)"
+    other = found.replace("planted_write", "attention_forward")
+    assert verdict(launched + other + "exit(77)", planted=True) == "RED: missed it (exit code 77)"
+    assert verdict(found + "exit(77)", planted=True).startswith("RED: the fault was not launched")
+
+
+@pytest.mark.parametrize("survives", [False, True])
+def test_only_the_fault_itself_is_forgiven(
+    survives: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault that cannot be launched is an error; one that takes the context with it is not."""
+    left: list[int] = []
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    def leave(code: int) -> None:
+        left.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(planted_faults, "launch_faulty", lambda *_: None if survives else fail())
+    with pytest.raises(SystemExit if survives else RuntimeError):
+        kernel_pass._launch_planted("memcheck")
+    assert left == ([0] if survives else [])
+    assert (kernel_pass.PLANTED in capsys.readouterr().out) is survives
+
+
+def test_what_was_found_before_an_interruption_is_told_and_nothing_runs_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[sanitize.Run] = []
+    start = sanitize.start
+
+    def second_interrupted(line: list[str], tool: str, *, planted: bool) -> sanitize.Run:
+        if started:
+            raise KeyboardInterrupt
+        started.append(start([sys.executable, "-c", "import time; time.sleep(60)"], tool, planted=planted))
+        return started[0]
+
+    monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "start", second_interrupted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        sanitize.main([])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("sanitize: memcheck: RED: stopped")
+    assert started[0].process.returncode == -9
 
 
 def alive(number: str) -> bool:
@@ -200,7 +263,8 @@ def test_a_run_that_takes_too_long_is_killed_with_what_it_started() -> None:
     output = Path(f"/proc/self/fd/{run.output.fileno()}")
     while not (number := output.read_text().strip()):
         time.sleep(0.05)
-    sanitize.finish([run], 0.1)
+    sanitize.wait([run], 0.1)
+    sanitize.end([run])
     assert run.verdict() == f"RED: stopped, the time was up: {number}"
     deadline = time.monotonic() + 30  # it would live on for 60 s
     while alive(number) and time.monotonic() < deadline:
@@ -213,8 +277,13 @@ def test_all_runs_are_told_and_one_red_one_is_enough(
 ) -> None:
     def command(sanitizer: str, tool: str, *, planted: bool, only: str) -> list[str]:
         found = planted or tool == "racecheck"
-        text = kernel_pass.PLANTED if planted else kernel_pass.DONE
-        return [sys.executable, "-c", f"print({text!r}); exit({77 * found})"]
+        text = (
+            [kernel_pass.PLANTED, f"========= at {sanitize._PLANTED[tool]}"]
+            if planted
+            else [kernel_pass.DONE]
+        )
+        text += ["========= ERROR SUMMARY: 0 errors"] * (not found)
+        return [sys.executable, "-c", f"print(*{text!r}, sep='\\n'); exit({77 * found})"]
 
     monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
     monkeypatch.setattr(sanitize, "command", command)
