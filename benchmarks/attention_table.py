@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention_table TUNE_JSON [TUNE_JSON ...] [--write]
 
-A backend of PyTorch is entered for a shape where in every file, so at every batch, it took 3 % less time than
-the kernel. Without `--write` the table is printed.
+A backend of PyTorch is entered for an op and a shape that are in every file, so for every batch, where it
+took 3 % less time than the kernel in all of them. Without `--write` the table is printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATH = Path(__file__).parents[1] / "lmim_fast/ops/attention_table.py"
 ENTERED = ("cudnn", "sdpa")  # those that every PyTorch has
 MOST = 0.97  # of the kernel's time: less is not told from noise
 
-Shape = tuple[tuple[int, int], int, int, int]  # compute capability, width of a head, queries, keys
+Shape = tuple[str, tuple[int, int], int, int, int]  # op, compute capability, width of a head, queries, keys
 
 
 def faster(results: Sequence[dict[str, Any]]) -> dict[Shape, str]:
@@ -37,7 +37,7 @@ def faster(results: Sequence[dict[str, Any]]) -> dict[Shape, str]:
     found = {}
     for shape, of_backends in sorted(ratios.items()):
         best = min(of_backends, key=lambda name: max(of_backends[name]))
-        if max(of_backends[best]) <= MOST:
+        if max(of_backends[best]) <= MOST and len(of_backends[best]) == len(results):
             found[shape] = best
     return found
 
@@ -49,12 +49,9 @@ def _by_shape(result: dict[str, Any]) -> dict[Shape, dict[str, float]]:
     for row in result["rows"]:
         if row["study"] == BACKEND_STUDY and "microseconds" in row:
             sizes = row["sizes"]
-            shape = (
-                (number // 10, number % 10),
-                sizes["width"] // sizes["heads"],
-                sizes["tokens"],
-                sizes["memory"],
-            )
+            dim = sizes["width"] // sizes["heads"]
+            capability = number // 10, number % 10
+            shape = row["operation"], capability, dim, sizes["tokens"], sizes["memory"]
             of_shape = times.setdefault(shape, {})
             median = statistics.median(row["microseconds"])
             of_shape[row["candidate"].removeprefix("backend=")] = median
@@ -63,7 +60,10 @@ def _by_shape(result: dict[str, Any]) -> dict[Shape, dict[str, float]]:
 
 def table(found: Iterable[tuple[Shape, str]]) -> str:
     """The dictionary as source."""
-    lines = [f'    {shape}: "{name}",' for shape, name in found]
+    lines = [
+        f'    ("{op}", {capability}, {dim}, {queries}, {keys}): "{name}",'
+        for (op, capability, dim, queries, keys), name in found
+    ]
     return "\n".join(["{", *lines, "}"]) if lines else "{}"
 
 

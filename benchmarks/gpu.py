@@ -29,90 +29,81 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
 
 SECONDS = 560  # starting, and getting the results back, have to fit into ten minutes too
 _TEST_PROCESSES = 6
+PARTS = ("kernels", "tests", "sanitize", "ops", "step", "tune")
+_HEADING = "== {} ==\n"
+_ABSENT = 3  # exit code of benchmarks/sanitize.py, which cannot be imported in a plain checkout
+
+
+SECONDS = 560  # starting, and getting the results back, have to fit into ten minutes too
+_TEST_PROCESSES = 6
+PARTS = ("kernels", "tests", "sanitize", "ops", "step", "tune")
+_HEADING = "== {} ==\n"
 _ABSENT = 3  # exit code of benchmarks/sanitize.py, which cannot be imported in a plain checkout
 
 
 class Part(NamedTuple):
     """A command: its output goes to `file`, what it says of errors to `log`.
 
-    It is interrupted after `seconds`, and killed `grace` seconds later: pytest writes its results meanwhile.
-    Exit codes in `absent` say that the machine lacks what the part needs: it is skipped.
+    It has a share of the time that is left when it starts, beside the shares of those that come after it.
+    It is interrupted at the end of that, and killed `grace` seconds later: pytest writes its results then.
+    The number that follows `option` in the command is the seconds that the part keeps free of its time: it
+    becomes those after which the part begins nothing more. Exit codes in `absent` say that the machine lacks
+    what the part needs: it is skipped.
     """
 
     name: str
     command: list[str]
     file: str
     log: str
-    seconds: float
-    grace: int = 5
+    share: float
+    grace: int = 10
+    option: str = ""
     absent: tuple[int, ...] = ()
 
+    def within(self, seconds: float) -> list[str]:
+        """The command for this time."""
+        if not self.option:
+            return self.command
+        at = self.command.index(self.option) + 1
+        reserve = float(self.command[at])
+        return [*self.command[:at], str(max(1, int(seconds - reserve))), *self.command[at + 1 :]]
 
-# Shares of the time when all parts are run. Compiling takes 10 to 15 s on 16 cores; of the operations
-# torch.compile takes most, at 1 s or more for each of 144 graphs at batch 512, the only one it is timed at;
-# of the steps too, so all graphs are compiled at once before any step is timed.
-_SHARES = {"kernels": 50, "tests": 110, "sanitize": 50, "ops": 115, "step": 150, "tune": 85}
-PARTS = tuple(_SHARES)
 
+def parts(results: Path, arch: str) -> list[Part]:
+    """All parts in their order.
 
-def parts(results: Path, arch: str, names: Sequence[str] = PARTS, seconds: float = SECONDS) -> list[Part]:
-    """The parts in their order; all take at most `seconds`, those between interruption and end included."""
-    grace = {name: 5 if name in ("kernels", "sanitize") else 10 for name in names}
-    shares = sum(_SHARES[name] for name in names)
-    left = seconds - sum(grace.values())
-
-    def part(name: str, command: list[str], file: str = "checks.txt", log: str = "", **more: Any) -> Part:
-        limit = left * _SHARES[name] / shares if name in names else 0
-        return Part(name, command, file, log or file, limit, grace.get(name, 0), **more)
-
-    def within(name: str, reserve: int) -> str:
-        """Seconds after which a part should begin nothing more, `reserve` before its end."""
-        return str(max(1, int(left * _SHARES[name] / shares - reserve)))
-
+    Compiling takes 10 to 15 s on 16 cores. Of the operations torch.compile takes most, at 1 s or more for
+    each of 144 graphs at batch 512, the only one it is timed at; of the steps too, so all their graphs are
+    compiled at once before any step is timed. Tuning takes what is left, and would take some minutes.
+    """
     python, cores = sys.executable, str(len(os.sched_getaffinity(0)))
     kernels = [python, "-m", "benchmarks.static", "--arch", arch, "--only", "bfloat16", "--jobs", cores]
-    pytest = [python, "-m", "pytest"]
-    tests = ["-m", "gpu", "-v", "--durations=10", "--tb=short", *gpu_tests()]
+    tests = [python, "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "--tb=short", *gpu_tests()]
     if find_spec("xdist") is not None:
         tests += ["-n", str(_TEST_PROCESSES)]
-    ops = ["--benchmark-only", "--benchmark-columns=median,min,rounds", "--batches", "512", "64"]
-    ops += [
-        "--compiled-batches",
-        "512",
-        "--budget",
-        within("ops", 15),
-        "--results",
-        str(results / "ops.json"),
-    ]
+    sanitize = [python, "-m", "benchmarks.sanitize", "--seconds", "5"]
+    ops = [python, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-columns=median,min,rounds"]
+    ops += ["--batches", "512", "64", "--compiled-batches", "512", "--budget", "15"]
+    ops += ["--results", str(results / "ops.json")]
     step = [python, "-m", "benchmarks.bench_step", "--device", "cuda", "--preset", "small"]
     step += ["--variants", "released", "sdpa", "compiled", "ours", "ours+graph", "--batch", "512", "64"]
     step += ["--dropout", "0", "0.1", "--warmup", "1", "--parts", "--json"]
-    tune = [
-        python,
-        "-m",
-        "benchmarks.tune",
-        "--seconds",
-        within("tune", 10),
-        "--results",
-        str(results / "tune.json"),
+    tune = [python, "-m", "benchmarks.tune", "--seconds", "10", "--results", str(results / "tune.json")]
+    return [
+        Part("kernels", kernels, "checks.txt", "checks.txt", 50, grace=5),
+        Part("tests", tests, "checks.txt", "checks.txt", 110),
+        Part("sanitize", sanitize, "checks.txt", "checks.txt", 60, option="--seconds", absent=(_ABSENT,)),
+        Part("ops", ops, "ops.txt", "ops.txt", 115, option="--budget"),
+        Part("step", step, "step.json", "step.txt", 150),
+        Part("tune", tune, "tune.txt", "tune.txt", 75, option="--seconds"),
     ]
-    sanitize = [python, "-m", "benchmarks.sanitize", "--seconds", within("sanitize", 3)]
-    every = [
-        part("kernels", kernels),
-        part("tests", [*pytest, *tests]),
-        part("sanitize", sanitize, absent=(_ABSENT,)),
-        part("ops", [*pytest, "benchmarks", *ops], "ops.txt"),
-        part("step", step, "step.json", "step.txt"),
-        part("tune", tune, "tune.txt"),
-    ]
-    return [found for found in every if found.name in names]
 
 
 def gpu_tests() -> list[str]:
@@ -137,21 +128,22 @@ def importable() -> Iterator[None]:
         link.unlink()
 
 
-def run(part: Part, results: Path) -> str:
-    """Run a part; one line for the summary, "ok" in it where it is green."""
+def run(part: Part, results: Path, seconds: float) -> str:
+    """Run a part for so long at most, and its grace; a line for the summary, "ok" in it where it is green."""
     start = time.monotonic()
     path = results / part.file
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with path.open("a") as output, (results / part.log).open("a") as errors:
-        errors.write(f"== {part.name} ==\n")
+        errors.write(_HEADING.format(part.name))
         errors.flush()
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdout=output, stderr=errors, start_new_session=True
-        )
+            part.within(seconds), cwd=ROOT, env=environment, stdout=output, stderr=errors,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            code: int | str = process.wait(part.seconds)
+            code: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = f"stopped after {part.seconds:.0f} s"
+            code = f"stopped after {seconds:.0f} s"
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(part.grace)
@@ -195,26 +187,52 @@ def _run_all(results: Path, arch: str, names: Sequence[str], seconds: float, tit
     """Run the parts; 1 where one is red."""
     from benchmarks.static_build import ARCHES
 
-    todo = parts(results, arch, names, seconds)
-    (results / "summary.txt").write_text(title + "\n")
-    for file in {name for part in todo for name in (part.file, part.log, f"{part.name}.json")}:
-        (results / file).unlink(missing_ok=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else parts would ignore it too
+    deadline = time.monotonic() + seconds
+    todo = [part for part in parts(results, arch) if part.name in names]
+    told = _cleared(results, todo, title)
     red = False
-    for part in todo:
+    for number, part in enumerate(todo):
+        left = deadline - time.monotonic() - sum(later.grace for later in todo[number:])
+        share = part.share / sum(later.share for later in todo[number:])
         if part.name in ("kernels", "tune") and arch not in ARCHES:
             line = f"{part.name}: skipped, there is no static check for {arch}"
         else:
-            line = run(part, results)
+            line = run(part, results, max(1.0, left * share))
             red |= ": RED" in line
         print(line, flush=True)
-        with (results / "summary.txt").open("a") as summary:
-            summary.write(line + "\n")
+        told.append(line)
+        (results / "summary.txt").write_text("\n".join(told) + "\n")
+    for unfinished in results.glob("*.part"):
+        unfinished.unlink()
     if "ops" in names and (results / "ops.json").exists():
         from benchmarks.tables import ops_page
 
         with (results / "ops.txt").open("a") as output:
             output.write("\n" + ops_page(results / "ops.json"))
     return int(red)
+
+
+def _cleared(results: Path, todo: Sequence[Part], title: str) -> list[str]:
+    """Delete what earlier runs of these parts have left; the summary so far, with what the others found."""
+    names = [part.name for part in todo]
+    for part in todo:
+        (results / f"{part.name}.json").unlink(missing_ok=True)
+        for path in {results / part.file, results / part.log} - {results / f"{part.name}.json"}:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            before, *sections = re.split(_HEADING.format(r"(\w+)"), text)
+            kept = [
+                _HEADING.format(name) + body
+                for name, body in zip(sections[::2], sections[1::2], strict=True)
+                if name not in names
+            ]
+            path.unlink(missing_ok=True)
+            if kept:
+                path.write_text(before + "".join(kept), encoding="utf-8")
+    summary = results / "summary.txt"
+    lines = summary.read_text(encoding="utf-8").splitlines()[1:] if summary.exists() else []
+    return [title, *(line for line in lines if line.partition(":")[0] not in names)]
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python -m benchmarks.tune --static [--arch sm_90]                                 # needs no GPU
 
 The studies are in `benchmarks/tune_studies.py`. All configurations of an operation are captured first and
-then replayed in turn, so that they meet the same clocks; each is held against plain PyTorch before, at a
-batch of 16. What does not compile, does not launch or is wrong is told too. Nothing is changed: the best
-values are entered into kernels/ by hand. Exit code 1 where a shipped configuration failed.
+then replayed in turn, so that they meet the same clocks, while the next ones are compiled; each is held
+against plain PyTorch before, at a batch of 16. What does not compile, does not launch or is wrong is told
+too. Nothing is changed: the best values are entered into kernels/ by hand. Exit code 1 where a shipped
+configuration failed.
 """
 
 from __future__ import annotations
@@ -57,32 +58,51 @@ def described(compiled: Compiled) -> Row:
     return row | ({"failure": broken[0]} if broken else {})
 
 
-def timed(group: Sequence[Compiled], batch: int) -> Iterator[Row]:
-    """Rows of all configurations of one study on one operation; a row without times has a failure."""
+def timed(group: Sequence[Compiled], batch: int, deadline: float = float("inf")) -> Iterator[Row]:
+    """Rows of all configurations of one study on one operation; a row without times has a failure.
+
+    Configurations that are not captured by the deadline are left out, but for the shipped one.
+
+    Raises:
+        torch.AcceleratorError: a configuration broke the device, after all rows; nothing was timed.
+    """
     study, trial, _ = group[0].attempt
     operation, small = (find(trial.operation, size) for size in (batch, CHECKED_BATCH))
-    rows = [described(compiled) | dict(operation=operation.name, sizes=operation.sizes) for compiled in group]
-    copies = harness.copies_of(operation)
+    copies, rows = harness.copies_of(operation), list[Row]()
     rounds: list[tuple[Row, Callable[[], None], int]] = []
-    for compiled, row in zip(group, rows, strict=True):
+    broken: torch.AcceleratorError | None = None
+    for compiled in group:
+        candidate = compiled.attempt.candidate
+        if time.monotonic() > deadline and rows:
+            print(f"tune: time is up at {candidate.label} of {study.name}, {trial.case}", file=sys.stderr)
+            break
+        row = described(compiled) | dict(operation=operation.name, sizes=operation.sizes)
+        rows.append(row)
         if "failure" in row:
             continue
-        with compiled.attempt.candidate.applied():
+        print(f"{study.name} | {trial.case} | {candidate.label} runs", flush=True)  # it may be the last word
+        with candidate.applied():
             try:
                 harness.hold(small, study.variant)
                 rounds.append(
                     (row, *harness.round_of(operation.ours[study.variant], copies, study.direction))
                 )
-            except torch.AcceleratorError:
-                raise  # whatever followed would fail
             except Exception as error:  # Triton has no one class for what its compiler and launcher raise
                 row["failure"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    stages = harness.stages_of(operation, study.direction)
-    floor = floors.floor_seconds(stages, ceilings.measure(harness.DEVICE, harness.DTYPE))
-    for row, microseconds in zip((row for row, _, _ in rounds), _in_turn(rounds), strict=True):
-        median = statistics.median(microseconds)
-        row |= dict(floor_us=floor * 1e6, percent_of_floor=100e6 * floor / median, microseconds=microseconds)
+                if isinstance(error, torch.AcceleratorError):  # whatever followed would fail
+                    broken = error
+                    break
+    if broken is None:
+        stages = harness.stages_of(operation, study.direction)
+        floor = floors.floor_seconds(stages, ceilings.measure(harness.DEVICE, harness.DTYPE))
+        for (row, _, _), microseconds in zip(rounds, _in_turn(rounds), strict=True):
+            median = statistics.median(microseconds)
+            row |= dict(
+                floor_us=floor * 1e6, percent_of_floor=100e6 * floor / median, microseconds=microseconds
+            )
     yield from rows
+    if broken is not None:
+        raise broken
 
 
 def _in_turn(rounds: Sequence[tuple[Row, Callable[[], None], int]]) -> list[list[float]]:
@@ -106,12 +126,12 @@ def find(pattern: str, batch: int) -> Operation:
 
 
 def measure(compiled: Iterable[Compiled], batch: int, deadline: float) -> Iterator[Row]:
-    """Rows of all attempts; no operation is begun after the deadline."""
+    """Rows of all attempts, an operation at a time; nothing is begun after the deadline."""
     for (study, trial), group in groupby(compiled, key=lambda one: one.attempt[:2]):
         if time.monotonic() > deadline:
             print(f"tune: time is up before {study.name}, {trial.case}", file=sys.stderr)
             return
-        yield from timed(list(group), batch)
+        yield from timed(list(group), batch, deadline)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -124,7 +144,9 @@ def write(path: Path, rows: list[Row], arch: str, *, static: bool) -> None:
         result["device"] = arch
     else:
         result["ceilings"] = vars(ceilings.measure(harness.DEVICE, harness.DTYPE))
-    path.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def told(row: Row) -> str:
@@ -147,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="", help="a regular expression for the names of studies")
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no study is begun after them")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing is begun after them")
     parser.add_argument("--static", action="store_true", help="compile only")
     parser.add_argument("--arch", choices=list(ARCHES), help="with --static; default: sm_90")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compiling processes")
@@ -164,11 +186,16 @@ def main(argv: list[str] | None = None) -> int:
         if arch not in ARCHES:
             print(f"tune: there are no limits for {arch}, only for {', '.join(ARCHES)}", file=sys.stderr)
             return 1
+        ceilings.measure(harness.DEVICE, harness.DTYPE)  # while nothing else goes on
     compiled = compile_attempts(args.only, arch, args.jobs)
     rows: list[Row] = []
+    found = map(described, compiled) if args.static else measure(compiled, args.batch, start + args.seconds)
     try:
-        deadline = start + args.seconds
-        for row in map(described, compiled) if args.static else measure(compiled, args.batch, deadline):
+        for row in found:
+            if (
+                args.results and rows and row["case"] != rows[-1]["case"]
+            ):  # a kernel that hangs takes all along
+                write(args.results, rows, arch, static=args.static)
             rows.append(row)
             print(told(row), flush=True)
     finally:  # also what was measured before an interruption

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +51,7 @@ def compile_attempts(only: str, arch: str, jobs: int) -> Iterator[Compiled]:
                 reports[key] = report
             yield Compiled(attempt, [reports[build.key] for build in own])
     finally:  # who reads no further does not wait for the rest
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _record(only: str, arch: str) -> list[tuple[Attempt, list[Build]]]:
@@ -101,7 +102,11 @@ _builds: list[Build] = []  # of a worker process
 
 
 def _prepare(only: str, arch: str) -> None:
-    """Record all launches in a worker: kernels do not travel between processes."""
+    """Record all launches in a worker: kernels do not travel between processes.
+
+    It steps back behind the process that takes times meanwhile.
+    """
+    os.nice(15)
     _builds[:] = _distinct(_record(only, arch)).values()
 
 

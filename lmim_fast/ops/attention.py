@@ -167,18 +167,22 @@ def _choose(op: str, arguments: tuple[Any, ...]) -> str:
 def _faster(op: str, arguments: tuple[Any, ...]) -> str | None:
     """The backend that was measured to be faster than the kernel, or None; with gradients none is."""
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if differentiated or dispatch.current_backend() != "auto":
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    x = tensors[0]
+    casts = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
+    if casts or dispatch.current_backend() != "auto":
         return None
     if op == "self_attention":
-        qkv, _, heads, segments = arguments[:4]
-        lengths, width = {(tokens, tokens) for _, tokens in segments}, qkv.shape[1] // 3
+        heads, segments = arguments[2:4]
+        if len(segments) > 1:
+            return None
+        width, queries = x.shape[1] // 3, segments[0][1]
+        keys = queries
     else:
-        q, _, kv, _, heads = arguments[:5]
-        lengths, width = {(q.shape[1], kv.shape[1])}, q.shape[2]
-    capability = runtime.capability(tensors[0].device)
-    found = {FASTER.get((capability, width // heads, *length)) for length in lengths}
-    return found.pop() if len(found) == 1 else None
+        kv, heads = arguments[2], arguments[4]
+        width, queries, keys = x.shape[2], x.shape[1], kv.shape[1]
+    return FASTER.get((op, runtime.capability(x.device), width // heads, queries, keys))
 
 
 def _attend(

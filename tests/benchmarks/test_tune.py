@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lmim_fast.kernels import attention, gelu
+from lmim_fast.kernels import attention, gelu, runtime
 from torch import Tensor
 
 from benchmarks import floors, operations, static_cases, tables, tune, tune_static
@@ -38,6 +39,22 @@ def test_a_study_names_what_there_is(study: Study) -> None:
     for candidate in candidates:
         with candidate.applied():
             pass
+
+
+@pytest.mark.parametrize("study", [one for one in studies() if one.compiles], ids=lambda study: study.name)
+def test_every_value_that_is_changed_arrives_in_a_launch(study: Study) -> None:
+    """One name after the other takes its values, the others their first."""
+    cases = dict(static_cases.cases())
+    call = next(call for label, call in cases.items() if re.search(study.trials[0].case, label))
+    for name, values in study.grid.items():
+        launched = set()
+        for value in values:
+            changes = {other: found[0] for other, found in study.grid.items()} | {name: value}
+            with Candidate("", changes).applied(), runtime.recording((9, 0)) as recording:
+                call()
+            told = [(one.grid, one.constants, one.num_warps, one.num_stages) for one in recording.launches]
+            launched.add(str(told))
+        assert len(launched) > len(values) / 2, name  # a tile may be cut to what there is
 
 
 def test_studies_are_chosen_by_name() -> None:
@@ -125,11 +142,16 @@ def test_without_a_gpu_configurations_are_compiled_once_and_told(tmp_path: Path)
     assert "| FORWARD_TILE=8192, NUM_WARPS=4 |  |  |  |" in page
 
 
+BROKEN = 13.0
+
+
 def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.randn(64, 32, dtype=dtype).requires_grad_(),)
 
 
 def form(x: Tensor, seed: Tensor | None = None) -> Tensor:
+    if gelu.FACTOR == BROKEN:
+        raise torch.AcceleratorError("illegal memory access")
     if gelu.FACTOR is None:
         raise ValueError("out of resources")
     return 2 * x * gelu.FACTOR
@@ -202,6 +224,50 @@ def test_configurations_are_checked_and_timed_in_turn_and_failures_are_told(
         line.split(" | ")[0] for line in page.splitlines() if re.match(r"\| (shipped|wrong|spilling)", line)
     ]
     assert order[-2:] == ["| wrong", "| spilling"]
+
+
+def test_a_configuration_that_breaks_the_device_is_told_with_those_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The rows come first, so that they are written."""
+    found = group(monkeypatch, (SHIPPED, {}, []), ("bad", {"gelu.FACTOR": BROKEN}, []), ("next", {}, []))
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(torch.AcceleratorError):
+        rows.extend(tune.measure(found, 4, float("inf")))
+    assert [row["candidate"] for row in rows] == [SHIPPED, "bad"]
+    assert rows[1]["failure"] == "AcceleratorError: illegal memory access"
+    assert "microseconds" not in rows[0]
+    assert capsys.readouterr().out.splitlines()[-1] == "doubling | ^case$ | bad runs"
+
+
+def test_no_configuration_is_captured_after_its_time_but_what_was_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = group(monkeypatch, (SHIPPED, {}, []), ("late", {}, []))
+    (row,) = tune.timed(found, 4, -1.0)
+    assert (row["candidate"], len(row["microseconds"])) == (SHIPPED, tune.ROUNDS)
+    assert capsys.readouterr().err == "tune: time is up at late of doubling, ^case$\n"
+
+
+def test_rows_are_written_operation_by_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "tune.json", []
+
+    def measure(*arguments: Any) -> Iterator[dict[str, Any]]:
+        for case in ("a", "a", "b"):
+            seen.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+            yield dict(study="s", case=case, candidate=SHIPPED, kernels=[])
+        seen.append(len(json.loads(path.read_text())["rows"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "without_interpreter", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--results", str(path)])
+    assert seen == [0, 0, 0, 2]
+    found = json.loads(path.read_text())
+    assert (len(found["rows"]), found["arch"]) == (3, "sm_90")
 
 
 def test_no_study_is_begun_after_its_time(

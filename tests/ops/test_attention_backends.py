@@ -149,7 +149,11 @@ def test_auto_on_a_cuda_device_is_the_kernel_where_it_fits(
         assert attention._choose("cross_attention", (q, None, kv, None, 2, p, None)) == chosen
 
 
-_TABLE = {((9, 0), 64, 52, 52): "cudnn", ((9, 0), 64, 5, 52): "sdpa"}
+_TABLE = {
+    ("self_attention", (9, 0), 64, 52, 52): "cudnn",
+    ("self_attention", (9, 0), 64, 5, 53): "cudnn",
+    ("cross_attention", (9, 0), 64, 5, 52): "sdpa",
+}
 
 
 @pytest.mark.parametrize(
@@ -163,22 +167,24 @@ _TABLE = {((9, 0), 64, 52, 52): "cudnn", ((9, 0), 64, 5, 52): "sdpa"}
         (dict(p=0.1), ("triton", "triton")),
         (dict(kernels="triton"), ("triton", "triton")),
         (dict(kernels="eager"), ("sdpa", "sdpa")),
-        (dict(other=53), ("triton", "sdpa")),
-        (dict(other=52), ("cudnn", "sdpa")),
+        (dict(groups=2), ("triton", "sdpa")),
+        (dict(autocast=torch.bfloat16), ("cudnn", "sdpa")),
+        (dict(autocast=torch.float16), ("triton", "triton")),
     ],
 )
 def test_without_gradients_auto_takes_what_was_measured_to_be_faster(
     changes: dict[str, Any], chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`other`: tokens of a second group of sequences in the same matrix."""
     monkeypatch.setattr(attention, "FASTER", _TABLE)
     monkeypatch.delenv("LMIM_FAST_ATTENTION", raising=False)
     given = (
-        dict(tokens=52, dim=64, capability=(9, 0), trained=False, p=0.0, kernels="auto", other=None) | changes
+        dict(tokens=52, dim=64, capability=(9, 0), trained=False, p=0.0, kernels="auto", groups=1) | changes
     )
     tokens, dim, p = given["tokens"], given["dim"], given["p"]
-    segments = ((2, tokens), *(((1, given["other"]),) if given["other"] else ()))
+    segments, cast = ((2, tokens),) * given["groups"], given.get("autocast")
     rows = sum(count * length for count, length in segments)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: cast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: cast)
     with FakeTensorMode(), runtime.recording(given["capability"]), dispatch.backend(given["kernels"]):
         qkv = torch.empty(rows, 6 * dim, dtype=torch.bfloat16, device="cuda", requires_grad=given["trained"])
         q = torch.empty(2, 5, 2 * dim, dtype=torch.bfloat16, device="cuda", requires_grad=given["trained"])
@@ -191,7 +197,7 @@ def test_without_gradients_auto_takes_what_was_measured_to_be_faster(
 
 
 def test_the_table_of_attention_names_backends_that_every_pytorch_has() -> None:
-    for (capability, dim, queries, keys), name in attention_table.FASTER.items():
+    for (_, capability, dim, queries, keys), name in attention_table.FASTER.items():
         assert name in ("cudnn", "sdpa")
         assert attention_kernels.reach(capability, dim, 0.0) >= keys >= 1 <= queries
 
