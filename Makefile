@@ -28,8 +28,9 @@ demo: $(INSTALLED)
 	$(BIN)/lmim report $(RUN)/lmim
 	@echo "Open $(RUN)/lmim/report.html in a browser."
 
+# A process a core; `-n 0` shows output at once and stops in a debugger.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

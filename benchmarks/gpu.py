@@ -32,15 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-
-
-SECONDS = 560  # starting, and getting the results back, have to fit into ten minutes too
-_TEST_PROCESSES = 6
-PARTS = ("kernels", "tests", "sanitize", "ops", "step", "tune")
-_HEADING = "== {} ==\n"
-_ABSENT = 3  # exit code of benchmarks/sanitize.py, which cannot be imported in a plain checkout
-
-
 SECONDS = 560  # starting, and getting the results back, have to fit into ten minutes too
 _TEST_PROCESSES = 6
 PARTS = ("kernels", "tests", "sanitize", "ops", "step", "tune")

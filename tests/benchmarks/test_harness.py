@@ -25,9 +25,15 @@ CPU = torch.device("cpu")
 SHORT_GELU = "bias_gelu and ViT-S and N52"
 
 
+def plain_environment() -> dict[str, str]:
+    """Without the interpreter, and without what keeps pytest-benchmark from measuring under xdist."""
+    left_out = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+    return {name: value for name, value in os.environ.items() if name not in left_out}
+
+
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = plain_environment()
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -62,7 +68,8 @@ def test_an_operation_is_compared_with_the_saved_run_which_only_saving_replaces(
 ) -> None:
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "STORAGE", tmp_path / ".benchmarks")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
     for name in ("benchmarks", "lmim_fast", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -262,8 +269,7 @@ def test_results_are_written_while_the_run_goes_on(tmp_path: Path) -> None:
         "    os._exit(9) if len(harness.rows) == 2 else measure(*arguments)\n"
         "harness._measure = killed\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    environment.pop("TRITON_INTERPRET", None)
+    environment = plain_environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [
         "-m",
         "pytest",
