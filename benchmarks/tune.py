@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -187,20 +188,20 @@ def main(argv: list[str] | None = None) -> int:
             print(f"tune: there are no limits for {arch}, only for {', '.join(ARCHES)}", file=sys.stderr)
             return 1
         ceilings.measure(harness.DEVICE, harness.DTYPE)  # while nothing else goes on
-    compiled = compile_attempts(args.only, arch, args.jobs)
     rows: list[Row] = []
-    found = map(described, compiled) if args.static else measure(compiled, args.batch, start + args.seconds)
-    try:
-        for row in found:
-            if (
-                args.results and rows and row["case"] != rows[-1]["case"]
-            ):  # a kernel that hangs takes all along
+    with closing(compile_attempts(args.only, arch, args.jobs)) as compiled:
+        found = (
+            map(described, compiled) if args.static else measure(compiled, args.batch, start + args.seconds)
+        )
+        try:
+            for row in found:
+                if args.results and rows and row["case"] != rows[-1]["case"]:  # a kernel may hang for ever
+                    write(args.results, rows, arch, static=args.static)
+                rows.append(row)
+                print(told(row), flush=True)
+        finally:  # also what was measured before an interruption
+            if args.results and rows:
                 write(args.results, rows, arch, static=args.static)
-            rows.append(row)
-            print(told(row), flush=True)
-    finally:  # also what was measured before an interruption
-        if args.results and rows:
-            write(args.results, rows, arch, static=args.static)
     return int(any(row["candidate"] == SHIPPED and "failure" in row for row in rows))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
     reports: list[Report]
 
 
-def compile_attempts(only: str, arch: str, jobs: int) -> Iterator[Compiled]:
+def compile_attempts(only: str, arch: str, jobs: int) -> Generator[Compiled, None, None]:
     """Attempts of the studies whose names match, in order, while the next ones are compiled.
 
     What several of them launch is compiled once. An attempt that launches what an earlier one of its study
