@@ -44,7 +44,9 @@ def check(x: Tensor, bias: Tensor) -> None:
 
 
 def _eager(x: Tensor, bias: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    activated: Tensor = _BiasGelu.apply(x, bias.to(x.dtype))
+    bias = bias.to(x.dtype)
+    # A compiler plans memory itself, and that of PyTorch 2.11 would lose the gradient of a result in place.
+    activated = F.gelu(x + bias) if torch.compiler.is_compiling() else _BiasGelu.apply(x, bias)
     return dropout.dropout(activated, p, seed)
 
 
@@ -54,8 +56,6 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
-        if torch.compiler.is_compiling():  # in place PyTorch 2.11 would lose the gradient
-            return F.gelu(x + bias)
         result: Tensor = torch.ops.aten.gelu_(x + bias)
         return result
 

@@ -87,7 +87,8 @@ def linear_recomputing(
     """As `linear`, but keeps `sources` for the backward pass, which rebuilds x as recompute(*sources).
 
     Saves the memory of x when its sources are kept by other ops anyway. Under torch.compile the forward pass
-    reads recompute(*sources) as well, and x is made only where something else needs it.
+    reads recompute(*sources) as well, and x is made only where something else needs it. (PyTorch 2.11 takes
+    whatever it compiles for exported: there x is kept.)
 
     Args:
         x:         (..., D), equal to recompute(*sources).
