@@ -30,6 +30,7 @@ from benchmarks import harness, operations
 
 ROOT = Path(__file__).parents[1]
 ABSENT = 3
+_INSTALLED = Path("/opt/nvidia/nsight-compute")
 _SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis")
 _COLUMNS = {
     "nanoseconds": "gpu__time_duration.sum",
@@ -45,9 +46,10 @@ _INPUTS = ""  # stands for the operation where inputs are made
 
 
 def find() -> str | None:
-    """ncu: on PATH, or in the CUDA toolkit."""
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("ncu", path=os.pathsep.join([os.environ.get("PATH", ""), f"{toolkit}/bin"]))
+    """ncu: on PATH, in the CUDA toolkit, or where Nsight Compute is installed by itself, the newest."""
+    folders = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
+    folders += sorted(map(str, _INSTALLED.glob("*")), reverse=True)
+    return shutil.which("ncu", path=os.pathsep.join(folders))
 
 
 def command(ncu: str, log: Path, launched: Path, only: str, batch: int) -> list[str]:

@@ -131,7 +131,13 @@ def test_without_the_profiler_or_a_device_it_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(counters, "_INSTALLED", tmp_path / "nsight-compute")
     assert counters.main([]) == counters.ABSENT
+    for version in ("2024.1", "2025.3"):
+        tool = tmp_path / "nsight-compute" / version / "ncu"
+        tool.parent.mkdir(parents=True)
+        tool.touch(0o755)
+    assert counters.find() == str(tool)
     monkeypatch.setattr(counters, "find", lambda: "ncu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert counters.main([]) == counters.ABSENT
