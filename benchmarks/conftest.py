@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import types
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ceilings, harness, shapes
-from benchmarks.machine import describe
+from benchmarks.machine import describe, write_whole
 from benchmarks.operations import SCRIPTS
 
 collect_ignore = [f"{name}.py" for name in SCRIPTS]
@@ -84,6 +83,4 @@ def _write(config: pytest.Config) -> None:
         ceilings=vars(measured),
         rows=harness.rows,
     )
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    whole.replace(path)
+    write_whole(path, result)

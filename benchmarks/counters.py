@@ -54,7 +54,7 @@ def find() -> str | None:
 
 def command(ncu: str, log: Path, launched: Path, only: str, batch: int) -> list[str]:
     """ncu over a worker; its report goes to `log`, the names of the launches to `launched`."""
-    names = "|".join(sorted({name.rpartition(".")[2] for name in operations.shipped_kernels()}))
+    names = "|".join(operations.symbols())
     options = ["--clock-control", "none", "--target-processes", "application-only"]
     options += ["--kernel-name-base", "function", "--kernel-name", f"regex:^({names})$"]
     for section in _SECTIONS:

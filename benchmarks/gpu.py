@@ -44,9 +44,8 @@ class Part(NamedTuple):
 
     It has a share of the time that is left when it starts, beside the shares of those that come after it.
     It is interrupted at the end of that, and killed `grace` seconds later: pytest writes its results then.
-    The number that follows `option` in the command is the seconds that the part keeps free of its time: it
-    becomes those after which the part begins nothing more. Exit codes in `absent` say that the machine lacks
-    what the part needs: it is skipped.
+    `option` takes the seconds after which it begins nothing more: `reserve` fewer than it has. Exit codes in
+    `absent` say that the machine lacks what the part needs: it is skipped.
     """
 
     name: str
@@ -56,15 +55,13 @@ class Part(NamedTuple):
     share: float
     grace: int = 10
     option: str = ""
+    reserve: int = 0
     absent: tuple[int, ...] = ()
 
     def within(self, seconds: float) -> list[str]:
         """The command for this time."""
-        if not self.option:
-            return self.command
-        at = self.command.index(self.option) + 1
-        reserve = float(self.command[at])
-        return [*self.command[:at], str(max(1, int(seconds - reserve))), *self.command[at + 1 :]]
+        limit = str(max(1, int(seconds - self.reserve)))
+        return [*self.command, self.option, limit] if self.option else self.command
 
 
 def parts(results: Path, arch: str) -> list[Part]:
@@ -79,21 +76,30 @@ def parts(results: Path, arch: str) -> list[Part]:
     tests = [python, "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "--tb=short", *gpu_tests()]
     if find_spec("xdist") is not None:
         tests += ["-n", str(_TEST_PROCESSES)]
-    sanitize = [python, "-m", "benchmarks.sanitize", "--seconds", "5"]
+    sanitize = [python, "-m", "benchmarks.sanitize"]
     ops = [python, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-columns=median,min,rounds"]
-    ops += ["--batches", "512", "64", "--compiled-batches", "512", "--budget", "15"]
+    ops += ["--batches", "512", "64", "--compiled-batches", "512"]
     ops += ["--results", str(results / "ops.json")]
     step = [python, "-m", "benchmarks.bench_step", "--device", "cuda", "--preset", "small"]
     step += ["--variants", "released", "sdpa", "compiled", "ours", "ours+graph", "--batch", "512", "64"]
     step += ["--dropout", "0", "0.1", "--warmup", "1", "--parts", "--json"]
-    tune = [python, "-m", "benchmarks.tune", "--seconds", "10", "--results", str(results / "tune.json")]
+    tune = [python, "-m", "benchmarks.tune", "--results", str(results / "tune.json")]
     return [
         Part("kernels", kernels, "checks.txt", "checks.txt", 50, grace=5),
         Part("tests", tests, "checks.txt", "checks.txt", 110),
-        Part("sanitize", sanitize, "checks.txt", "checks.txt", 60, option="--seconds", absent=(_ABSENT,)),
-        Part("ops", ops, "ops.txt", "ops.txt", 115, option="--budget"),
+        Part(
+            "sanitize",
+            sanitize,
+            "checks.txt",
+            "checks.txt",
+            60,
+            option="--seconds",
+            reserve=5,
+            absent=(_ABSENT,),
+        ),
+        Part("ops", ops, "ops.txt", "ops.txt", 115, option="--budget", reserve=15),
         Part("step", step, "step.json", "step.txt", 150),
-        Part("tune", tune, "tune.txt", "tune.txt", 75, option="--seconds"),
+        Part("tune", tune, "tune.txt", "tune.txt", 75, option="--seconds", reserve=10),
     ]
 
 

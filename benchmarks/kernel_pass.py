@@ -16,6 +16,7 @@ import sys
 import torch
 
 from benchmarks import harness, operations
+from benchmarks.planted_faults import FAULTS, launch_faulty
 
 DONE = "kernel pass: all well"  # what a complete run prints last
 PLANTED = "kernel pass: the fault was launched"
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         "--batch", type=int, default=16, help="rows are a multiple of it: of 16, as in training"
     )
     parser.add_argument("--only", default="", help="a regular expression for the names of operations")
-    parser.add_argument("--planted", choices=("memcheck", "racecheck"), help="what has to find the fault")
+    parser.add_argument("--planted", choices=list(FAULTS), help="what has to find the fault")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(f"kernel pass: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
@@ -69,8 +70,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _launch_planted(tool: str) -> None:
     """Launch the fault and leave: it can take the CUDA context with it, and nothing of that is an error."""
-    from benchmarks.planted_faults import launch_faulty
-
     launch_faulty(tool, harness.DEVICE)
     try:
         torch.cuda.synchronize()

@@ -1,8 +1,9 @@
-"""What a result was measured on: device, versions, commit."""
+"""What a result was measured on: device, versions, commit; and its file."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -36,6 +37,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
     }
+
+
+def write_whole(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, so that the file is the last one or this one, however the process ends."""
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def _commit() -> str | None:

@@ -52,6 +52,11 @@ def launches() -> Iterator[list[str]]:
         yield names
 
 
+def symbols() -> list[str]:
+    """All kernels as they are called on the device, where some modules share a name."""
+    return sorted({name.rpartition(".")[2] for name in shipped_kernels()})
+
+
 def shipped_kernels() -> set[str]:
     """Names of all kernels of the package, by the launches of `benchmarks/static_cases/`."""
     from benchmarks import static_cases

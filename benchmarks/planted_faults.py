@@ -38,14 +38,14 @@ def planted_race(out_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out_ptr + at, seen)
 
 
+FAULTS = {"memcheck": planted_write, "racecheck": planted_race}  # by the tool that has to find them
+
+
 def launch_faulty(tool: str, device: torch.device) -> None:
-    """Launch what `tool`, memcheck or racecheck, has to find."""
-    if tool == "memcheck":
-        out = torch.empty(_THREADS // 2, device=device)
-        constants = dict(COUNT=len(out), BLOCK=_THREADS)
-        runtime.launch(planted_write, (1,), out, num_warps=_THREADS // 32, **constants)
-    elif tool == "racecheck":
-        out = torch.empty(_THREADS, dtype=torch.int32, device=device)
-        runtime.launch(planted_race, (1,), out, num_warps=_THREADS // 32, BLOCK=_THREADS)
+    """Launch the fault that `tool` has to find."""
+    kernel = FAULTS[tool]
+    if kernel is planted_write:
+        out, constants = torch.empty(_THREADS // 2, device=device), dict(COUNT=_THREADS // 2)
     else:
-        raise ValueError(f"no fault is planted for {tool!r}; choose from memcheck, racecheck")
+        out, constants = torch.empty(_THREADS, dtype=torch.int32, device=device), {}
+    runtime.launch(kernel, (1,), out, num_warps=_THREADS // 32, BLOCK=_THREADS, **constants)

@@ -27,14 +27,14 @@ from typing import IO
 import torch
 
 from benchmarks import kernel_pass, operations
+from benchmarks.planted_faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("memcheck", "racecheck")
+TOOLS = tuple(FAULTS)
 FOUND = 77  # compute-sanitizer's exit code where it found something; Python has no use for it
 ABSENT = 3
 _NOTHING = re.compile(r"^========= (ERROR|RACECHECK) SUMMARY: 0 ", re.MULTILINE)  # so it has looked
 _PORTS = 49152, 100  # the first, and how far those of two runs are apart
-_PLANTED = {"memcheck": "planted_write", "racecheck": "planted_race"}
 
 
 def find() -> str | None:
@@ -72,7 +72,7 @@ class Run:
         if self.planted:
             if kernel_pass.PLANTED not in lines:
                 return f"RED: the fault was not launched (exit code {code}): {last}"
-            found = code == FOUND and _PLANTED[self.tool] in of_tool
+            found = code == FOUND and FAULTS[self.tool].fn.__name__ in of_tool
             return "ok, found the planted fault" if found else f"RED: missed it (exit code {code})"
         if code == FOUND:
             return "RED: found something"
@@ -90,22 +90,17 @@ def command(sanitizer: str, tool: str, *, planted: bool, only: str) -> list[str]
     The tool waits for the program however long that takes to start: else it would run on without the tool.
     Runs that go side by side have ports of their own.
     """
-    names = {_PLANTED[tool]} if planted else {_symbol(name) for name in operations.shipped_kernels()}
+    names = [FAULTS[tool].fn.__name__] if planted else operations.symbols()
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--check-exit-code", "no"]
     options += ["--target-processes", "application-only", "--print-limit", "20", "--launch-timeout", "0"]
     first, apart = _PORTS
     options += ["--port", str(first + apart * (2 * TOOLS.index(tool) + planted))]
     if tool == "memcheck":  # PyTorch asks for what is not there and goes on; tensors lie side by side
         options += ["--report-api-errors", "no", "--padding", "512"]
-    for name in sorted(names):
+    for name in names:
         options += ["--kernel-name", f"kernel_name={name}"]
     worker = [sys.executable, "-m", "benchmarks.kernel_pass", "--only", only]
     return [sanitizer, *options, *worker, *(["--planted", tool] if planted else [])]
-
-
-def _symbol(name: str) -> str:
-    """A kernel as it is called on the device; some modules share a name."""
-    return name.rpartition(".")[2]
 
 
 def start(command_line: list[str], tool: str, *, planted: bool) -> Run:

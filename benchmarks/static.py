@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, write_whole
 from benchmarks.static_build import ARCHES, Report, Selection, compile_all
 
 
@@ -66,10 +66,10 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def result(arch: str, reports: Sequence[Report]) -> dict[str, Any]:
+def result(arch: str, reports: Sequence[Report], machine: dict[str, Any]) -> dict[str, Any]:
     """The JSON form; the device is the arch that was compiled for."""
-    machine = describe(torch.device("cpu")) | {"device": arch}
-    return dict(benchmark="static", **machine, rows=[report.as_json() for report in reports])
+    rows = [report.as_json() for report in reports]
+    return dict(benchmark="static", **machine | {"device": arch}, rows=rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,15 +96,16 @@ def main(argv: list[str] | None = None) -> int:
         for failure in report.failures:
             where = f"{arch} {report.kernel} for {report.cases[0]}"
             print(f"FAILED {where}: {failure} ({report.configuration})", file=sys.stderr)
+    machine = describe(torch.device("cpu"))  # once: files that are written below change the checkout
     if args.json:
-        print(json.dumps([result(arch, reports) for arch, reports in by_arch.items()]))
+        print(json.dumps([result(arch, reports, machine) for arch, reports in by_arch.items()]))
     if args.markdown:
         print("\n\n".join(f"## {a}\n\n{markdown([r.as_json() for r in rs])}" for a, rs in by_arch.items()))
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
     for arch, reports in by_arch.items() if args.results else ():
         path = args.results / f"static_{arch.replace('_', '')}.json"
-        path.write_text(json.dumps(result(arch, reports), indent=1) + "\n")
+        write_whole(path, result(arch, reports, machine))
     reports = [report for rows in by_arch.values() for report in rows]
     print(summary(reports, arches), file=sys.stderr if args.json else sys.stdout)
     return any(report.failures for report in reports)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import re
 import statistics
@@ -30,7 +29,7 @@ import torch
 
 from benchmarks import ceilings, floors, harness, operations
 from benchmarks.harness import Operation
-from benchmarks.machine import describe
+from benchmarks.machine import describe, write_whole
 from benchmarks.static import without_interpreter
 from benchmarks.static_build import ARCHES
 from benchmarks.tune_static import Compiled, compile_attempts
@@ -145,9 +144,7 @@ def write(path: Path, rows: list[Row], arch: str, *, static: bool) -> None:
         result["device"] = arch
     else:
         result["ceilings"] = vars(ceilings.measure(harness.DEVICE, harness.DTYPE))
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    whole.replace(path)
+    write_whole(path, result | {"rows": rows})
 
 
 def told(row: Row) -> str:
