@@ -23,6 +23,7 @@ Inputs = list[Tensor | None]
 Gradients = list[Tensor | None]
 
 SEED = 2**40 + 77
+DTYPE = torch.float16 if CUDA else torch.float32  # for what asks nothing of precision
 # Beyond 64 keys a query's normaliser is kept as one fp32 logarithm, whose rounding all its probabilities
 # share: too little to be seen in 16 bits; in fp32, which runs in the interpreter alone, up to 5x the error
 # of a softmax.
@@ -138,3 +139,15 @@ def skip_where_too_long(keys: int) -> None:
     longest = {9: 512, 10: 257}.get(major, 64)
     if keys > longest:
         pytest.skip(f"kernels take up to {longest} keys on compute capability {major}.x")
+
+
+def attend(**options: object) -> None:
+    """A small self-attention."""
+    form, inputs = packed(2, 16, [(2, 3)], DTYPE)
+    form(*inputs, **options)
+
+
+def attend_across(**options: object) -> None:
+    """A small cross-attention."""
+    form, inputs = crossed(2, 16, (2, 3, 4), DTYPE)
+    form(*inputs, **options)

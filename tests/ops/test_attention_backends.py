@@ -5,14 +5,12 @@ from typing import Any
 import pytest
 import torch
 from accuracy import CUDA, DEVICE, interpreted
-from attention_cases import crossed, differentiate, packed, seed
+from attention_cases import DTYPE, attend, attend_across, crossed, differentiate, packed, seed
 from lmim_fast.kernels import runtime
 from torch._subclasses import FakeTensorMode
 
 from lmim_fast.ops import attention, attention_backends, attention_kernels, attention_table, dispatch
 from lmim_fast.ops.attention import cross_attention, self_attention
-
-DTYPE = torch.float16 if CUDA else torch.float32
 
 
 @pytest.fixture
@@ -34,16 +32,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.delenv("LMIM_FAST_ATTENTION", raising=False)
     monkeypatch.delenv("LMIM_FAST_BACKEND", raising=False)
     return names
-
-
-def attend(**options: Any) -> None:
-    form, inputs = packed(2, 16, [(2, 3)], DTYPE)
-    form(*inputs, **options)
-
-
-def attend_across(**options: Any) -> None:
-    form, inputs = crossed(2, 16, (2, 3, 4), DTYPE)
-    form(*inputs, **options)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash", "cudnn", "sdpa", "eager"])

@@ -8,22 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import CUDA
-from attention_cases import crossed, packed
+from attention_cases import DTYPE, attend, crossed, packed
 
 from lmim_fast.ops import attention
-
-DTYPE = torch.float16 if CUDA else torch.float32
-
-
-def attend(**options: Any) -> None:
-    form, inputs = packed(2, 16, [(2, 3)], DTYPE)
-    form(*inputs, **options)
-
-
-def attend_across(**options: Any) -> None:
-    form, inputs = crossed(2, 16, (2, 3, 4), DTYPE)
-    form(*inputs, **options)
 
 
 def test_flash_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
