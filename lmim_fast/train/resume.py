@@ -100,10 +100,14 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
         )
 
 
-def _completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with the defaults of fields that are newer than it."""
-    defaults = to_dict(PretrainConfig(data=("",)))
-    return {name: saved.get(name, default) for name, default in defaults.items()} | saved
+def _completed(saved: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A saved config with the defaults of fields, at any depth, that are newer than it."""
+    defaults = to_dict(PretrainConfig(data=("",))) if defaults is None else defaults
+    older = {
+        name: _completed(value, defaults[name]) if isinstance(defaults.get(name), dict) else value
+        for name, value in saved.items()
+    }
+    return defaults | older
 
 
 def _content(fingerprint: dict[str, Any]) -> dict[str, Any]:
