@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import ceilings, harness, shapes
 from benchmarks.machine import describe, write_whole
@@ -83,4 +84,6 @@ def _write(config: pytest.Config) -> None:
         ceilings=vars(measured),
         rows=harness.rows,
     )
+    if harness.DEVICE.type == "cuda":
+        result["arch"] = "sm_{}{}".format(*torch.cuda.get_device_capability(harness.DEVICE))
     write_whole(path, result)
