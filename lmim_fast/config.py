@@ -71,6 +71,8 @@ class ModelConfig:
     """False: the decoder cross-attends to the masked branch's own latent and there is no alignment loss."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Type of the encoder's residual stream when products run in bf16."""
+    gelu_epilogue: Literal["auto", "on", "off"] = "auto"
+    """GELU in the epilogue of MLP products on CUDA; auto: LMIM_FAST_GELU_EPILOGUE, else what was faster."""
     mae_mask_ratio: float = 0.75
     """MAE stage: share of the patches that is masked."""
     mae_decoder_depth: int = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from lmim_fast.layers.mlp import Mlp
 from lmim_fast.layers.norm import LAYER_NORM_EPS
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.attention import Segment
+from lmim_fast.ops.epilogue import in_epilogue
 from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing
+from lmim_fast.ops.mlp import gelu_linear, launch_mlp
 from lmim_fast.ops.norm import dropout_add_layer_norm, layer_norm
 
 
@@ -29,8 +32,9 @@ class Block(nn.Module):
         proj_drop: dropout probability after `attn.proj` and both linears of the MLP, in training mode.
         attn_drop: that of the attention weights.
         eps:       of both norms.
+        epilogue:  that of the `Mlp`.
     Raises:
-        ValueError: D is no multiple of H, or a probability outside [0, 1).
+        ValueError: D is no multiple of H, a probability outside [0, 1), or an unknown epilogue.
     """
 
     def __init__(
@@ -43,12 +47,13 @@ class Block(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         eps: float = LAYER_NORM_EPS,
+        epilogue: str = "auto",
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, epilogue=epilogue)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D) in x's dtype."""
@@ -75,8 +80,12 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         product, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv)
         branch = attn.forward_packed(product, segments)
-        product, residual = norm_linear(residual, branch, attn.proj.bias, self.norm2, mlp.fc1, p=attn.dropout)
-        branch = mlp.forward_packed(product)
+        branch, residual = norm_mlp(
+            *(residual, branch, attn.proj.bias, self.norm2, mlp.fc1, mlp.fc2),
+            p=attn.dropout,
+            drop=mlp.dropout,
+            epilogue=mlp.epilogue,
+        )
         if mlp.dropout:
             return residual, F.dropout(branch + mlp.fc2.bias.to(branch.dtype), mlp.dropout), None
         return residual, branch, mlp.fc2.bias
@@ -91,22 +100,59 @@ def norm_linear(
     *,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Add the branch, normalise, multiply by `layer`'s weight: (product without bias, new residual).
+    """Add the branch, normalise, multiply by `layer`'s weight: (product without bias, new residual)."""
+    rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(layer.weight), p=p)
+    return _linear(rows, layer.weight, residual, norm), residual
 
-    The normalised rows are made again in the backward pass from the residual, which is kept anyway; not by
-    kernels under torch.compile, where that would take another launch in the forward pass.
+
+def norm_mlp(
+    residual: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+    *,
+    p: float = 0.0,
+    drop: float = 0.0,
+    epilogue: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Add the branch, normalise, run an MLP: (product of fc2 without its bias and dropout, new residual).
+
+    Args:
+        p:        dropout probability of the branch.
+        drop:     of the hidden values.
+        epilogue: as for `mlp`.
     """
-    dtype = compute_dtype(layer.weight)
-    normalised, residual = add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(fc1.weight), p=p)
+    weights = fc1.weight, fc1.bias, fc2.weight
+    if not drop and in_epilogue(epilogue, rows, *weights):
+        return launch_mlp(rows, *weights, *_source(residual, norm, rows.dtype)), residual
+    hidden = _linear(rows, fc1.weight, residual, norm)
+    del rows  # its memory is free for what follows
+    return gelu_linear(hidden, fc1.bias, fc2.weight, p=drop), residual
+
+
+def _linear(rows: Tensor, weight: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Product of the normalised rows of a residual, without bias.
+
+    The rows are recomputed in the backward pass from the residual, which is kept anyway; not by kernels under
+    torch.compile, where that would take another launch in the forward pass.
+    """
     parameters = residual, norm.weight, norm.bias
-    if torch.compiler.is_compiling() and dispatch.select("layer_norm", *parameters, dtype, norm.eps):
-        return linear(normalised, layer.weight), residual
+    if torch.compiler.is_compiling() and dispatch.select("layer_norm", *parameters, rows.dtype, norm.eps):
+        return linear(rows, weight)
+    return linear_recomputing(rows, weight, *_source(residual, norm, rows.dtype))
+
+
+def _source(residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What normalised rows are recomputed from: a function and its arguments."""
+    eps = norm.eps
 
     def recompute(residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return layer_norm(residual, weight, bias, dtype, eps=norm.eps)
+        return layer_norm(residual, weight, bias, dtype, eps=eps)
 
-    product = linear_recomputing(normalised, layer.weight, recompute, *parameters)
-    return product, residual
+    return recompute, residual, norm.weight, norm.bias
 
 
 def add_norm(

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from lmim_fast.layers.attention import MultiheadAttention
 from lmim_fast.layers.inputs import tokens
-from lmim_fast.layers.mlp import feed_forward
 from lmim_fast.layers.norm import LAYER_NORM_EPS, DropoutAddLayerNorm
 from lmim_fast.layers.rows import PlainRows
 from lmim_fast.ops.attention import cross_attention, self_attention
+from lmim_fast.ops.epilogue import check_setting
 from lmim_fast.ops.linear import linear
+from lmim_fast.ops.mlp import mlp
 
 ORDERS = ("sa_ca", "ca_sa")
 
@@ -28,8 +29,10 @@ class DecoderLayer(nn.Module):
         dropout:         probability for attention weights, branches and hidden features, in training mode.
         order:           "sa_ca", or "ca_sa" for cross-attention first.
         layer_norm_eps:  of the three norms.
+        epilogue:        "auto", "on" or "off": GELU in the epilogue of the FFN's products
+                         (`ops/epilogue.py`), unless dropout is between them.
     Raises:
-        ValueError: D is no multiple of H, dropout outside [0, 1), or an unknown order.
+        ValueError: D is no multiple of H, dropout outside [0, 1), or an unknown order or epilogue.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class DecoderLayer(nn.Module):
         *,
         order: str = "sa_ca",
         layer_norm_eps: float = LAYER_NORM_EPS,
+        epilogue: str = "auto",
     ) -> None:
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
         self.num_heads, self.p, self.order = nhead, dropout, order
+        self.epilogue = check_setting(epilogue)
         self.self_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=True)
         self.multihead_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=True)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
@@ -120,7 +125,8 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, rows: Tensor) -> Tensor:
         """FFN, residual add and norm3."""
-        product = feed_forward(rows, self.linear1, self.linear2.weight, self.dropout)
+        weights = self.linear1.weight, self.linear1.bias, self.linear2.weight
+        product = mlp(rows, *weights, p=self.dropout, epilogue=self.epilogue)
         return self.norm3(product, rows, self.linear2.bias)[0]
 
     @property

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lmim_fast.layers.inputs import features
 from lmim_fast.ops.dropout import check_probability
-from lmim_fast.ops.linear import linear
-from lmim_fast.ops.mlp import gelu_linear, mlp
+from lmim_fast.ops.epilogue import check_setting
+from lmim_fast.ops.mlp import mlp
 
 
 class Mlp(nn.Module):
@@ -19,8 +19,9 @@ class Mlp(nn.Module):
         hidden_features: F, D where it is left out.
         out_features:    D of the result, D where it is left out.
         drop:            dropout probability, in training mode.
+        epilogue:        "auto", "on" or "off": GELU in the epilogue of the products (`ops/epilogue.py`).
     Raises:
-        ValueError: drop outside [0, 1).
+        ValueError: drop outside [0, 1), or an unknown epilogue.
     """
 
     def __init__(
@@ -30,32 +31,23 @@ class Mlp(nn.Module):
         out_features: int | None = None,
         *,
         drop: float = 0.0,
+        epilogue: str = "auto",
     ) -> None:
         super().__init__()
         check_probability(drop)
         hidden_features = hidden_features or in_features
-        self.drop = drop
+        self.drop, self.epilogue = drop, check_setting(epilogue)
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., out_features)."""
         x = features("x", x, self.fc1.weight)
-        product = feed_forward(x, self.fc1, self.fc2.weight, self.dropout)
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
+        product = mlp(x, *weights, p=self.dropout, epilogue=self.epilogue)
         return F.dropout(product + self.fc2.bias.to(product.dtype), self.dropout)
-
-    def forward_packed(self, hidden: Tensor) -> Tensor:
-        """Product of fc1 (..., F), taken over, to that of fc2 (..., D); without biases and last dropout."""
-        return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, p=self.dropout)
 
     @property
     def dropout(self) -> float:
         """Dropout in force: 0 in eval mode."""
         return self.drop if self.training else 0.0
-
-
-def feed_forward(x: Tensor, layer: nn.Linear, weight: Tensor, p: float) -> Tensor:
-    """dropout(gelu(layer(x))) @ weight.T for x in the dtype of the products, which is kept for backward."""
-    if p:
-        return gelu_linear(linear(x, layer.weight), layer.bias, weight, p=p)
-    return mlp(x, layer.weight, layer.bias, weight)

@@ -30,6 +30,7 @@ class GuidedLayer(DecoderLayer):
             config.decoder_ffn,
             config.decoder_dropout,
             order=config.decoder_order,
+            epilogue=config.gelu_epilogue,
         )
 
     forward = DecoderLayer.forward_rows  # type: ignore[assignment]

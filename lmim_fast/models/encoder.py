@@ -19,8 +19,8 @@ from lmim_fast.ops.patch_embed import patch_embed_packed
 class PackedBlock(Block):
     """Block whose call is the packed form: hooks of a sharded or checkpointed module see calls alone."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__(width, heads, mlp_ratio, qkv_bias=True)
+    def __init__(self, width: int, heads: int, mlp_ratio: float, epilogue: str) -> None:
+        super().__init__(width, heads, mlp_ratio, qkv_bias=True, epilogue=epilogue)
 
     forward = Block.forward_packed  # type: ignore[assignment]
 
@@ -52,7 +52,8 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(position_table(config.width, config), requires_grad=False)
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        blocks = [PackedBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
+        sizes = config.width, config.heads, config.mlp_ratio
+        blocks = [PackedBlock(*sizes, config.gelu_epilogue) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 

@@ -32,8 +32,8 @@ class MAE(Encoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
         self.decoder_embed = nn.Linear(config.width, width)
-        depth, heads = config.mae_decoder_depth, config.decoder_heads
-        blocks = [PackedBlock(width, heads, config.mlp_ratio) for _ in range(depth)]
+        sizes = width, config.decoder_heads, config.mlp_ratio
+        blocks = [PackedBlock(*sizes, config.gelu_epilogue) for _ in range(config.mae_decoder_depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.patch_pixels)

@@ -29,13 +29,11 @@ class Kernel:
 
     launch:  takes the arguments of the eager form.
     refuses: takes the same arguments; a reason, or None where the kernel fits.
-    proven:  False keeps the kernel out of "auto": nothing measured shows yet that it is the faster form.
     """
 
     launch: Callable[..., Any]
     dtypes: tuple[torch.dtype, ...]
     refuses: Callable[..., str | None]
-    proven: bool = True
 
 
 _kernels: dict[str, Kernel] = {}
@@ -96,20 +94,20 @@ def select(op: str, *arguments: Any, backend: str | None = None) -> Kernel | Non
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if name == "auto" and any(tensor.device.type != "cuda" for tensor in tensors):
         return None
-    reason = _refusal(op, tensors, arguments)
+    reason = refusal(op, *arguments)
     if reason is None:
-        kernel = _kernels[op]
-        return kernel if kernel.proven or name == "triton" else None
+        return _kernels[op]
     if name == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {op} {reason}")
     return None
 
 
-def _refusal(op: str, tensors: list[Tensor], arguments: tuple[Any, ...]) -> str | None:
+def refusal(op: str, *arguments: Any) -> str | None:
+    """Why the op has no kernel for these arguments, to follow its name in a message; None if it has one."""
     kernel = _kernels.get(op)
     if kernel is None:
         return "has no kernel"
-    for tensor in tensors:
+    for tensor in [value for value in arguments if isinstance(value, Tensor)]:
         if not runtime.can_run(tensor.device):
             return f"cannot run a kernel on {tensor.device}"
         if not tensor.is_floating_point():

@@ -1,8 +1,8 @@
-"""MLP whose GELU runs in the epilogue of its first product."""
+"""MLP with exact GELU, in the epilogues of its products or in a pass of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,34 +11,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmim_fast.ops import dispatch, gelu
+from lmim_fast.ops.epilogue import in_epilogue
 from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import linear, linear_recomputing, product_of
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    """gelu(x @ weight1.T + bias1) @ weight2.T with the exact (erf) GELU.
+def mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, p: float = 0.0, epilogue: str = "auto"
+) -> Tensor:
+    """dropout(gelu(x @ weight1.T + bias1)) @ weight2.T with the exact (erf) GELU.
 
-    The second bias is the business of the op that reads the product. For the backward pass x and the value
-    before the GELU are kept, and the GELU is made again.
+    The second bias is added by the op that consumes the result. For the backward pass x and one tensor of
+    hidden rows, those before the GELU, are kept.
 
-    The kernel runs under backend "triton" alone. It saves reading the hidden rows once and a launch in the
-    forward pass, and writing and reading their gradient once in the backward pass. It risks more: Triton's
-    products against cuBLAS's, and 16 instructions a hidden value forward, 28 backward, that overlap with the
-    tensor cores only through a second program on the multiprocessor. No measurement shows yet that it wins.
+    GELU in the epilogues saves a launch and reading the hidden rows once in the forward pass; in the backward
+    pass it saves the launch that recomputes the GELU, and writing and reading their gradient once. It risks
+    more: Triton's products against cuBLAS's, and 16 instructions a hidden value forward, 28 backward, that
+    overlap with the tensor cores only through a second program on the multiprocessor.
 
     Args:
-        x:       (..., D) fp32 | bf16 | fp16.
-        weight1: (F, D), any float dtype, cast to x's dtype.
-        bias1:   (F,), any float dtype; the kernel adds it in fp32.
-        weight2: (D2, F), any float dtype, cast to x's dtype.
+        x:        (..., D) fp32 | bf16 | fp16.
+        weight1:  (F, D), any float dtype, cast to x's dtype.
+        bias1:    (F,), any float dtype; the kernel adds it in fp32.
+        weight2:  (D2, F), any float dtype, cast to x's dtype.
+        p:        dropout probability of the hidden values; above 0 the GELU has a pass of its own.
+        epilogue: "auto", "on" or "off": `ops/epilogue.py`.
     Returns:
         (..., D2) in x's dtype.
     Raises:
-        ValueError: shapes that do not fit, a dtype that is no float, or inputs on several devices.
+        ValueError:   shapes that do not fit, a dtype that is no float, inputs on several devices, or an
+            unknown `epilogue`.
+        RuntimeError: the epilogue is "on", and the kernel does not take these inputs.
     Source: Hendrycks and Gimpel 2016 (GELU); the MLP of Dosovitskiy et al. 2021.
     """
     _check(x, weight1, bias1, weight2)
-    return dispatch.run("mlp", _eager, x, weight1, bias1, weight2)
+    if not p and in_epilogue(epilogue, x, weight1, bias1, weight2):
+        return launch_mlp(x, weight1, bias1, weight2)
+    return gelu_linear(linear(x, weight1), bias1, weight2, p=p)
 
 
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
@@ -52,10 +61,6 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a float dtype, got {tensor.dtype}")
     dispatch.same_device(**inputs)
-
-
-def _eager(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    return gelu_linear(linear(x, weight1), bias1, weight2)
 
 
 def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0) -> Tensor:
@@ -114,12 +119,28 @@ class _GeluLinear(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-def _launch(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    keep_hidden = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (x, weight1, bias1, weight2)
-    )
+def launch_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    recompute: Callable[..., Tensor] | None = None,
+    *sources: Tensor,
+) -> Tensor:
+    """The kernel form of `mlp` without dropout, for inputs that `in_epilogue` has accepted.
+
+    Args:
+        recompute, sources: as for `linear_recomputing`: x == recompute(*sources) is not kept for the backward
+            pass; under torch.compile it is.
+    """
+    weight1, weight2 = weight1.to(x.dtype), weight2.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
-    product, _ = _mlp(rows, weight1.to(x.dtype), bias1, weight2.to(x.dtype), keep_hidden)
+    inputs = rows, weight1, bias1, weight2
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if recompute is None or not trained or torch.compiler.is_compiling():
+        product, _ = _mlp(*inputs, trained)
+    else:
+        product = _RecomputingMlp.apply(*inputs, recompute, *sources)
     return product.view(*x.shape[:-1], len(weight2))
 
 
@@ -144,52 +165,58 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, keep_hidden: b
 
 @torch.library.custom_op("lmim_fast::mlp_backward", mutates_args=())
 def _mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    hidden: Tensor,
-    needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight1, bias1 and weight2; of those that are not `needed`, an empty tensor (0,)."""
+    grad: Tensor, bias1: Tensor, weight2: Tensor, hidden: Tensor, bias_wanted: bool, weight_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the hidden rows (M, F), and of bias1 and weight2; one that is not wanted is empty."""
     from lmim_fast.kernels import linear_gelu
 
-    grad = grad.contiguous()
-    x_needed, weight1_needed, bias1_needed, weight2_needed = needed
-    grad_x, grad_weight1, grad_bias1, grad_weight2 = (x.new_empty(0) for _ in range(4))
-    with torch.autocast(x.device.type, enabled=False):
-        if not any(needed[:3]):
-            return grad_x, grad_weight1, grad_bias1, grad.T @ F.gelu(hidden)
-        grad_hidden, activated, sums = linear_gelu.backward(
-            grad, weight2, hidden, activated_wanted=weight2_needed, bias_wanted=bias1_needed
-        )
-        if activated is not None:
-            grad_weight2 = grad.T @ activated
-            del activated
-        if sums is not None:
-            grad_bias1 = sums.to(bias1.dtype)
-        if weight1_needed:
-            grad_weight1 = grad_hidden.T @ x
-        if x_needed:
-            grad_x = grad_hidden @ weight1
-    return grad_x, grad_weight1, grad_bias1, grad_weight2
+    grad_hidden, activated, sums = linear_gelu.backward(
+        grad, weight2, hidden, activated_wanted=weight_wanted, bias_wanted=bias_wanted
+    )
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_weight2 = grad.new_empty(0) if activated is None else grad.T @ activated
+    grad_bias1 = bias1.new_empty(0) if sums is None else sums.to(bias1.dtype)
+    return grad_hidden, grad_bias1, grad_weight2
 
 
 @_mlp_backward.register_fake
 def _(
+    grad: Tensor, bias1: Tensor, weight2: Tensor, hidden: Tensor, bias_wanted: bool, weight_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape),
+        bias1.new_empty(bias1.shape if bias_wanted else 0),
+        grad.new_empty(weight2.shape if weight_wanted else 0),
+    )
+
+
+def _gradients(
     grad: Tensor,
-    x: Tensor,
+    rows: Callable[[], Tensor],
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
     hidden: Tensor,
-    needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (x, weight1, bias1, weight2)
-    return tuple(
-        tensor.new_empty(tensor.shape) if need else x.new_empty(0)
-        for tensor, need in zip(inputs, needed, strict=True)
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight1, bias1 and weight2, None for those that are not needed; rows() gives x (M, D).
+
+    rows() is called when the activated hidden rows are free again.
+    """
+    x_needed, weight1_needed, bias1_needed, weight2_needed = needed
+    with torch.autocast(grad.device.type, enabled=False):
+        if not any(needed[:3]):
+            return None, None, None, grad.T @ F.gelu(hidden)
+        grad_hidden, grad_bias1, grad_weight2 = _mlp_backward(
+            grad.contiguous(), bias1, weight2, hidden, bias1_needed, weight2_needed
+        )
+        grad_weight1 = grad_hidden.T @ rows() if weight1_needed else None
+        grad_x = grad_hidden @ weight1 if x_needed else None
+    return (
+        grad_x,
+        grad_weight1,
+        grad_bias1 if bias1_needed else None,
+        grad_weight2 if weight2_needed else None,
     )
 
 
@@ -199,15 +226,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*inputs[:4], output[1])
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:4]
     if grad is None or not any(needed):
         return (None,) * 5
-    grads = _mlp_backward(grad, *ctx.saved_tensors, list(needed))
-    return *(value if need else None for value, need in zip(grads, needed, strict=True)), None
+    x, weight1, bias1, weight2, hidden = ctx.saved_tensors
+    return *_gradients(grad, lambda: x, weight1, bias1, weight2, hidden, needed), None
 
 
 _mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _RecomputingMlp(torch.autograd.Function):
+    """`_mlp` that keeps the sources of its rows in place of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        recompute: Callable[..., Tensor],
+        *sources: Tensor,
+    ) -> Tensor:
+        product, hidden = _mlp(x, weight1, bias1, weight2, True)
+        ctx.recompute = recompute
+        ctx.save_for_backward(weight1, bias1, weight2, hidden, *sources)
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight1, bias1, weight2, hidden, *sources = ctx.saved_tensors
+
+        def rows() -> Tensor:
+            return ctx.recompute(*sources).reshape(-1, weight1.shape[1])
+
+        needed = ctx.needs_input_grad[:4]
+        gradients = _gradients(grad, rows, weight1, bias1, weight2, hidden, needed)
+        return *gradients, None, *(None for _ in sources)
 
 
 def _refuses(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> str | None:
@@ -219,9 +278,6 @@ def _refuses(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> str 
 dispatch.register(
     "mlp",
     dispatch.Kernel(
-        launch=_launch,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        refuses=_refuses,
-        proven=False,
+        launch=launch_mlp, dtypes=(torch.float32, torch.bfloat16, torch.float16), refuses=_refuses
     ),
 )

@@ -19,8 +19,9 @@ def gradients(model: nn.Module, batch: tuple[Tensor, ...], low: bool) -> tuple[T
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_bf16_loss_and_gradients_are_as_good_as_the_oracle_in_bf16() -> None:
-    config = preset("small", decoder_dropout=0.0)
+@pytest.mark.parametrize("setting", ["off", "on"])
+def test_bf16_loss_and_gradients_are_as_good_as_the_oracle_in_bf16(setting: str) -> None:
+    config = preset("small", decoder_dropout=0.0, gelu_epilogue=setting)
     oracle, fast = ReferenceLMIM(config).cuda(), LMIM(config).cuda()
     fast.load_state_dict(oracle.state_dict())
     images, guidance = (torch.rand(64, 3, 32, 128, device="cuda") * 2 - 1 for _ in range(2))

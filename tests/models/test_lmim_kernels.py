@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition, nop
+from lmim_fast.kernels import runtime
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from twins import assert_same_gradients, batch_of, twins
 
-from lmim_fast.config import ModelConfig
+from benchmarks.operations import kernel_name, launches
+from lmim_fast.config import ModelConfig, preset
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops import dispatch, dropout
@@ -35,6 +38,7 @@ MICRO = ModelConfig(
     mae_decoder_depth=1,
     mask_ratio=0.6,
     pos_grid="true",
+    gelu_epilogue="on",
 )
 CASES = {
     "teacher": MICRO,
@@ -42,6 +46,11 @@ CASES = {
     "pixel, no guidance": dataclasses.replace(MICRO, target="pixel", guidance=False),
     "ca_sa": dataclasses.replace(MICRO, decoder_order="ca_sa"),
     "one layer": dataclasses.replace(MICRO, decoder_depth=1),
+    "GELU in a pass of its own": dataclasses.replace(MICRO, gelu_epilogue="off"),
+}
+GELU = {
+    "on": {"linear_gelu.linear_gelu_kernel", "linear_gelu.linear_gelu_backward_kernel"},
+    "off": {"gelu._forward", "gelu._backward"},
 }
 
 
@@ -51,12 +60,34 @@ def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
     twins(oracle, fast)
     batch = batch_of(CASES[name], 3)
     expected = oracle(*batch).loss
-    with dispatch.backend("triton"):
+    with dispatch.backend("triton"), launches() as names:
         loss = fast(*batch).loss
+        loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     expected.backward()
-    loss.backward()
     assert_same_gradients(oracle, fast)
+    assert {launched for launched in names if "gelu" in launched} == GELU[CASES[name].gelu_epilogue]
+
+
+def test_every_mlp_at_the_released_sizes_has_its_gelu_in_the_epilogue() -> None:
+    config = preset("small", depth=2, decoder_dropout=0.0, mae_decoder_depth=1, gelu_epilogue="on")
+    images = torch.rand(1, 3, 32, 128)
+    teacher, student, masked = (257, 1536, 384), (52 + 257, 1536, 384), (205, 2048, 512)
+    encoder, all_rows = (65, 1536, 384), (257, 2048, 512)
+    expected = {
+        LMIM: ([teacher] * 2 + [student] * 2 + [all_rows, masked], [masked, all_rows] + [student] * 2),
+        MAE: ([encoder] * 2 + [all_rows], [all_rows] + [encoder] * 2),
+    }
+    for kind, sizes in expected.items():
+        model = kind(config)
+        with dispatch.backend("triton"), runtime.recording((9, 0)) as recording:
+            model(*([images] * (2 if kind is LMIM else 1))).loss.backward()
+        launched = [one for one in recording.launches if "gelu" in kernel_name(one.kernel)]
+        found = [(kernel_name(one.kernel), one.arguments[-3:]) for one in launched]
+        forward, backward = "linear_gelu.linear_gelu_kernel", "linear_gelu.linear_gelu_backward_kernel"
+        assert found == [(forward, size) for size in sizes[0]] + [(backward, size) for size in sizes[1]]
+        kept = [one.arguments[3] is not None for one in launched[: len(sizes[0])]]
+        assert kept == [size != teacher for size in sizes[0]], "the teacher keeps nothing"
 
 
 def test_compiled_loss_and_every_gradient_equal_the_eager_ones() -> None:
@@ -72,9 +103,9 @@ def test_compiled_loss_and_every_gradient_equal_the_eager_ones() -> None:
     backend = aot_autograd(
         fw_compiler=forward, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition
     )
-    with dispatch.backend("triton"):
+    with dispatch.backend("triton"), launches() as names:
         loss = torch.compile(fast, backend=backend, fullgraph=True)(*batch).loss
-    loss.backward()
+        loss.backward()
     expected = oracle(*batch).loss
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -82,20 +113,28 @@ def test_compiled_loss_and_every_gradient_equal_the_eager_ones() -> None:
     called = [str(node.target) for node in graphs[0].graph.nodes]
     # two norms a block and the last, of student and teacher, three of the decoder's layer and its last
     assert called.count("lmim_fast.dropout_add_layer_norm.default") == 3 + 3 + 3 + 1
+    # MLPs of student, teacher and decoder; the teacher has no backward pass, and none recomputes a GELU
+    launched = [name for name in names if "gelu" in name]
+    assert (
+        launched == ["linear_gelu.linear_gelu_kernel"] * 3 + ["linear_gelu.linear_gelu_backward_kernel"] * 2
+    )
 
 
-def test_mae_loss_and_every_gradient_equal_the_oracle() -> None:
-    oracle, fast = ReferenceMAE(MICRO), MAE(MICRO)
+@pytest.mark.parametrize("setting", GELU)
+def test_mae_loss_and_every_gradient_equal_the_oracle(setting: Literal["on", "off"]) -> None:
+    config = dataclasses.replace(MICRO, gelu_epilogue=setting)
+    oracle, fast = ReferenceMAE(config), MAE(config)
     twins(oracle, fast)
     images, _, noise = batch_of(MICRO, 3)
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     expected = oracle(pixels, noise).loss
-    with dispatch.backend("triton"):
+    with dispatch.backend("triton"), launches() as names:
         loss = fast(pixels, noise).loss
+        loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     expected.backward()
-    loss.backward()
     assert_same_gradients(oracle, fast)
+    assert {launched for launched in names if "gelu" in launched} == GELU[setting]
 
 
 def exported_masks(config: ModelConfig, seeds: list[Tensor], batch: int) -> Iterator[Tensor]:

@@ -41,14 +41,6 @@ def test_auto_on_a_cpu_is_eager_even_in_the_interpreter(doubled: dispatch.Kernel
     assert dispatch.select("doubled", torch.ones(8)) is None
 
 
-def test_an_unproven_kernel_runs_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = dispatch.Kernel(lambda x: x, (torch.float32,), lambda x: None, proven=False)
-    monkeypatch.setattr(dispatch, "_kernels", {"slow": kernel})
-    assert dispatch.select("slow", on_cuda(8)) is None
-    with dispatch.backend("triton"):
-        assert dispatch.select("slow", on_cuda(8)) is kernel
-
-
 def test_run_calls_the_form_that_was_chosen(doubled: dispatch.Kernel) -> None:
     def eager(x: Tensor) -> Tensor:
         return x + 100

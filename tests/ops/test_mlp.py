@@ -14,7 +14,6 @@ from accuracy import (
     assert_rms_as_accurate,
 )
 from lmim_fast.kernels import linear_gelu
-from test_dispatch import on_cuda
 from torch import Tensor
 
 from lmim_fast.ops import dispatch
@@ -134,89 +133,12 @@ def test_two_runs_are_bit_equal() -> None:
         assert torch.equal(one, other)
 
 
-def test_backward_makes_the_same_activated_values_again() -> None:
-    x, weight1, bias1, weight2 = (tensor.detach() for tensor in inputs(70, 64, 128, 32, torch.float16))
-    hidden, activated = linear_gelu.forward(x, weight1, bias1, keep_hidden=True)
-    assert hidden is not None
-    grad = torch.randn(70, 32, device=DEVICE).half()
-    _, again, _ = linear_gelu.backward(grad, weight2, hidden, activated_wanted=True, bias_wanted=False)
-    assert again is not None
-    assert torch.equal(again, activated)
-
-
 @pytest.mark.usefixtures("kernels")
 def test_result_is_the_same_whether_or_not_a_backward_pass_will_follow() -> None:
     tensors = inputs(70, 24, 72, 40, torch.float16)
     with torch.no_grad():
         assert torch.equal(mlp(*tensors), mlp(*(tensor.detach() for tensor in tensors)))
     assert torch.equal(mlp(*tensors).detach(), mlp(*(tensor.detach() for tensor in tensors)))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_hidden_rows_are_kept_for_a_backward_pass_and_activated_rows_never() -> None:
-    tensors = inputs(70, 24, 72, 40, torch.float32)
-    kept: list[tuple[int, ...]] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        mlp(*tensors)
-    assert sorted(kept) == [(40, 72), (70, 24), (70, 72), (72,), (72, 24)]
-    _, hidden = op._mlp(*tensors, True)
-    assert not hidden.requires_grad
-
-
-@pytest.mark.usefixtures("kernels")
-def test_hidden_rows_are_written_only_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[bool] = []
-    forward = linear_gelu.forward
-
-    def note(*arguments: Tensor, keep_hidden: bool) -> tuple[Tensor | None, Tensor]:
-        written.append(keep_hidden)
-        return forward(*arguments, keep_hidden=keep_hidden)
-
-    monkeypatch.setattr(linear_gelu, "forward", note)
-    tensors = inputs(5, 24, 48, 16, torch.float32)
-    mlp(*tensors)
-    mlp(tensors[0], *(tensor.detach() for tensor in tensors[1:]))
-    mlp(*(tensor.detach() for tensor in tensors))
-    with torch.no_grad():
-        mlp(*tensors)
-    assert written == [True, True, False, False]
-
-
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-def test_gradients_that_are_not_needed_are_not_made(
-    needed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[bool, bool]] = []
-    backward = linear_gelu.backward
-
-    def note(*arguments: Tensor, activated_wanted: bool, bias_wanted: bool) -> tuple[Tensor | None, ...]:
-        asked.append((activated_wanted, bias_wanted))
-        return backward(*arguments, activated_wanted=activated_wanted, bias_wanted=bias_wanted)
-
-    monkeypatch.setattr(linear_gelu, "backward", note)
-    tensors = inputs(20, 24, 48, 16, torch.float32)
-    for number, tensor in enumerate(tensors):
-        tensor.requires_grad_(number in needed)
-    upstream = torch.randn(20, 16, device=DEVICE)
-    _, ours = run("triton", tensors, upstream)
-    _, truth = run("eager", as_double(tensors), upstream)
-    for mine, exact in zip(ours, truth, strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
-    assert asked == ([] if needed == (3,) else [(3 in needed, 2 in needed)])
-
-
-@pytest.mark.usefixtures("kernels")
-def test_a_result_that_nobody_reads_has_no_gradient() -> None:
-    tensors = inputs(5, 24, 48, 16, torch.float32)
-    unused = torch.zeros(1, device=DEVICE, requires_grad=True)
-    out = mlp(*tensors)
-    grads = torch.autograd.grad((out.detach() + unused).sum(), tensors, allow_unused=True)
-    assert grads == (None,) * 4
 
 
 @pytest.mark.usefixtures("kernels")
@@ -239,15 +161,6 @@ def test_opcheck_of_the_op(keep_hidden: bool) -> None:
     torch.library.opcheck(op._mlp, (*tensors, keep_hidden))
 
 
-@pytest.mark.parametrize("bias", [torch.float16, torch.float32])
-@pytest.mark.parametrize("needed", [[True] * 4, [False, False, True, False], [False, False, False, True]])
-def test_opcheck_of_its_backward(needed: list[bool], bias: torch.dtype) -> None:
-    x, weight1, bias1, weight2 = (tensor.detach() for tensor in inputs(20, 24, 48, 16, torch.float16))
-    grad, hidden = torch.randn(20, 16).to(weight2), torch.randn(20, 48).to(weight2)
-    tensors = (x, weight1, bias1.to(bias), weight2)
-    torch.library.opcheck(op._mlp_backward, (grad, *tensors, hidden, needed))
-
-
 @pytest.mark.usefixtures("kernels")
 def test_compiles_as_one_graph() -> None:
     tensors = inputs(20, 24, 48, 16, torch.float32)
@@ -262,15 +175,6 @@ def test_compiles_as_one_graph() -> None:
 
 def test_gradcheck_of_the_eager_form() -> None:
     assert torch.autograd.gradcheck(mlp, as_double(inputs(5, 3, 7, 4, torch.float32)))
-
-
-def test_auto_leaves_the_kernel_out() -> None:
-    shapes = ((8, 16), (32, 16), (32,), (16, 32))
-    tensors = [on_cuda(*shape, dtype=torch.bfloat16) for shape in shapes]
-    with dispatch.backend("auto"):
-        assert dispatch.select("mlp", *tensors) is None
-    with dispatch.backend("triton"):
-        assert dispatch.select("mlp", *tensors) is not None
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lmim_fast.config import DataConfig, OptimConfig, PretrainConfig
+from lmim_fast.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config_io import to_dict
 from lmim_fast.errors import UsageError
 from lmim_fast.train.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ def changed(**values):
         (changed(accumulation=2), "accumulation was 1, now 2"),
         (changed(compile=True), "compile was False, now True"),
         (changed(precision="fp32"), "precision was 'auto', now 'fp32'"),
+        (changed(model=ModelConfig(gelu_epilogue="on")), r"model\.gelu_epilogue was 'auto', now 'on'"),
         (changed(optim=OptimConfig(betas=(0.9, 0.99))), r"optim\.betas\[1\] was 0.95, now 0.99"),
         (changed(loader=DataConfig(max_pixels=9)), r"loader\.max_pixels was"),
         (changed(loader=DataConfig(device="cpu")), r"loader\.device was 'auto', now 'cpu'"),
@@ -66,11 +67,13 @@ def test_settings_that_move_no_number_may_change():
 
 def test_a_checkpoint_older_than_a_field_counts_as_its_default():
     state = to_dict(CONFIG)
-    del state["compile"], state["cuda_graph"]
+    del state["compile"], state["cuda_graph"], state["model"]["gelu_epilogue"]
     older = dataclasses.replace(SAVED, state={"config": state, "data": DATA})
     check_same_run(older, CONFIG, DATA)
     with pytest.raises(UsageError, match="compile was False, now True"):
         check_same_run(older, changed(compile=True), DATA)
+    with pytest.raises(UsageError, match=r"model\.gelu_epilogue was 'auto', now 'off'"):
+        check_same_run(older, changed(model=ModelConfig(gelu_epilogue="off")), DATA)
 
 
 def test_differences_name_the_place_of_added_and_removed_values():

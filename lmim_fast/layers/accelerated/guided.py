@@ -25,8 +25,8 @@ from lmim_fast.layers.accelerated.torch_layers import (
 )
 from lmim_fast.layers.accelerated.transformer import add_post_norm
 from lmim_fast.layers.accelerated.vit import has
-from lmim_fast.layers.mlp import feed_forward
 from lmim_fast.ops.linear import compute_dtype, linear
+from lmim_fast.ops.mlp import mlp
 
 ORDERS = ("sa_ca", "ca_sa")
 PARTS = ("self_attn", "multihead_attn", "linear1", "linear2", "norm1", "norm2", "norm3", "dropout")
@@ -73,7 +73,8 @@ class FastGuidedDecoderLayer(Accelerated):
             product = linear(context, attention.out_proj.weight)
             x = add_post_norm(product, attention.out_proj.bias, x, norm, p)
         hidden = x.to(compute_dtype(self.linear1.weight))
-        product = feed_forward(hidden, self.linear1, self.linear2.weight, p)
+        weights = self.linear1.weight, self.linear1.bias, self.linear2.weight
+        product = mlp(hidden, *weights, p=p)
         return add_post_norm(product, self.linear2.bias, x, self.norm3, p)
 
 

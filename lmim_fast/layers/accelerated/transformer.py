@@ -22,8 +22,8 @@ from lmim_fast.layers.accelerated.torch_layers import (
     unpaired,
 )
 from lmim_fast.layers.block import add_norm
-from lmim_fast.layers.mlp import feed_forward
 from lmim_fast.ops.linear import compute_dtype, linear
+from lmim_fast.ops.mlp import mlp
 from lmim_fast.ops.norm import dropout_add_layer_norm
 
 Step = tuple[Callable[[Any, Tensor], tuple[Tensor, Tensor | None]], str]  # branch and bias, its dropout
@@ -161,7 +161,8 @@ def _feed_forward(layer: _FastTransformerLayer, x: Tensor) -> tuple[Tensor, Tens
     p = dropout_of(layer, "dropout")
     if _is_gelu(layer.activation):
         x = x.to(compute_dtype(layer.linear1.weight))
-        return feed_forward(x, layer.linear1, layer.linear2.weight, p), layer.linear2.bias
+        weights = layer.linear1.weight, layer.linear1.bias, layer.linear2.weight
+        return mlp(x, *weights, p=p), layer.linear2.bias
     hidden = F.dropout(layer.activation(F.linear(x, layer.linear1.weight, layer.linear1.bias)), p)
     return linear(hidden, layer.linear2.weight), layer.linear2.bias
 

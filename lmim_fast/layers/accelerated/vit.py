@@ -31,12 +31,11 @@ from lmim_fast.layers.accelerated.torch_layers import (
     unlike_linear,
 )
 from lmim_fast.layers.accelerated.transformer import add_branch
-from lmim_fast.layers.block import norm_linear
-from lmim_fast.layers.mlp import feed_forward
+from lmim_fast.layers.block import norm_linear, norm_mlp
 from lmim_fast.ops.attention import self_attention
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.masking import gather_rows, select_patches
-from lmim_fast.ops.mlp import gelu_linear
+from lmim_fast.ops.mlp import mlp
 
 # Children that a fast form knows; each but the first two is optional.
 ATTENTION_PARTS = ("qkv", "proj", "attn_drop", "proj_drop", "q_norm", "k_norm", "norm")
@@ -77,7 +76,8 @@ class FastMlp(Accelerated):
             return call_original(self, reason, *arguments, **named)
         (x,) = inputs
         x = x.to(compute_dtype(self.fc1.weight))
-        product = feed_forward(x, self.fc1, self.fc2.weight, dropout_of(self, "drop1", "drop"))
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
+        product = mlp(x, *weights, p=dropout_of(self, "drop1", "drop"))
         if self.fc2.bias is not None:
             product = product + self.fc2.bias.to(product.dtype)
         return F.dropout(product, dropout_of(self, "drop2", "drop"))
@@ -98,18 +98,19 @@ class FastBlock(Accelerated):
         if reason:
             return call_original(self, reason, *arguments, **named)
         (x,) = inputs
-        attn, mlp, segments = self.attn, self.mlp, [(x.shape[0], x.shape[1])]
+        attn, segments = self.attn, [(x.shape[0], x.shape[1])]
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         qkv, residual = norm_linear(x.flatten(0, 1), None, None, self.norm1, attn.qkv)
         context = self_attention(qkv, attn.qkv.bias, _heads(attn), segments, p=dropout_of(attn, "attn_drop"))
         branch = linear(context, attn.proj.weight)
-        p = dropout_of(attn, "proj_drop")
-        hidden, residual = norm_linear(residual, branch, attn.proj.bias, self.norm2, mlp.fc1, p=p)
-        p = dropout_of(mlp, "drop1", "drop")
-        branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, p=p)
-        p = dropout_of(mlp, "drop2", "drop")
-        return add_branch(
-            residual.view(x.shape), branch.view(x.shape), mlp.fc2.bias, p
-        )  # no view of a result
+        branch, residual = norm_mlp(
+            *(residual, branch, attn.proj.bias, self.norm2, fc1, fc2),
+            p=dropout_of(attn, "proj_drop"),
+            drop=dropout_of(self.mlp, "drop1", "drop"),
+        )
+        p = dropout_of(self.mlp, "drop2", "drop")
+        # no view of a result
+        return add_branch(residual.view(x.shape), branch.view(x.shape), fc2.bias, p)
 
 
 class FastMasking(Accelerated):
