@@ -1,6 +1,6 @@
 """The two products of an MLP with bias and GELU between them.
 
-"ours" has GELU in a pass of its own, "epilogue" in the products' epilogues. `auto` takes the second where
+"ours" has GELU in a separate pass, "epilogue" in the products' epilogues. `auto` takes the second where
 `benchmarks/epilogue_table.py` found it to be faster.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.epilogue_table OPS_JSON [OPS_JSON ...] [--write]
 
 The files are those of `pytest benchmarks --benchmark-only --results FILE` on CUDA devices. An MLP and a
-direction are entered if GELU in the epilogue took 3 % less time than GELU in a pass of its own at every batch
+direction are entered if GELU in the epilogue took 3 % less time than GELU in a separate pass at every batch
 and number of tokens that a file has of them. Without `--write` the table is printed.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).parents[1] / "lmim_fast/ops/epilogue_table.py"
-MOST = 0.97  # of the time of the pass of its own: less is not told from noise
+MOST = 0.97  # of the time of the separate pass: less is not told from noise
 DTYPES = ("bfloat16", "float16")  # what the table is for
 
 Shape = tuple[str, tuple[int, int], int, int]  # direction, compute capability, D, F

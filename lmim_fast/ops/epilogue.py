@@ -1,4 +1,4 @@
-"""Whether the GELU of an MLP runs in the epilogue of its products or in a pass of its own."""
+"""Whether the GELU of an MLP runs in the epilogue of its products or in a separate pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLP with exact GELU, in the epilogues of its products or in a pass of its own."""
+"""MLP with exact GELU, in the epilogues of its products or in a separate pass."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mlp(
         weight1:  (F, D), any float dtype, cast to x's dtype.
         bias1:    (F,), any float dtype; the kernel adds it in fp32.
         weight2:  (D2, F), any float dtype, cast to x's dtype.
-        p:        dropout probability of the hidden values; above 0 the GELU has a pass of its own.
+        p:        dropout probability of the hidden values; above 0 the GELU runs in a separate pass.
         epilogue: "auto", "on" or "off": `ops/epilogue.py`.
     Returns:
         (..., D2) in x's dtype.

@@ -46,7 +46,7 @@ CASES = {
     "pixel, no guidance": dataclasses.replace(MICRO, target="pixel", guidance=False),
     "ca_sa": dataclasses.replace(MICRO, decoder_order="ca_sa"),
     "one layer": dataclasses.replace(MICRO, decoder_depth=1),
-    "GELU in a pass of its own": dataclasses.replace(MICRO, gelu_epilogue="off"),
+    "GELU in a separate pass": dataclasses.replace(MICRO, gelu_epilogue="off"),
 }
 GELU = {
     "on": {"linear_gelu.linear_gelu_kernel", "linear_gelu.linear_gelu_backward_kernel"},
