@@ -65,9 +65,11 @@ def patch_embed_backward_kernel(
         mask = inside[:, None] & (pixel <= 3 * P * P)[None, :]
     else:
         mask = inside[:, None] & (pixel < 3 * P * P)[None, :]
-        tl.store(sums_ptr + 3 * P * P * D + column, bias_sum, mask=inside & (part == 0))
     tl.store(sums_ptr + at, weight_sum, mask=mask)
-    tl.store(sums_ptr + (3 * P * P + 1) * D + column, cls_sum, mask=inside & (part == 0))
+    if part == 0:  # a branch: the interpreter of Triton 3.9 refuses masks that mix tiles and single numbers
+        tl.store(sums_ptr + (3 * P * P + 1) * D + column, cls_sum, mask=inside)
+        if not ONES:
+            tl.store(sums_ptr + 3 * P * P * D + column, bias_sum, mask=inside)
 
 
 def _tiles(grad: torch.dtype, compute: torch.dtype) -> Tiles:

@@ -51,8 +51,9 @@ def _decoder_tokens(
     known, image = image < images, image.to(tl.int64)
     inside = known[:, None] & (column < D)[None, :]
     if token <= kept:
-        patch_at = ids_visible_ptr + image * kept + token - 1
-        patch = tl.load(patch_at, mask=known & (token > 0), other=-1)  # cls has the row before the first
+        # cls has the row before the first. A limit: the interpreter of Triton 3.9 refuses `known & (token > 0)`.
+        listed = image < tl.where(token > 0, images, 0)
+        patch = tl.load(ids_visible_ptr + image * kept + token - 1, mask=listed, other=-1)
         added = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     else:
         patch = tl.load(ids_masked_ptr + image * masked + token - kept - 1, mask=known, other=0)
