@@ -124,7 +124,7 @@ def specialise(launch: runtime.Launch, target: Any) -> Build:
         raise RuntimeError(f"{kernel} was made for Triton's interpreter: run without TRITON_INTERPRET")
     runtime.settle_key(kernel)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
+    options = launch.options | {"debug": False}
     bound, specialization, options = bind(*launch.arguments, **launch.constants, **options)
     packed = kernel._pack_args(backend, options, bound, specialization, options)
     parsed, signature, constants, attributes = packed

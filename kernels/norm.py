@@ -288,12 +288,13 @@ def backward(
         total.stride(0),
         rows,
         num_warps=NUM_WARPS,
+        maxnreg=runtime.registers(BACKWARD_PROGRAMS, NUM_WARPS),
         D=width,
         THRESHOLD=threshold,
         PARAMETERS=parameters,
         X_BIAS=x_bias,
         R=tile,
         HALF=half,
-        STAGES=2 if runtime.capability(device)[0] == 10 else BACKWARD_STAGES,  # else it spills there
+        STAGES=BACKWARD_STAGES,
     )
     return grad_x, grad_residual, sums.sum(1)

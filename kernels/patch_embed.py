@@ -121,12 +121,12 @@ def patch_embed_kernel(
             token += added
         else:
             mask = known[:, None] & inside[None, :]
-            at = position_ptr + patch[:, None] * D + column[None, :]
+            at = position_ptr + (patch[:, None] * D + column[None, :])
             token += tl.load(at, mask=mask, other=float("nan")).to(tl.float32) + bias[None, :]
         out = out_ptr + image * ((K + 1) * D)
         if chunk == 0:
             tl.store(out + column, cls.to(out_ptr.dtype.element_ty), mask=inside)
-        at = out + (1 + place)[:, None] * D + column[None, :]
+        at = out + ((1 + place)[:, None] * D + column[None, :])
         tl.store(at, token.to(out_ptr.dtype.element_ty), mask=(place < K)[:, None] & inside[None, :])
 
 
@@ -135,6 +135,7 @@ class Tiles:
     """Patches, columns and pixels of a tile, and the launch that goes with it.
 
     programs: per multiprocessor, as many as its registers hold at once.
+    maxnreg:  of `runtime.launch`.
     """
 
     patches: int
@@ -143,6 +144,7 @@ class Tiles:
     programs: int
     num_warps: int
     num_stages: int = 1
+    maxnreg: int | None = None
 
     def workers(self, device: torch.device, shares: int) -> int:
         """Programs that walk over the images, for each of `shares` shares of the columns and patches."""
@@ -150,7 +152,7 @@ class Tiles:
 
 
 # fp32 products have fewer than 64 rows: of more Triton makes TF32 products on sm_100.
-EXACT = Tiles(32, 32, 16, programs=8, num_warps=4)
+EXACT = Tiles(32, 32, 16, programs=6, num_warps=4, maxnreg=runtime.registers(6, 4))
 
 
 def _forward_tiles(compute: torch.dtype) -> Tiles:
@@ -195,6 +197,7 @@ def geometry(
         BLOCK_K=min(tiles.pixels, padded_width(3 * patch * patch)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        maxnreg=tiles.maxnreg,
     )
 
 

@@ -72,11 +72,13 @@ def patch_embed_backward_kernel(
             tl.store(sums_ptr + 3 * P * P * D + column, bias_sum, mask=inside)
 
 
-def _tiles(grad: torch.dtype, compute: torch.dtype) -> Tiles:
+def _tiles(grad: torch.dtype, compute: torch.dtype, capability: tuple[int, int]) -> Tiles:
     if compute == torch.float32:
         return EXACT
     stages = 2 if grad == torch.float32 else 3
-    return Tiles(64, 128, 64, programs=2, num_warps=8, num_stages=stages)
+    # Others than Hopper and Blackwell multiply out of registers, and take up to 254 rather than spill.
+    maxnreg = runtime.registers(2, 8) if capability[0] in (9, 10) else None
+    return Tiles(64, 128, 64, programs=2, num_warps=8, num_stages=stages, maxnreg=maxnreg)
 
 
 def backward(
@@ -94,7 +96,7 @@ def backward(
     """
     grad = as_rows(grad)
     width, values = grad.shape[1], 3 * patch * patch
-    tiles = _tiles(grad.dtype, compute)
+    tiles = _tiles(grad.dtype, compute, runtime.capability(grad.device))
     launches: list[tuple[Tensor, Tensor | None, int, int, dict[str, Any]]] = []
     for images, ids in views:
         images, constants = geometry(images, ids, patch, width, tiles)

@@ -26,6 +26,17 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler. Triton 3.10 will fuse products and sums only where it is asked to."""
+        return dict(
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            maxnreg=self.maxnreg,
+            enable_fp_fusion=True,
+        )
 
 
 @dataclass
@@ -59,7 +70,13 @@ def can_run(device: torch.device) -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 1, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    maxnreg: int | None = None,
+    **constants: Any,
 ) -> None:
     """Run `kernel` on the device of its first tensor argument.
 
@@ -69,10 +86,12 @@ def launch(
         arguments:  tensors and numbers, in the kernel's order.
         num_warps:  warps of a program.
         num_stages: depth of software pipelines.
+        maxnreg:    registers that a thread may have (`registers`); None: the compiler's choice.
         constants:  the kernel's constexpr arguments.
     """
+    one = Launch(kernel, grid, arguments, constants, num_warps, num_stages, maxnreg)
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        _recording.launches.append(one)
         return
     if 0 in grid:
         return
@@ -80,7 +99,7 @@ def launch(
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*arguments, **one.options, **constants)
 
 
 _settled: set[int] = set()  # ids of functions, which live as long as the process
@@ -100,6 +119,14 @@ def settle_key(kernel: Any) -> None:
         if type(called) is type(kernel):
             settle_key(called)
     kernel.cache_key  # noqa: B018 - computed at the first access
+
+
+def registers(programs: int, num_warps: int) -> int:
+    """Registers of a thread if so many programs of so many warps share a multiprocessor.
+
+    As `maxnreg` it also keeps ptxas from spilling a few bytes to fit one more program than the grid has.
+    """
+    return min(255, 65536 // (programs * num_warps * 32) // 8 * 8)  # they are given out in eights
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def _decoder_tokens(
     known, image = image < images, image.to(tl.int64)
     inside = known[:, None] & (column < D)[None, :]
     if token <= kept:
-        # cls has the row before the first. A limit: the interpreter of Triton 3.9 refuses `known & (token > 0)`.
+        # cls has the row before the first. Triton 3.9's interpreter refuses `known & (token > 0)` as a mask.
         listed = image < tl.where(token > 0, images, 0)
         patch = tl.load(ids_visible_ptr + image * kept + token - 1, mask=listed, other=-1)
         added = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
