@@ -98,6 +98,30 @@ def test_blocks_on_a_multiprocessor(registers: int, warps: int, shared: int, blo
     assert Limits().blocks_per_multiprocessor(registers, warps, shared) == blocks
 
 
+@pytest.mark.parametrize(("programs", "warps"), [(3, 4), (2, 8), (6, 4), (2, 4)])
+def test_programs_with_their_share_of_the_registers_fit_a_multiprocessor(programs: int, warps: int) -> None:
+    registers = runtime.registers(programs, warps)
+    assert Limits().blocks_per_multiprocessor(registers, warps, 0) == programs
+
+
+def test_the_limit_of_registers_and_fused_products_are_asked_for_whatever_the_default_is() -> None:
+    code = """
+import os
+del os.environ["TRITON_INTERPRET"]
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # the default of Triton 3.10
+import small_kernels, torch
+from benchmarks.static_build import specialise, target_of
+from lmim_fast.kernels import runtime
+x = torch.empty(1000, device="meta")
+with runtime.recording((9, 0)) as recording:
+    runtime.launch(small_kernels.add_one, (8,), x, x, 2.0, 1000, 1, num_warps=4, maxnreg=40, BLOCK=128)
+options = specialise(recording.launches[0], target_of("sm_90")).options
+print(options.maxnreg, options.enable_fp_fusion)
+"""
+    result = run_static(code=code)
+    assert result.stdout == "40 True\n", result.stderr
+
+
 def launched_kernels() -> set[str]:
     """`@triton.jit` functions in kernels/ that no other one calls."""
     functions: dict[str, str] = {}
