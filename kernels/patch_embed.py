@@ -152,7 +152,7 @@ class Tiles:
 
 
 # fp32 products have fewer than 64 rows: of more Triton makes TF32 products on sm_100.
-EXACT = Tiles(32, 32, 16, programs=6, num_warps=4, maxnreg=runtime.registers(6, 4))
+EXACT = Tiles(32, 32, 16, programs=5, num_warps=4, maxnreg=runtime.registers(5, 4))
 
 
 def _forward_tiles(compute: torch.dtype) -> Tiles:
