@@ -245,6 +245,7 @@ def _launch_forward(
         mean,
         kept,
         num_warps=NUM_WARPS,
+        maxnreg=runtime.registers(PROGRAMS, NUM_WARPS),
         D=width,
         PATCH=patch_size,
         FREEDOM=freedom,

@@ -9,7 +9,7 @@ in memory, and the weights with them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,13 +88,13 @@ def patch_embed_kernel(
     chunk = tl.program_id(0) // BLOCKS % CHUNKS
     place = chunk * R + tl.arange(0, R)
     inside = column < D
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     cls = tl.load(cls_ptr + column, mask=inside, other=0.0).to(tl.float32)
     cls += tl.load(position_ptr + column, mask=inside, other=0.0).to(tl.float32)
     position_ptr += D
     if ids_ptr is None:
         mask = (place < K)[:, None] & inside[None, :]
         added = tl.load(position_ptr + place[:, None] * D + column[None, :], mask=mask, other=0.0)
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         added = added.to(tl.float32) + bias[None, :]
     if BLOCK_K > 3 * P * P:
         weight = _load_weight(weight_ptr, tl.arange(0, BLOCK_K), column, D, P, CHANNELS_LAST, COMPUTE)
@@ -121,12 +121,14 @@ def patch_embed_kernel(
             token += added
         else:
             mask = known[:, None] & inside[None, :]
-            at = position_ptr + (patch[:, None] * D + column[None, :])
+            at = position_ptr + patch[:, None] * D + column[None, :]
+            # Loaded here, since it would stay in registers over the loop.
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
             token += tl.load(at, mask=mask, other=float("nan")).to(tl.float32) + bias[None, :]
         out = out_ptr + image * ((K + 1) * D)
         if chunk == 0:
             tl.store(out + column, cls.to(out_ptr.dtype.element_ty), mask=inside)
-        at = out + ((1 + place)[:, None] * D + column[None, :])
+        at = out + (1 + place)[:, None] * D + column[None, :]
         tl.store(at, token.to(out_ptr.dtype.element_ty), mask=(place < K)[:, None] & inside[None, :])
 
 
@@ -152,12 +154,12 @@ class Tiles:
 
 
 # fp32 products have fewer than 64 rows: of more Triton makes TF32 products on sm_100.
-EXACT = Tiles(32, 32, 16, programs=5, num_warps=4, maxnreg=runtime.registers(5, 4))
+EXACT = Tiles(32, 32, 16, programs=8, num_warps=4)
 
 
 def _forward_tiles(compute: torch.dtype) -> Tiles:
     if compute == torch.float32:
-        return EXACT
+        return replace(EXACT, programs=5, maxnreg=runtime.registers(5, 4))
     return Tiles(64, 128, 64, programs=2, num_warps=8, num_stages=2)
 
 
