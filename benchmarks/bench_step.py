@@ -1,10 +1,10 @@
 """The whole training step (forward, backward, AdamW), variants side by side in one run.
 
-`python -m benchmarks.bench_step --device cpu --preset small --batch 8 --json`. Each variant has a process;
-rounds alternate between the variants, so that noise hits all alike. Rates are read against the machine's own
-GEMM rate (on a CPU the median of the rounds, as the times are) and against the floor of the step, from
-ceilings measured in the same run. The variants are
-described in `benchmarks/step_variants.py`. The exit code is 1 where one fails, 130 where the run is
+`python -m benchmarks.bench_step --device cpu --preset small --batch 8 --json`. All variants are prepared in
+one process and timed in rounds that alternate between them. Rates are read against the machine's own rate of
+products (on a CPU the median of the rounds, as the times are) and against the floor of the step, by ceilings
+measured in the same run. `benchmarks/step_variants.py` describes the variants. `--results` keeps a JSON file
+that has each figure as soon as it is measured. The exit code is 1 if a variant fails, 130 if the run is
 interrupted: what is measured by then is printed.
 """
 
@@ -14,18 +14,18 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import ceilings
-from benchmarks.machine import describe
-from benchmarks.step_measure import Comparison
-from benchmarks.step_variants import Setting
-from benchmarks.step_workers import STEPS
+from benchmarks.machine import Record
+from benchmarks.step_rounds import STEPS, Comparison
+from benchmarks.step_variants import CUDA_ONLY, VARIANTS, Candidate, Search, Setting, search_of
 from lmim_fast.config import ModelConfig, preset
 
-VARIANTS = ("released", "sdpa", "compiled", "ours", "ours+compile", "ours+graph")
+_LEFT_OUT = ("ours+compile", "ours+epilogue")  # by default
 _CPU_PRODUCT = 4096
 
 
@@ -55,51 +55,73 @@ def main() -> int:
     arguments = _parse()
     device = torch.device(arguments.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    low = dtype == "bfloat16"
-    flops = step_flops(preset(arguments.preset))
-    result: dict[str, Any] = {"benchmark": "step", **describe(device), "dtype": dtype}
-    result |= {"preset": arguments.preset, "flops_per_image": flops, "steps_a_round": STEPS[device.type]}
+    low, flops = dtype == "bfloat16", step_flops(preset(arguments.preset))
+    record = Record(arguments.results, "step", device, dtype=dtype, preset=arguments.preset)
+    record.result |= {"flops_per_image": flops, "steps_a_round": STEPS[device.type]}
+    record.result |= {"parts": []} if arguments.parts else {}
     rates = None
     if device.type == "cuda":
         rates = ceilings.measure(device, getattr(torch, dtype))
         torch.cuda.empty_cache()
-        result |= {"ceilings": vars(rates), "gemm_size": 8192, "gemm_flops": rates.flops}
+        record.result |= {"ceilings": vars(rates), "gemm_size": 8192, "gemm_flops": rates.flops}
     else:
-        result |= {"gemm_size": _CPU_PRODUCT, "gemm_flops": None}
-        result["no_floor"] = "floors are counted for a GPU"
+        record.result |= {"gemm_size": _CPU_PRODUCT, "gemm_flops": None}
+        record.result["no_floor"] = "floors are counted for a GPU"
     settings = [
         Setting(_config(arguments, dropout, low), batch, arguments.device, low)
         for batch in arguments.batch
         for dropout in arguments.dropout
     ]
     comparison = Comparison(
+        record,
         arguments.variants,
         settings,
         warmup=arguments.warmup,
         rounds=arguments.rounds,
-        search=arguments.search,
+        search=_search(arguments, record),
+        flops=flops,
         parts=arguments.parts,
         ceilings=rates,
-        products=_CPU_PRODUCT if rates is None else None,
+        products=_CPU_PRODUCT if rates is None and not arguments.steps_only else None,
+        memory=not arguments.steps_only,
     )
-    code = 0
+    interrupted = False
     try:
         comparison.run()
+    except torch.AcceleratorError:
+        pass  # filed as a failure
     except KeyboardInterrupt:
-        result["interrupted"], code = True, 130
-    if comparison.product_rates:
-        result |= {
-            "gemm_flops": statistics.median(comparison.product_rates),
-            "gemm_rounds": comparison.product_rates,
-        }
-    for row in comparison.rows:
-        rate = row.get("gemm_flops", result["gemm_flops"])
-        row["mfu"] = None if rate is None else row["images_per_second"] * flops / rate
-    result |= {"rows": comparison.rows, "failed": comparison.failed}
-    if arguments.parts:
-        result["parts"] = comparison.parts
-    print(json.dumps(result) if arguments.json else text(result), flush=True)
-    return code or int(bool(comparison.failed))
+        record.result["interrupted"] = interrupted = True
+    record.result["headline"] = headline(record.result)
+    record.write()
+    code = 130 if interrupted else record.end()
+    print(json.dumps(record.result) if arguments.json else text(record.result), flush=True)
+    return code
+
+
+def _search(arguments: argparse.Namespace, record: Record) -> Search:
+    """How "compiled" is compiled: searched for, as an earlier result says, or the first that runs."""
+    search = search_of(arguments.device, arguments.search)
+
+    def report(searched: list[dict[str, Any]]) -> None:
+        record.result["searched"] = searched
+        record.write()
+
+    if arguments.like is not None and arguments.like.exists():
+        rows = json.loads(arguments.like.read_text(encoding="utf-8"))["rows"]
+        chosen = [Candidate(**row["chosen"]) for row in rows if "chosen" in row]
+        search = search._replace(tries=[*chosen, *(item for item in search.tries if item not in chosen)])
+    return search._replace(report=report)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """Images a second of every row, in a line."""
+    rows = [
+        f"{row['variant']} {row['images_per_second']:,.0f}"
+        + (f" ({row['share_of_floor']:.0%} of the floor)" if row["share_of_floor"] else "")
+        for row in result["rows"]
+    ]
+    return f"images/s: {', '.join(rows)}" if rows else "nothing measured"
 
 
 def _config(arguments: argparse.Namespace, dropout: float, low: bool) -> ModelConfig:
@@ -121,7 +143,7 @@ def _parse() -> argparse.Namespace:
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        help="default: all but ours+compile, and ours+graph on cuda alone",
+        help="default: all but ours+compile and ours+epilogue, and ours+graph on cuda alone",
     )
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0])
     parser.add_argument(
@@ -136,21 +158,32 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--search", action="store_true", help='"compiled" tries every mode and attention: minutes on cuda'
+        "--search",
+        type=float,
+        nargs="?",
+        const=float("inf"),
+        metavar="SECONDS",
+        help='"compiled" tries every attention, then every mode, for so long: minutes on cuda',
     )
+    parser.add_argument("--like", type=Path, help='an earlier result: "compiled" is compiled as there')
     parser.add_argument(
         "--parts", action="store_true", help="time forward and backward of the parts of a step too"
     )
+    parser.add_argument(
+        "--steps-only", action="store_true", help="on a CPU: no peak memory, no products in each round"
+    )
+    parser.add_argument("--results", type=Path, help="write the result into this JSON file, figure by figure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.warmup < 0:
         parser.error(f"need a round at least, got --rounds {arguments.rounds} --warmup {arguments.warmup}")
-    graph = "ours+graph"
+    elsewhere = CUDA_ONLY if arguments.device != "cuda" else ()
     if arguments.variants is None:
-        left_out = ("ours+compile",) if arguments.device == "cuda" else ("ours+compile", graph)
+        left_out = (*_LEFT_OUT, *elsewhere)
         arguments.variants = [variant for variant in VARIANTS if variant not in left_out]
-    if arguments.device != "cuda" and graph in arguments.variants:
-        parser.error(f"{graph} needs a CUDA device")
+    for variant in arguments.variants:
+        if variant in elsewhere:
+            parser.error(f"{variant} needs a CUDA device")
     return arguments
 
 
@@ -162,11 +195,11 @@ def text(result: dict[str, Any]) -> str:
         f"product of {size}^3: {'-' if rate is None else f'{rate / 1e9:.0f}'} GFLOP/s"
     ]
     head = ("variant", "batch", "dropout", "ms", "images/s", "MFU", "of floor", "peak MB")
-    lines.append("{:>12} {:>6} {:>8} {:>9} {:>9} {:>7} {:>9} {:>8}  compiled by".format(*head))
+    lines.append("{:>13} {:>6} {:>8} {:>9} {:>9} {:>7} {:>9} {:>8}  compiled by".format(*head))
     for row in result["rows"]:
         share, chosen = row["share_of_floor"], row.get("chosen")
         lines.append(
-            f"{row['variant']:>12} {row['batch']:>6} {row['dropout']:>8} "
+            f"{row['variant']:>13} {row['batch']:>6} {row['dropout']:>8} "
             f"{statistics.median(row['milliseconds']):>9.1f} {row['images_per_second']:>9.2f} "
             f"{_percent(row['mfu']):>7} {_percent(share):>9} "
             f"{'-' if row['peak_memory'] is None else format(row['peak_memory'] / 1e6, '.0f'):>8}  "
@@ -175,7 +208,7 @@ def text(result: dict[str, Any]) -> str:
     for row in result.get("parts", []):
         floor = row["floor_milliseconds"]
         lines.append(
-            f"{row['variant']:>12} {row['batch']:>6} {row['dropout']:>8} {row['milliseconds']:>9.2f} ms "
+            f"{row['variant']:>13} {row['batch']:>6} {row['dropout']:>8} {row['milliseconds']:>9.2f} ms "
             f"{'' if floor is None else f'(floor {floor:.2f}) '}{row['part']}, {row['direction']}"
         )
     lines += [f"{row['variant']}, batch {row['batch']}: FAILED: {row['error']}" for row in result["failed"]]

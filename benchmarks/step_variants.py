@@ -1,19 +1,21 @@
-"""The variants of a training step, ready to run: released, sdpa, compiled, ours, ours+compile, ours+graph.
+"""The variants of a training step, ready to run.
 
 released      the oracle: eager, explicit softmax attention, fp32 residual stream
 sdpa          the same with torch's fused attention
 compiled      the strongest plain PyTorch: one compiled graph, fused attention, bf16 residual in bf16 steps
 ours          LMIM on the fast ops
-ours+compile  the same under torch.compile
-ours+graph    the same as one CUDA graph
+ours+epilogue the same with GELU in the epilogues of products
+ours+compile  ours under torch.compile
+ours+graph    ours as one CUDA graph
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.machine import dry_run
 from benchmarks.step_plain import fused_model, halve_residual
 from lmim_fast.config import ModelConfig
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.reference import ReferenceLMIM
 from lmim_fast.train.graph import GraphedStep
 
+VARIANTS = ("released", "sdpa", "compiled", "ours", "ours+epilogue", "ours+compile", "ours+graph")
+CUDA_ONLY = ("ours+epilogue", "ours+graph")
 _BATCHES = 3  # that take turns
 _SEARCH_STEPS = 3  # timed ones of a candidate
 
@@ -55,19 +60,34 @@ class Candidate:
     attention: str
 
 
-def candidates(device: str, search: bool) -> list[Candidate]:
-    """What "compiled" tries: by expected speed, the first that runs is taken; in a search, all of them."""
+class Search(NamedTuple):
+    """How "compiled" is compiled.
+
+    tries:   candidates by expected speed.
+    modes:   tried after them, with the attention that is the fastest by then.
+    seconds: the fastest of what is tried in this time is taken; None: the first that runs.
+    report:  called with the JSON-ready rows of what is tried, after each candidate.
+    """
+
+    tries: Sequence[Candidate]
+    modes: Sequence[str] = ()
+    seconds: float | None = None
+    report: Callable[[list[dict[str, Any]]], None] = lambda rows: None
+
+
+def search_of(device: str, seconds: float | None) -> Search:
+    """The default search on a device."""
     if device == "cpu":
-        return [Candidate("default", "default")]
-    modes = _MODES if search else _MODES[:1]
-    return [Candidate(mode, attention) for mode in modes for attention in _ATTENTION]
+        return Search([Candidate("default", "default")], seconds=seconds)
+    tries = [Candidate(_MODES[0], attention) for attention in _ATTENTION]
+    return Search(tries, _MODES[1:] if seconds is not None else (), seconds)
 
 
 class Trainee:
     """A model, its optimiser, and the batches that it is trained on in turn."""
 
     def __init__(self, variant: str, setting: Setting) -> None:
-        if variant == "ours+graph" and setting.device != "cuda":
+        if variant in CUDA_ONLY and setting.device != "cuda":
             raise ValueError(f"{variant} needs a CUDA device, got {setting.device}")
         torch.manual_seed(0)
         self.setting, self.device = setting, torch.device(setting.device)
@@ -123,6 +143,9 @@ def _build(variant: str, setting: Setting) -> nn.Module:
         if variant == "compiled" and low:
             halve_residual(plain)
         return plain
+    if variant == "ours+epilogue":
+        epilogue: dict[str, Any] = {"gelu_epilogue": "on"}
+        config = replace(config, **epilogue)
     ours = LMIM(config)
     if low:
         ours.halve_teacher()
@@ -133,31 +156,34 @@ def _build(variant: str, setting: Setting) -> nn.Module:
 class Prepared:
     """A variant that has run, ready to be timed.
 
+    captured: later runs allocate nothing, since they replay graphs.
     chosen, searched: of "compiled": the candidate that runs, and what was tried, each with the error, or with
     the milliseconds of its steps where the fastest was searched for.
     """
 
     run: Callable[[], None]
+    captured: bool = False
     chosen: Candidate | None = None
     searched: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepare(variant: str, setting: Setting, tries: Sequence[Candidate], search: bool) -> Prepared:
+def prepare(variant: str, setting: Setting, search: Search) -> Prepared:
     """Build, compile or capture the variant, and run a step of it.
 
+    "compiled" makes the compiler forget all that was compiled before in this process.
+
     Args:
-        variant: one of `bench_step.VARIANTS`.
+        variant: one of `VARIANTS`.
         setting: what it runs on.
-        tries:   for "compiled", in the order of trying.
-        search:  take the fastest of them, not the first that runs.
+        search:  for "compiled".
     Raises:
-        RuntimeError: none of the tries runs.
+        RuntimeError: no candidate runs.
     """
     trainee = Trainee(variant, setting)
     if variant == "compiled":
-        return _prepare_compiled(trainee, tries, search)
+        return _prepare_compiled(trainee, search)
     if variant == "ours+compile":
-        trainee.loss_of = torch.compile(trainee.loss_of, dynamic=False)
+        trainee.loss_of = torch.compile(trainee.loss_of, dynamic=False, **_compiler())
     step: Callable[..., Tensor] = trainee.step
     if variant == "ours+graph":
         step = GraphedStep(step, trainee.next_batch())
@@ -166,34 +192,48 @@ def prepare(variant: str, setting: Setting, tries: Sequence[Candidate], search: 
         step(*trainee.next_batch())
 
     run()
-    return Prepared(run)
+    return Prepared(run, captured=variant == "ours+graph")
 
 
-def _prepare_compiled(trainee: Trainee, tries: Sequence[Candidate], search: bool) -> Prepared:
-    plain, searched = trainee.loss_of, list[dict[str, Any]]()
+def _prepare_compiled(trainee: Trainee, search: Search) -> Prepared:
+    plain, start = trainee.loss_of, time.monotonic()
+    queue, modes = deque(search.tries), list(search.modes)
+    searched, runs = list[dict[str, Any]](), dict[Candidate, Callable[[], None]]()
     fastest: dict[Candidate, float] = {}
-    for candidate in tries:
+    while queue or (modes and fastest):
+        if not queue:
+            attention = min(fastest, key=lambda candidate: fastest[candidate]).attention
+            queue.extend(Candidate(mode, attention) for mode in modes)
+            modes.clear()
+        candidate = queue.popleft()
+        row = asdict(candidate)
+        searched.append(row)
+        if fastest and time.monotonic() - start > (search.seconds or 0.0):
+            row["not_tried"] = f"the {search.seconds:g} s of the search were spent"
+            continue
+        runs.clear()  # the compiler forgets what it made
         try:
             probe(candidate.attention, trainee.setting)
-            run = _compile(trainee, plain, candidate)
-            times = [_milliseconds(run, trainee.device) for _ in range(_SEARCH_STEPS if search else 0)]
+            run = runs[candidate] = _compile(trainee, plain, candidate)
+            if search.seconds is None:
+                return _compiled(run, candidate, searched)
+            times = [_milliseconds(run, trainee.device) for _ in range(_SEARCH_STEPS)]
+            row["milliseconds"], fastest[candidate] = times, min(times)
+        except torch.AcceleratorError:
+            raise  # whatever followed would fail
         except Exception as error:  # the compiler and the backends raise whatever they like
             reason = " / ".join(line.strip() for line in str(error).splitlines() if line.strip())
-            searched.append(asdict(candidate) | {"error": f"{type(error).__name__}: {reason[:300]}"})
+            row["error"] = f"{type(error).__name__}: {reason[:300]}"
             trainee.optimizer.zero_grad(set_to_none=True)
-            continue
-        if not search:
-            return Prepared(run, candidate, [*searched, asdict(candidate)])
-        searched.append(asdict(candidate) | {"milliseconds": times})
-        fastest[candidate] = min(times)
+        search.report(searched)
     if not fastest:
         raise RuntimeError(f"no way to compile runs: {searched}")
     best = min(fastest, key=lambda candidate: fastest[candidate])
-    run = _compile(trainee, plain, best)
-    if trainee.device.type == "cuda":  # the peak of the others is not its own
-        torch.cuda.reset_peak_memory_stats(trainee.device)
-        run()
-    return Prepared(run, best, searched)
+    return _compiled(runs.get(best) or _compile(trainee, plain, best), best, searched)
+
+
+def _compiled(run: Callable[[], None], chosen: Candidate, searched: list[dict[str, Any]]) -> Prepared:
+    return Prepared(run, chosen.mode == "reduce-overhead", chosen, searched)
 
 
 def probe(attention: str, setting: Setting) -> None:
@@ -224,6 +264,7 @@ def _compile(trainee: Trainee, plain: Callable[..., Tensor], candidate: Candidat
     torch.compiler.reset()
     if trainee.device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the peak of other candidates is not its own
     attention = _ATTENTION.get(candidate.attention)
 
     def loss_of(*inputs: Tensor) -> Tensor:
@@ -233,7 +274,8 @@ def _compile(trainee: Trainee, plain: Callable[..., Tensor], candidate: Candidat
         with sdpa_kernel([attention]):
             return plain(*inputs)
 
-    trainee.loss_of = torch.compile(loss_of, mode=candidate.mode, fullgraph=True, dynamic=False)
+    options = _compiler()
+    trainee.loss_of = torch.compile(loss_of, mode=candidate.mode, fullgraph=True, dynamic=False, **options)
 
     def run() -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -242,6 +284,11 @@ def _compile(trainee: Trainee, plain: Callable[..., Tensor], candidate: Candidat
     for _ in range(2):
         run()
     return run
+
+
+def _compiler() -> dict[str, Any]:
+    """Options of torch.compile; a dry run traces, and compiles nothing."""
+    return {"backend": "eager"} if dry_run() else {}
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:

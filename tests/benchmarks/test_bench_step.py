@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from benchmarks import step_parts, step_variants
 from benchmarks.floors import Ceilings, floor_seconds
 from benchmarks.step_floor import step_passes
-from benchmarks.step_variants import Candidate, Setting, Trainee
+from benchmarks.step_variants import Candidate, Search, Setting, Trainee
 from lmim_fast.config import preset
 from lmim_fast.reference import ReferenceLMIM
 
@@ -103,23 +103,54 @@ def fake_compiler(costs: dict[str, float]) -> Any:
     return compile
 
 
-@pytest.mark.parametrize(("search", "chosen"), [(False, "slow"), (True, "fast")])
+@pytest.mark.parametrize(("seconds", "chosen"), [(None, "slow"), (60.0, "fast")])
 def test_the_compiled_variant_takes_the_first_that_runs_or_searches_the_fastest(
-    search: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    seconds: float | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.4, fast=0.0)))
     tries = [Candidate(mode, "default") for mode in ("refused", "slow", "fast")]
-    prepared = step_variants.prepare("compiled", ON_CPU, tries, search)
+    prepared = step_variants.prepare("compiled", ON_CPU, Search(tries, seconds=seconds))
     assert prepared.chosen == Candidate(chosen, "default")
     assert prepared.searched[0] == dict(
         mode="refused", attention="default", error="RuntimeError: no refused here / and more"
     )
-    tried = ["refused", "slow", "fast"] if search else ["refused", "slow"]
+    tried = ["refused", "slow", "fast"] if seconds else ["refused", "slow"]
     assert [row["mode"] for row in prepared.searched] == tried
-    if search:
+    if seconds:
         assert min(prepared.searched[1]["milliseconds"]) > 400
     with pytest.raises(RuntimeError, match="no way to compile runs"):
-        step_variants.prepare("compiled", ON_CPU, tries[:1], search)
+        step_variants.prepare("compiled", ON_CPU, Search(tries[:1], seconds=seconds))
+
+
+def test_further_modes_are_tried_with_the_fastest_attention_and_each_candidate_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[str] = []
+    fake = fake_compiler(dict(first=0.2, second=0.3, third=0.0))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, **options: compiled.append(mode) or fake(f, mode, **options)
+    )
+    monkeypatch.setattr(step_variants, "probe", lambda *arguments: None)
+    reported: list[list[str]] = []
+    search = Search(
+        [Candidate("first", "default"), Candidate("second", "other")],
+        ("third", "fourth"),
+        60.0,
+        lambda rows: reported.append([row["mode"] for row in rows]),
+    )
+    prepared = step_variants.prepare("compiled", ON_CPU, search)
+    assert prepared.chosen == Candidate("third", "default")
+    assert reported == [["first", "second", "third", "fourth"][:count] for count in (1, 2, 3, 4)]
+    assert "no fourth here" in prepared.searched[-1]["error"]
+    assert compiled == ["first", "second", "third", "fourth", "third"]  # each one makes the compiler forget
+
+
+def test_a_search_that_has_spent_its_time_says_what_it_has_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.2, fast=0.0)))
+    tries = [Candidate(mode, "default") for mode in ("refused", "slow", "fast")]
+    prepared = step_variants.prepare("compiled", ON_CPU, Search(tries, seconds=0.1))
+    assert prepared.chosen == Candidate("slow", "default")
+    assert prepared.searched[2]["not_tried"] == "the 0.1 s of the search were spent"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +171,7 @@ def test_the_attention_of_a_candidate_is_what_its_graph_holds(
         torch, "compile", lambda function, mode, **options: compile(function, backend=recording, **options)
     )
     monkeypatch.setitem(step_variants._ATTENTION, "math", torch.nn.attention.SDPBackend.MATH)
-    step_variants.prepare("compiled", ON_CPU, [Candidate("default", attention)], False)
+    step_variants.prepare("compiled", ON_CPU, Search([Candidate("default", attention)]))
     heads = [name for name in found if "softmax" in name or "scaled_dot_product" in name]
     assert len(heads) == 8
     assert all(operator in name for name in heads)
@@ -172,18 +203,40 @@ def test_attention_that_does_not_take_a_shape_is_found_before_it_is_compiled(
     monkeypatch.setattr(torch, "compile", None)  # is not reached
     tries = [Candidate("default", "cudnn")]
     with pytest.raises(RuntimeError, match=r"no way to compile runs.*RuntimeError: No "):
-        step_variants.prepare("compiled", ON_CPU, tries, False)
+        step_variants.prepare("compiled", ON_CPU, Search(tries))
 
 
-def test_a_search_tries_every_mode_with_every_attention_and_else_only_the_default_mode() -> None:
-    assert len(step_variants.candidates("cuda", search=True)) == 9
-    quick = step_variants.candidates("cuda", search=False)
-    assert [(item.mode, item.attention) for item in quick] == [
-        ("default", "cudnn"),
-        ("default", "flash"),
-        ("default", "efficient"),
+def test_a_search_tries_every_attention_then_every_mode_and_else_the_default_mode_alone() -> None:
+    attentions = ["cudnn", "flash", "efficient"]
+    search = step_variants.search_of("cuda", 60.0)
+    assert [(item.mode, item.attention) for item in search.tries] == [
+        ("default", name) for name in attentions
     ]
-    assert step_variants.candidates("cpu", search=True) == FIRST
+    assert search.modes == ("max-autotune-no-cudagraphs", "reduce-overhead")
+    quick = step_variants.search_of("cuda", None)
+    assert (quick.tries, quick.modes) == (search.tries, ())
+    assert step_variants.search_of("cpu", 60.0)[:2] == (FIRST, ())
+
+
+def test_the_epilogue_variant_asks_for_it_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The field decides what the fast model runs; other variants leave it alone."""
+    built: list[dict[str, Any]] = []
+
+    class Refused(Exception):
+        pass
+
+    def replaced(config: Any, **changes: Any) -> Any:
+        built.append(changes)
+        raise Refused
+
+    monkeypatch.setattr(step_variants, "replace", replaced)
+    with pytest.raises(Refused):
+        step_variants._build("ours+epilogue", ON_CPU)
+    assert built == [dict(gelu_epilogue="on")]
+    step_variants._build("ours", ON_CPU)
+    assert len(built) == 1
+    with pytest.raises(ValueError, match=r"ours\+epilogue needs a CUDA device"):
+        Trainee("ours+epilogue", ON_CPU)
 
 
 @pytest.mark.gpu
