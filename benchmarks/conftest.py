@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     operations = [item for batch in metafunc.config.option.batches for item in module.operations(batch)]
     metafunc.parametrize("operation", operations, ids=str)
-    metafunc.parametrize("direction", harness.DIRECTIONS)
+    metafunc.parametrize("direction", getattr(module, "DIRECTIONS", harness.DIRECTIONS))
     metafunc.parametrize("variant", module.VARIANTS)
 
 

@@ -69,7 +69,8 @@ def work(launched: Path, only: str, batch: int) -> None:
     order: list[tuple[str, str]] = []
     with operations.launches() as names:
         for operation in operations.every(batch):
-            if not (re.search(only, str(operation)) if only else operation.leading):
+            chosen = re.search(only, str(operation)) if only else operation.leading
+            if not chosen or not operation.ours:
                 continue
             inputs, gradients = harness.copies_of(operation)[0]
             order += [(_INPUTS, name) for name in names[len(order) :]]

@@ -105,6 +105,13 @@ def bias_gelu(rows: int, width: int, itemsize: int) -> Passes:
     return Passes((Work(2 * tensor),), (Work(3 * tensor),))
 
 
+def linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Passes:
+    """Rows and weight in, product out; backward: two products as large, with the weight and with the rows."""
+    moved = float((rows * (inputs + outputs) + inputs * outputs) * itemsize)
+    work = Work(moved, 2.0 * rows * inputs * outputs)
+    return Passes((work,), (work, work))
+
+
 def mlp(rows: int, width: int, hidden: int, itemsize: int, training: bool) -> Passes:
     """gelu(x @ w1.T + b1) @ w2.T with the hidden rows in memory once, and once more before GELU if training.
 

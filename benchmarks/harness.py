@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +54,7 @@ class Operation:
             The variant "compiled NAME" is one of them under torch.compile.
     passes: floors, from the bytes of an element and whether a backward pass follows.
     leading: compiled on a CPU too.
+    directions: that are timed.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Operation:
     passes: Callable[[int, bool], floors.Passes]
     others: Mapping[str, Callable[..., Result]] = field(default_factory=dict)
     leading: bool = False
+    directions: Sequence[str] = DIRECTIONS
 
     def __str__(self) -> str:
         """What tells it from the others, in words for pytest's -k; the model implies widths and heads."""
@@ -101,44 +103,84 @@ def seconds_a_call() -> float:
 
 
 def measure(benchmark: Any, operation: Operation, direction: str, variant: str) -> None:
-    """Time `variant` of the operation, after checking it where it is ours, and file the result.
+    """Time `variant` of the operation, after checking it if it is ours, and file the result.
 
-    Skips with the reason where this machine cannot run the variant; ends the session where the device is
-    beyond use.
+    Skips with the reason if this machine cannot run the variant; ends the session if the device is broken.
     """
     try:
         _measure(benchmark, operation, direction, variant)
+    except Unavailable as error:
+        pytest.skip(str(error))
     except torch.AcceleratorError as error:
-        _end_if_broken(error)
+        if _broken():
+            pytest.exit(f"the device is beyond use: {error}", 3)
         raise
 
 
 def _measure(benchmark: Any, operation: Operation, direction: str, variant: str) -> None:
     if time.monotonic() - settings.start > settings.budget:
-        pytest.skip(f"the budget of {settings.budget:.0f} s is spent")
+        raise Unavailable(f"the budget of {settings.budget:.0f} s is spent")
+    timing = prepared(operation, direction, variant, copies_of(operation))
+    _time(benchmark, timing.calls, timing.repetitions, f"{operation} {direction}")
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    row = timing.row(benchmark.stats.stats.data)
+    benchmark.extra_info.update({name: value for name, value in row.items() if name != "microseconds"})
+    benchmark.extra_info.update(operation.sizes)
+    rows.append(row)
+
+
+@dataclass
+class Timing:
+    """A variant that is ready to be timed: a round of `repetitions` calls."""
+
+    calls: Callable[[], None]
+    repetitions: int
+    about: dict[str, Any]  # the row without its times
+    stages: tuple[floors.Work, ...]
+
+    def row(self, times: Sequence[float]) -> dict[str, Any]:
+        """JSON-ready, from the seconds of a call in each round."""
+        return self.about | _row(times, self.stages) | dict(repetitions=self.repetitions)
+
+    def measured(self) -> dict[str, Any]:
+        """The row of as many rounds as the benchmarks have, without pytest-benchmark."""
+        self.calls()
+        times = []
+        for _ in range(_ROUNDS[DEVICE.type]):
+            start = time.perf_counter()
+            self.calls()
+            times.append((time.perf_counter() - start) / self.repetitions)
+        return self.row(times)
+
+
+def prepared(operation: Operation, direction: str, variant: str, copies: Sequence[Copy]) -> Timing:
+    """Check the variant against plain PyTorch if it is ours, and capture its round on copies of the inputs.
+
+    Raises:
+        AssertionError: it is wrong.
+        Unavailable:    this machine cannot run it; the message says why.
+    """
     run = choose(operation, variant)
     form = check(operation, variant) if variant in operation.ours else variant
-    copies = copies_of(operation)
     stages = stages_of(operation, direction)
     try:
-        round_of_calls, repetitions = round_of(run, copies, direction)
+        calls, repetitions = round_of(run, copies, direction)
     except (RuntimeError, ImportError) as error:
         if _uncompiled(variant) not in operation.others:
             raise
-        _skip(variant, error)
-    _time(benchmark, round_of_calls, repetitions, f"{operation} {direction}")
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    row = _row(benchmark.stats.stats.data, stages)
-    row |= dict(variant=variant, form=form, direction=direction, repetitions=repetitions)
-    row |= dict(copies=len(copies), dtype=str(DTYPE).removeprefix("torch."))
-    benchmark.extra_info.update({name: value for name, value in row.items() if name != "microseconds"})
-    benchmark.extra_info.update(operation.sizes)
-    rows.append(dict(operation=operation.name, sizes=operation.sizes, **row))
+        raise _unavailable(variant, error) from error
+    about: dict[str, Any] = dict(operation=operation.name, sizes=operation.sizes, variant=variant, form=form)
+    about |= dict(direction=direction, copies=len(copies), dtype=str(DTYPE).removeprefix("torch."))
+    return Timing(calls, repetitions, about, stages)
 
 
 def choose(operation: Operation, variant: str) -> Callable[..., Result]:
-    """The callable of a variant, or a skip."""
+    """The callable of a variant.
+
+    Raises:
+        Unavailable: this machine cannot run it.
+    """
     if variant in operation.ours:
         return operation.ours[variant]
     if variant == "eager":
@@ -146,9 +188,10 @@ def choose(operation: Operation, variant: str) -> Callable[..., Result]:
     form = operation.plain if _uncompiled(variant) == "eager" else _other(operation, variant)
     if variant.startswith("compiled"):
         if DEVICE.type == "cpu" and not operation.leading:
-            pytest.skip("on a CPU only the leading size is compiled: it takes seconds each")
+            raise Unavailable("on a CPU only the leading size is compiled: it takes seconds each")
         if operation.sizes["batch"] not in settings.compiled_batches:
-            pytest.skip(f"compiled at batches {list(settings.compiled_batches)} only: it takes seconds each")
+            batches = list(settings.compiled_batches)
+            raise Unavailable(f"compiled at batches {batches} only: it takes seconds each")
         torch.compiler.reset()
         return torch.compile(lambda *inputs: form(*inputs), dynamic=False, fullgraph=True)
     return form
@@ -162,30 +205,32 @@ def _uncompiled(variant: str) -> str:
 
 
 def _other(operation: Operation, variant: str) -> Callable[..., Result]:
-    """Someone else's form, which is shown to run, or a skip."""
+    """Someone else's form, which is shown to run."""
     name = _uncompiled(variant)
     if name not in operation.others:
-        pytest.skip(f"{operation.name} has no variant {variant}")
+        raise Unavailable(f"{operation.name} has no variant {variant}")
     try:
         operation.others[name](*operation.inputs(DEVICE, DTYPE))
     except (Unavailable, RuntimeError, ImportError) as error:
-        _skip(variant, error)
+        raise _unavailable(variant, error) from error
     return operation.others[name]
 
 
-def _skip(variant: str, error: Exception) -> NoReturn:
-    if isinstance(error, torch.AcceleratorError):
-        _end_if_broken(error)
+def _unavailable(variant: str, error: Exception) -> Exception:
+    """What to raise in place of the error of a variant: itself if it broke the device."""
+    if isinstance(error, torch.AcceleratorError) and _broken():
+        return error
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    pytest.skip(f"{variant} does not run this: {lines[0][:150]}")
+    return Unavailable(f"{variant} does not run this: {lines[0][:150]}")
 
 
-def _end_if_broken(error: torch.AcceleratorError) -> None:
-    """End the session where the device does not answer any more: whatever followed would fail."""
+def _broken() -> bool:
+    """Whether the device does not answer any more: whatever followed would fail."""
     try:
         torch.cuda.synchronize()
     except torch.AcceleratorError:
-        pytest.exit(f"the device is beyond use: {error}", 3)
+        return True
+    return False
 
 
 def check(operation: Operation, variant: str) -> str:
@@ -195,7 +240,7 @@ def check(operation: Operation, variant: str) -> str:
         try:
             names = hold(operation, variant)
         except Unavailable as error:
-            _skip(variant, error)
+            raise _unavailable(variant, error) from error
         _forms[key] = "kernels " + ", ".join(names) if names else "PyTorch alone"
     return _forms[key]
 

@@ -58,14 +58,6 @@ def _linear_size(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
-def _linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Passes:
-    """A product; backward those with its weight and with its input."""
-    work = Work(
-        float((rows * (inputs + outputs) + inputs * outputs) * itemsize), 2.0 * rows * inputs * outputs
-    )
-    return Passes((work,), (work, work))
-
-
 def _together(*passes: Passes) -> Passes:
     forward = tuple(work for item in passes for work in item.forward)
     return Passes(forward, tuple(work for item in passes for work in item.backward))
@@ -77,9 +69,9 @@ def _encoder(config: ModelConfig, batch: int, tokens: int, itemsize: int, traini
     norm = floors.dropout_add_layer_norm(rows, width, itemsize, itemsize, dropout=False)
     block = _together(
         norm,
-        _linear(rows, width, 3 * width, itemsize),
+        floors.linear(rows, width, 3 * width, itemsize),
         floors.attention(batch, tokens, tokens, width, config.heads, itemsize),
-        _linear(rows, width, width, itemsize),
+        floors.linear(rows, width, width, itemsize),
         norm,
         floors.mlp(rows, width, hidden, itemsize, training),
     )
@@ -102,24 +94,24 @@ def _decoder(config: ModelConfig, batch: int, itemsize: int) -> Passes:
         (Work(3.0 * rows * deep * itemsize),), (Work(3.0 * rows * deep * itemsize),)
     )  # post-norm: the sum need not be written; backward reads it as the normalised rows
     layer = _together(
-        _linear(rows, deep, 3 * deep, itemsize),
+        floors.linear(rows, deep, 3 * deep, itemsize),
         floors.attention(batch, tokens, tokens, deep, config.decoder_heads, itemsize),
-        _linear(rows, deep, deep, itemsize),
+        floors.linear(rows, deep, deep, itemsize),
         add_norm,
-        _linear(rows, deep, deep, itemsize),
-        _linear(batch * keys, deep, 2 * deep, itemsize),
+        floors.linear(rows, deep, deep, itemsize),
+        floors.linear(batch * keys, deep, 2 * deep, itemsize),
         floors.attention(batch, tokens, keys, deep, config.decoder_heads, itemsize),
-        _linear(rows, deep, deep, itemsize),
+        floors.linear(rows, deep, deep, itemsize),
         add_norm,
         floors.mlp(rows, deep, config.decoder_ffn, itemsize, training=True),
         add_norm,
     )
     entry = Work(float((batch * shown + rows) * deep * itemsize))  # the tokens in their order
     return _together(
-        _linear(batch * shown, width, deep, itemsize),
-        _linear(batch * keys, width, deep, itemsize),
+        floors.linear(batch * shown, width, deep, itemsize),
+        floors.linear(batch * keys, width, deep, itemsize),
         Passes((entry,), (entry,)),
         *[layer] * config.decoder_depth,
         norm,
-        _linear(rows, deep, config.target_width, itemsize),
+        floors.linear(rows, deep, config.target_width, itemsize),
     )

@@ -189,7 +189,7 @@ def test_low_precision_is_judged_by_what_plain_pytorch_shows_in_it() -> None:
 
 def test_a_variant_that_cannot_run_is_skipped_with_the_reason() -> None:
     with pytest.raises(pytest.skip.Exception, match="no variant flash"):
-        harness.choose(operation(good), "flash")
+        harness.measure(None, operation(good), "forward", "flash")
 
 
 def failing(error: Exception) -> Operation:
