@@ -1,10 +1,12 @@
 """compute-sanitizer over one pass of every kernel: bad memory accesses (memcheck), races (racecheck).
 
     python -m benchmarks.sanitize [--tool memcheck] [--tool racecheck] [--seconds N] [--only REGEX]
+                                  [--report racecheck] [--results FILE]
 
-Each tool also runs over a kernel with a fault: where it does not find that, nothing that it says counts. All
+Each tool also runs over a kernel with a fault: if it does not find that, nothing that it says counts. All
 runs go side by side; only our kernels are instrumented. Exit code 0: no tool found anything, and each found
-its planted fault; 1: else; 3: there is no compute-sanitizer, or no CUDA device.
+its planted fault; 1: else; 3: there is no compute-sanitizer, or no CUDA device. What a tool under `--report`
+finds is told, and does not count.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,14 +29,15 @@ from typing import IO
 
 import torch
 
-from benchmarks import kernel_pass, operations
+from benchmarks import harness, kernel_pass, operations
+from benchmarks.machine import ABSENT, Record
 from benchmarks.planted_faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
 TOOLS = tuple(FAULTS)
 FOUND = 77  # compute-sanitizer's exit code where it found something; Python has no use for it
-ABSENT = 3
 _NOTHING = re.compile(r"^========= (ERROR|RACECHECK) SUMMARY: 0 ", re.MULTILINE)  # so it has looked
+_KEPT_LINES = 60  # of a tool's, in the result
 _PORTS = 49152, 100  # the first, and how far those of two runs are apart
 
 
@@ -130,14 +134,21 @@ def end(runs: list[Run]) -> None:
         run.process.wait()
 
 
-def tell(runs: list[Run]) -> bool:
-    """Print what the runs have said, then the verdicts; True where all are well."""
+def tell(runs: list[Run], record: Record, reported: Sequence[str]) -> int:
+    """Print what the runs have said, then the verdicts, and file them; 1 if one that counts is red."""
     verdicts = [(f"{run.tool}{', planted' if run.planted else ''}", run.verdict()) for run in runs]
     for run, (name, _) in zip(runs, verdicts, strict=True):
         print(f"--- {name}\n{run.text()}")
-    for name, verdict in verdicts:
+    for run, (name, verdict) in zip(runs, verdicts, strict=True):
         print(f"sanitize: {name}: {verdict}", flush=True)
-    return all(verdict.startswith("ok") for _, verdict in verdicts)
+        found = [line for line in run.text().splitlines() if line.startswith("=========")]
+        record.add(
+            dict(run=name, verdict=verdict, counts=run.tool not in reported, found=found[:_KEPT_LINES])
+        )
+        if not verdict.startswith("ok") and run.tool not in reported:
+            record.fail(verdict, run=name)
+    record.result["headline"] = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts)
+    return record.end()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all")
     parser.add_argument("--seconds", type=float, default=600, help="what still runs then is stopped, and red")
     parser.add_argument("--only", default="", help="a regular expression for the names of operations")
+    parser.add_argument("--report", nargs="*", choices=TOOLS, default=(), help="tools that do not count")
+    parser.add_argument("--results", type=Path, help="JSON file")
     args = parser.parse_args(argv)
     begun = time.monotonic()
     sanitizer = find()
@@ -156,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"sanitize: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
         return ABSENT
+    record = Record(args.results, "sanitize", harness.DEVICE)
     runs: list[Run] = []
     try:
         for tool in args.tool or TOOLS:
@@ -165,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         wait(runs, args.seconds - (time.monotonic() - begun))
     finally:  # what they found by an interruption is told too
         end(runs)
-        well = tell(runs)
-    return int(not well)
+        code = tell(runs, record, args.report)
+    return code
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ import torch
 
 from benchmarks import ceilings, floors, harness, operations
 from benchmarks.harness import Operation
-from benchmarks.machine import describe, write_whole
+from benchmarks.machine import ABSENT, Record, dry_run
 from benchmarks.static import without_interpreter
 from benchmarks.static_build import ARCHES
-from benchmarks.tune_static import Compiled, compile_attempts
-from benchmarks.tune_studies import SHIPPED
+from benchmarks.tune_static import Attempt, Compiled, compile_attempts
+from benchmarks.tune_studies import SHIPPED, studies
 
 ROUNDS = 20
 CHECKED_BATCH = 16
@@ -67,7 +68,7 @@ def timed(group: Sequence[Compiled], batch: int, deadline: float = float("inf"))
         torch.AcceleratorError: a configuration broke the device, after all rows; nothing was timed.
     """
     study, trial, _ = group[0].attempt
-    operation, small = (find(trial.operation, size) for size in (batch, CHECKED_BATCH))
+    operation, small = (find(trial.operation, size) for size in (batch, min(batch, CHECKED_BATCH)))
     copies, rows = harness.copies_of(operation), list[Row]()
     rounds: list[tuple[Row, Callable[[], None], int]] = []
     broken: torch.AcceleratorError | None = None
@@ -136,15 +137,22 @@ def measure(compiled: Iterable[Compiled], batch: int, deadline: float) -> Iterat
         torch.cuda.empty_cache()
 
 
-def write(path: Path, rows: list[Row], arch: str, *, static: bool) -> None:
-    """The results as JSON; without a GPU the device is the arch that was compiled for."""
-    machine = describe(torch.device("cpu") if static else harness.DEVICE)
-    result = dict(benchmark="tune", arch=arch, **machine)
+def record_of(path: Path | None, arch: str, *, static: bool) -> Record:
+    """The result, without rows; without a GPU the device is the arch that was compiled for."""
     if static:
-        result["device"] = arch
-    else:
-        result["ceilings"] = vars(ceilings.measure(harness.DEVICE, harness.DTYPE))
-    write_whole(path, result | {"rows": rows})
+        record = Record(path, "tune", torch.device("cpu"), arch=arch)
+        record.result["device"] = arch
+        return record
+    record = Record(path, "tune", harness.DEVICE, arch=arch)
+    record.result["ceilings"] = vars(ceilings.measure(harness.DEVICE, harness.DTYPE))
+    return record
+
+
+def rehearsed(only: str) -> Generator[Compiled, None, None]:
+    """For a dry run: the shipped configuration and another one of each study, on its first trial."""
+    for study in studies(only):
+        for candidate in study.candidates()[:2]:
+            yield Compiled(Attempt(replace(study, variant="ours"), study.trials[0], candidate), [])
 
 
 def told(row: Row) -> str:
@@ -175,31 +183,40 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start = time.monotonic()
     without_interpreter()
-    if not args.static and not torch.cuda.is_available():
+    if not args.static and not torch.cuda.is_available() and not dry_run():
         print(f"tune: torch {torch.__version__} sees no CUDA device; --static needs none", file=sys.stderr)
         return 1
     arch = args.arch or "sm_90"
-    if not args.static:
+    if not args.static and not dry_run():
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
         if arch not in ARCHES:
             print(f"tune: there are no limits for {arch}, only for {', '.join(ARCHES)}", file=sys.stderr)
-            return 1
-        ceilings.measure(harness.DEVICE, harness.DTYPE)  # while nothing else goes on
-    rows: list[Row] = []
-    with closing(compile_attempts(args.only, arch, args.jobs)) as compiled:
-        found = (
-            map(described, compiled) if args.static else measure(compiled, args.batch, start + args.seconds)
-        )
-        try:
-            for row in found:
-                if args.results and rows and row["case"] != rows[-1]["case"]:  # a kernel may hang for ever
-                    write(args.results, rows, arch, static=args.static)
-                rows.append(row)
-                print(told(row), flush=True)
-        finally:  # also what was measured before an interruption
-            if args.results and rows:
-                write(args.results, rows, arch, static=args.static)
-    return int(any(row["candidate"] == SHIPPED and "failure" in row for row in rows))
+            return ABSENT
+    record = record_of(args.results, arch, static=args.static)  # ceilings: while nothing else goes on
+    attempts = compile_attempts(args.only, arch, args.jobs) if not dry_run() else rehearsed(args.only)
+    with closing(attempts) as compiled:
+        measured = measure(compiled, args.batch, start + args.seconds)
+        for row in map(described, compiled) if args.static else measured:
+            record.add(row)
+            if row["candidate"] == SHIPPED and "failure" in row:
+                record.fail(row["failure"], study=row["study"], case=row["case"])
+            print(told(row), flush=True)
+    record.result["headline"] = headline(record.result["rows"])
+    return record.end()
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """How many configurations were tried on how much, and what beats the shipped one most."""
+    gains: list[tuple[float, str]] = []
+    shipped: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if "microseconds" in row:
+            median, key = statistics.median(row["microseconds"]), (row["study"], row["case"])
+            first = shipped.setdefault(key, median)  # the shipped configuration comes first
+            case = re.sub(r"[\\^$]", "", row["case"])
+            gains.append((first / median, f"{row['candidate']} of {row['study']}, {case}"))
+    text = f"{len(gains)} of {len(rows)} configurations timed"
+    return text + (f"; best {max(gains)[0]:.2f}x the shipped one: {max(gains)[1]}" if gains else "")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def passing(monkeypatch: pytest.MonkeyPatch, forms: list[Any], shipped: set[str]
     chosen[-1] = dataclasses.replace(chosen[-1], leading=True)
     monkeypatch.setattr(operations, "every", lambda batch: chosen)
     monkeypatch.setattr(operations, "shipped_kernels", lambda: shipped)
-    return kernel_pass.run(16, only)
+    return kernel_pass.run([16], only)
 
 
 GELU = {"gelu._forward", "gelu._backward"}

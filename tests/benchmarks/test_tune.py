@@ -213,7 +213,9 @@ def test_configurations_are_checked_and_timed_in_turn_and_failures_are_told(
     assert lines[2].endswith("FAILED ValueError: out of resources")
 
     path = tmp_path / "tune.json"
-    tune.write(path, rows, "sm_90", static=False)
+    record = tune.record_of(path, "sm_90", static=False)
+    for row in rows:
+        record.add(row)
     page = tables.render(tmp_path)
     assert "### doubling: nothing\n\ntwice test B4 N64, forward+backward\n" in page
     shipped = next(line for line in page.splitlines() if line.startswith("| shipped |"))
@@ -249,7 +251,7 @@ def test_no_configuration_is_captured_after_its_time_but_what_was_is_timed(
     assert capsys.readouterr().err == "tune: time is up at late of doubling, ^case$\n"
 
 
-def test_rows_are_written_operation_by_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, seen = tmp_path / "tune.json", []
 
     def measure(*arguments: Any) -> Iterator[dict[str, Any]]:
@@ -265,7 +267,7 @@ def test_rows_are_written_operation_by_operation(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--results", str(path)])
-    assert seen == [0, 0, 0, 2]
+    assert seen == [0, 1, 2, 3]
     found = json.loads(path.read_text())
     assert (len(found["rows"]), found["arch"]) == (3, "sm_90")
 
