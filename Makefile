@@ -4,6 +4,7 @@ CUDA ?= cuda13
 RUN ?= runs/demo
 RESULTS ?= runs/gpu
 GPU_PYTHON ?= python3
+STAGE ?= 1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -59,10 +60,12 @@ static: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tables
 
-# What needs a CUDA device, with this machine's own Python, into RESULTS: tests, compute-sanitizer, operations,
-# whole steps, launch configurations. PARTS="ops tune" runs these alone, LIMIT=1800 gives them all half an hour.
+# A stage of what needs a CUDA device, with this machine's own Python, into RESULTS, within about three minutes:
+# 1 right and how fast, 2 against rivals, 3 all checks, 4 launch configurations. COMMIT names the commit of a copy
+# that is no checkout; DRY=1 rehearses the stage on a CPU.
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) $(if $(PARTS),--parts $(PARTS)) $(if $(LIMIT),--seconds $(LIMIT))
+	$(if $(COMMIT),LMIM_FAST_COMMIT=$(COMMIT)) $(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) --stage $(STAGE) \
+		$(if $(DRY),--dry-run)
 
 clean:
 	rm -rf .venv build *.egg-info lmim_fast/*.so
