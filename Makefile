@@ -64,8 +64,7 @@ tables: $(INSTALLED)
 # 1 right and how fast, 2 against rivals, 3 all checks, 4 launch configurations. COMMIT names the commit of a copy
 # that is no checkout; DRY=1 rehearses the stage on a CPU.
 gpu:
-	$(if $(COMMIT),LMIM_FAST_COMMIT=$(COMMIT)) $(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) --stage $(STAGE) \
-		$(if $(DRY),--dry-run)
+	$(if $(COMMIT),LMIM_FAST_COMMIT=$(COMMIT)) $(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) --stage $(STAGE) $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf .venv build *.egg-info lmim_fast/*.so

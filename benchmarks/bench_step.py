@@ -119,6 +119,7 @@ def headline(result: dict[str, Any]) -> str:
     rows = [
         f"{row['variant']} {row['images_per_second']:,.0f}"
         + (f" ({row['share_of_floor']:.0%} of the floor)" if row["share_of_floor"] else "")
+        + (" preliminary" if row.get("preliminary") else "")
         for row in result["rows"]
     ]
     return f"images/s: {', '.join(rows)}" if rows else "nothing measured"

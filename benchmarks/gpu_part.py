@@ -41,6 +41,8 @@ def run(part: Part, path: Path, seconds: float, environment: dict[str, str]) -> 
     start = looked = time.monotonic()
     log, stopped, clocks = path.with_suffix(".log"), "", list[Any]()
     path.unlink(missing_ok=True)
+    if not part.routed:
+        environment = {name: value for name, value in environment.items() if name != ROUTES}
     line: list[str] = part.line(path, seconds)
     with log.open("wb") as output:
         process = subprocess.Popen(

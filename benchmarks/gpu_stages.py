@@ -40,7 +40,7 @@ class Part(NamedTuple):
     files:   it takes `--results` and writes its figures there.
     option:  takes the seconds after which it begins nothing more: `reserve` fewer than it has.
     reports: what is red in it is told, and does not count.
-    remedy:  LMIM_FAST_ROUTES for the parts after it, if it is not green.
+    remedy:  LMIM_FAST_ROUTES for the parts after it, if it is not green; but for one that is not `routed`.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Part(NamedTuple):
     reserve: int = 0
     reports: bool = False
     remedy: str = ""
+    routed: bool = True
 
     def line(self, results: Path, seconds: float) -> list[str]:
         """The command for so many seconds."""
@@ -80,7 +81,7 @@ def _light(folder: Path, arch: str, dry: bool) -> list[Part]:
         _step("step", 35, dry, "ours", "ours+graph"),
         Part("profile", profile, 20),
         Part("ops", ["benchmarks.ops_run", *timed], 45),
-        Part("memcheck", memcheck, 25, option="--seconds", reserve=3),
+        Part("memcheck", memcheck, 25, option="--seconds", reserve=3, routed=False),
     ]
 
 

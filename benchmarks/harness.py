@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,62 +24,20 @@ from torch import Tensor
 
 from benchmarks import ceilings, floors
 from benchmarks.correctness import assert_correct
+from benchmarks.operation import DIRECTIONS as DIRECTIONS
+from benchmarks.operation import Operation, Result, Unavailable
 from benchmarks.operations import launches
 
-Result = Tensor | tuple[Tensor, ...]
 Copy = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # inputs, and gradients of the outputs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 BATCHES = (512, 64, 8) if DEVICE.type == "cuda" else (8,)  # a CPU takes seconds a call at 64
-DIRECTIONS = ("forward", "forward+backward")
 
 _ROUNDS = {"cuda": 20, "cpu": 5}
 _ROUND_SECONDS = {"cuda": 3e-3, "cpu": 5e-3}  # far above a launch, a wait, and the clock
 _MOST_REPETITIONS = 200
 _CPU_CACHE = 32 * 2**20
 _MOST_COPIES = 64
-_LETTERS = {"batch": "B", "tokens": "N", "memory": "M"}
-_IMPLIED = ("model", "width", "heads", "hidden")
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What is timed.
-
-    sizes:  JSON-ready; holds `model`, `batch`, `tokens` and `p`, the dropout probability.
-    inputs: random inputs for a device and a dtype; floating ones require gradients.
-    plain:  the same in plain PyTorch, on the same inputs; compiled too.
-    ours:   our forms by name, each taking `seed` by keyword; checked before they are timed.
-    others: other people's forms by name; they raise `Unavailable`, or a RuntimeError, where they cannot run.
-            The variant "compiled NAME" is one of them under torch.compile.
-    passes: floors, from the bytes of an element and whether a backward pass follows.
-    leading: compiled on a CPU too.
-    directions: that are timed.
-    """
-
-    name: str
-    sizes: dict[str, Any]
-    inputs: Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
-    plain: Callable[..., Result]
-    ours: Mapping[str, Callable[..., Result]]
-    passes: Callable[[int, bool], floors.Passes]
-    others: Mapping[str, Callable[..., Result]] = field(default_factory=dict)
-    leading: bool = False
-    directions: Sequence[str] = DIRECTIONS
-
-    def __str__(self) -> str:
-        """What tells it from the others, in words for pytest's -k; the model implies widths and heads."""
-        shown = {name: value for name, value in self.sizes.items() if name not in _IMPLIED}
-        if shown.get("memory") == shown["tokens"]:
-            del shown["memory"]
-        if not shown["p"]:
-            del shown["p"]
-        words = (f"{_LETTERS.get(name, name)}{value}" for name, value in shown.items())
-        return " ".join([self.name, self.sizes["model"], *words])
-
-
-class Unavailable(Exception):
-    """This machine cannot run the variant; the message says why."""
 
 
 @dataclass

@@ -66,6 +66,7 @@ def run(record: Record, todo: Sequence[Operation], variants: Sequence[str]) -> N
                 )
         del copies
         gc.collect()
+        torch.cuda.empty_cache()  # of graphs; does nothing on a CPU
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--results", type=Path, help="JSON file")
     args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # the truth is fp32
     device, config = torch.device(args.device), preset(args.preset, decoder_dropout=0.0)
     record = Record(args.results, "parity", device, preset=args.preset, batch=args.batch)
     generator = torch.Generator().manual_seed(1)

@@ -100,6 +100,9 @@ def measure(variant: str, setting: Setting, steps: int) -> tuple[dict[str, Any],
 
     Idle time of the device is what is left of the wall time of a step without the profiler: launches take
     longer under it, kernels do not.
+
+    Raises:
+        RuntimeError: the profiler saw nothing.
     """
     device = torch.device(setting.device)
     prepared = prepare(variant, setting, search_of(setting.device, None))
@@ -111,6 +114,8 @@ def measure(variant: str, setting: Setting, steps: int) -> tuple[dict[str, Any],
             prepared.run()
         synchronise(device)
     spans = spans_of(profiler.events(), device)
+    if not spans:
+        raise RuntimeError("the profiler saw no work on the device: may this user read its counters?")
     device_busy = busy(spans) / steps / 1e3
     totals: dict[str, Any] = {f"{name}_milliseconds": value for name, value in milliseconds.items()}
     totals |= dict(variant=variant, batch=setting.batch, busy_milliseconds=device_busy)

@@ -131,10 +131,10 @@ def test_suspicious_kernels_that_fail_are_left_out_of_the_parts_after_them(
 ) -> None:
     route = "attention.backward.32=cudnn"
     seen = fake("environment")
-    code, found = staged(
-        monkeypatch, tmp_path, seen, fake("crash", remedy=route), seen._replace(name="after")
-    )
+    after, watched = seen._replace(name="after"), seen._replace(name="watched", routed=False)
+    code, found = staged(monkeypatch, tmp_path, seen, fake("crash", remedy=route), after, watched)
     assert code == 1
+    assert found["watched"]["seen"]["LMIM_FAST_ROUTES"] is None  # a checker looks at the kernel itself
     assert found["environment"]["seen"] == dict(LMIM_FAST_ROUTES=None, LMIM_FAST_DRY_RUN="1")
     assert found["after"]["seen"]["LMIM_FAST_ROUTES"] == found["after"]["routes"] == route
     assert f"REMEDY: export LMIM_FAST_ROUTES='{route}'" in (tmp_path / "summary.txt").read_text()

@@ -59,7 +59,7 @@ def test_a_run_writes_rows_whose_figures_follow_from_the_raw_times(tmp_path: Pat
         assert len(row["microseconds"]) >= 5
         if harness.DEVICE.type == "cpu" and variant == "ours":
             assert row["form"] == "PyTorch alone"
-    page = tables.ops_page(path)
+    page = tables.render(tmp_path)
     assert "| ViT-S B8 N52 D1536 | forward |" in page
 
 

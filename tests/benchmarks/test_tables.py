@@ -100,6 +100,68 @@ def test_a_step_is_compared_with_the_first_variant_of_the_same_setting(tmp_path:
     assert "| ours | 512 | 0.1 | 60.0 | 8,533.33 | 50% | 75% | 3 | 5.00x |  |" in page
 
 
+def test_the_goal_of_a_known_card_stands_beside_what_ours_reached(tmp_path: Path) -> None:
+    known = dict(mfu=0.5, share_of_floor=0.75)
+    rows = [step_row(name, [100.0], **known) for name in ("compiled", "ours+graph")]
+    rows += [step_row("ours", [100.0], **known, dropout=0.1), step_row("ours", [9.0], **known, batch=64)]
+    for card, goal in (("NVIDIA H200", "7,100"), ("NVIDIA H100 80GB HBM3", "5,960")):
+        page = step_page(tmp_path, rows, gemm_flops=7e14, gemm_size=8192, device=card)
+        lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+        assert lines[0][-1] == "goal images/s"
+        goals = {tuple(line[:3]): line[-1] for line in lines[2:]}
+        assert goals["ours+graph", "512", "0.0"] == goal
+        assert sum(value == goal for value in goals.values()) == 1
+    assert "goal" not in step_page(tmp_path, rows, gemm_flops=7e14, gemm_size=8192)
+
+
+def test_a_step_without_a_common_round_is_called_preliminary(tmp_path: Path) -> None:
+    rows = [step_row("ours", [50.0], mfu=0.5, share_of_floor=None, preliminary=True)]
+    page = step_page(tmp_path, rows, gemm_flops=7e14, gemm_size=8192)
+    assert "| ours (preliminary) | 512 |" in page
+
+
+def test_results_of_a_dry_run_are_refused_and_those_without_a_table_left_out(tmp_path: Path) -> None:
+    (tmp_path / "tests.json").write_text(json.dumps(dict(benchmark="tests", **MACHINE, rows=[])))
+    assert tables.render(tmp_path).endswith("PENDING.md`.\n")
+    (tmp_path / "step.json").write_text(json.dumps(dict(benchmark="step", dry_run=True, **MACHINE, rows=[])))
+    with pytest.raises(ValueError, match=r"step.json is of a dry run"):
+        tables.render(tmp_path)
+
+
+def test_products_which_are_the_library_s_stand_where_ours_would(tmp_path: Path) -> None:
+    rows = [
+        dict(op_row(name, [time]), operation="linear_wgrad")
+        for name, time in (("eager", 94.0), ("fp32 out", 80.0))
+    ]
+    ceilings = dict(bandwidth=4.3e12, flops=7.9e14, exponentials=None)
+    (tmp_path / "ops.json").write_text(
+        json.dumps(dict(benchmark="ops", **MACHINE, ceilings=ceilings, rows=rows))
+    )
+    head, _, line = [row for row in tables.render(tmp_path).splitlines() if row.startswith("| ")]
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert (cells["eager us"], cells["of floor"], cells["fp32 out us"]) == ("94.0", "94%", "80.0")
+
+
+def test_the_profile_and_the_comparison_with_the_oracle_have_tables(tmp_path: Path) -> None:
+    totals = dict(variant="ours", wall_milliseconds=90.0, busy_milliseconds=81.0, host_milliseconds=30.0)
+    totals |= dict(cpu_milliseconds=35.0, idle_share=0.1, launches=247.0)
+    row = dict(variant="ours", kernel="attention|fwd", calls=36.0, microseconds=900.0, share=0.25)
+    result = dict(benchmark="profile", **MACHINE, preset="small", totals=[totals], rows=[row])
+    (tmp_path / "profile.json").write_text(json.dumps(result))
+    errors = dict(residual="bf16", plain_error=1e-3, allowed=3e-3)
+    tensors = [
+        dict(tensor="loss", error=1e-3, right=True, **errors),
+        dict(tensor="a", error=9e-3, right=False, **errors),
+    ]
+    result = dict(benchmark="parity", **MACHINE, preset="small", batch=64, rows=tensors)
+    (tmp_path / "parity.json").write_text(json.dumps(result))
+    page = tables.render(tmp_path)
+    assert "| ours | 90.00 | 81.00 | 30.00 | 35.00 | 10% | 247 |" in page
+    assert "| `attention/fwd` | 36.0 | 900.0 | 25.0% |" in page
+    assert "2 tensors against fp32, 1 of them wrong" in page
+    assert "| a | bf16 | 9.00e-03 | 1.00e-03 | 3.00e-03 |" in page
+
+
 def test_steps_measured_before_floors_were_counted_are_shown(tmp_path: Path) -> None:
     page = step_page(tmp_path, [step_row("ours", [50.0], share_of_gemm_rate=0.5)], gemm_4096_flops=7e14)
     assert "4096^3 product: 700,000 GFLOP/s" in page
