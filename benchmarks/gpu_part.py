@@ -67,11 +67,24 @@ def run(part: Part, path: Path, seconds: float, environment: dict[str, str]) -> 
     if written := path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
     result["verdict"] = _verdict(part, result, code, stopped, written)
-    result |= {"command": line[1:], "seconds": round(time.monotonic() - start, 1), "exit": stopped or code}
+    result |= {
+        "command": part.command,
+        "seconds": round(time.monotonic() - start, 1),
+        "exit": stopped or code,
+    }
     result |= {"output": log.read_text(encoding="utf-8", errors="replace")[-_OUTPUT:]}
     result |= {"clocks_seen": clocks, "routes": environment.get(ROUTES)}
     log.unlink()
-    return result
+    return _without_places(result, path.parent)
+
+
+def _without_places(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The result without the folders of this machine: it may be published."""
+    text = json.dumps(result)
+    for place, name in ((folder, "RESULTS"), (ROOT, "."), (Path.home(), "~")):
+        text = text.replace(str(place), name)
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def _verdict(part: Part, result: dict[str, Any], code: int, stopped: str, written: bool) -> str:

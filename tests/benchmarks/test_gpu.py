@@ -104,6 +104,13 @@ def test_a_part_over_its_limit_is_stopped_with_its_figures_and_the_rest_runs(
     assert names(tmp_path) == {f"light_{part.name}.json" for part in parts} | {"summary.txt"}
 
 
+def test_results_do_not_name_the_folders_of_the_machine(tmp_path: Path) -> None:
+    text = f"{tmp_path}/light_step.json and {ROOT}/benchmarks/gpu.py"
+    found = gpu_part._without_places(dict(failed=[dict(error=text)], output=text), tmp_path)
+    assert found["output"] == "RESULTS/light_step.json and ./benchmarks/gpu.py"
+    assert found["failed"] == [dict(error=found["output"])]
+
+
 def test_a_stopped_part_that_had_found_something_wrong_is_red() -> None:
     known = dict(rows=[1], failed=[1], verdict="red")
     assert gpu_part._verdict(fake("few"), known, -2, "stopped after 3 s", True) == "red"
@@ -212,7 +219,7 @@ def dry_run(folder: Path, stage: int) -> dict[str, dict[str, Any]]:
     order = sorted(found, key=lambda name: found[name]["order"])
     assert order == [part.name for part in gpu_stages.parts(stage, folder, "sm_90", True)]
     for name, one in found.items():
-        absent = one["command"][1] == "benchmarks.sanitize"
+        absent = one["command"][0] == "benchmarks.sanitize"
         assert one["verdict"] == ("absent" if absent and not sanitize.find() else "green"), (
             name,
             one["output"],
