@@ -127,19 +127,18 @@ class Comparison:
                 file()
 
     def _prepare(self, variant: str, setting: Setting) -> Lane:
-        place, before = torch.device(setting.device), 0
-        gc.collect()
-        if place.type == "cuda":
+        gc.collect()  # of a variant that failed
+        if setting.device == "cpu":
+            lane = Lane(variant, setting, prepare(variant, setting, self.search), None)
+        else:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        prepared = prepare(variant, setting, self.search)
-        if place.type == "cuda" and not prepared.captured:
-            torch.cuda.reset_peak_memory_stats()
-        prepared.run()
-        synchronise(place)
-        peak = torch.cuda.max_memory_allocated() - before if place.type == "cuda" else None
-        lane = Lane(variant, setting, prepared, peak)
+            prepared = prepare(variant, setting, self.search)
+            if not prepared.captured:
+                torch.cuda.reset_peak_memory_stats()
+            prepared.run()
+            lane = Lane(variant, setting, prepared, torch.cuda.max_memory_allocated() - before)
         for _ in range(self.warmup):
             lane.milliseconds = [_turn(lane)]
         return lane

@@ -94,27 +94,26 @@ class Turns:
 def test_rounds_alternate_and_every_figure_is_in_the_file_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each variant runs once when it is prepared and once to warm up; compiled ones are prepared last."""
+    """Compiled ones are prepared last; each warms up when it is prepared."""
     path = tmp_path / "step.json"
     turns = Turns(path)
     monkeypatch.setattr(step_rounds, "prepare", turns.prepare)
     compared("compiled", "sdpa", "ours+compile", "ours", path=path).run()
-    assert [step for step in turns.order if step.startswith("prepare")] == [
-        f"prepare {name}" for name in ("sdpa", "ours", "compiled", "ours+compile")
-    ]
-    assert turns.order[-8:] == ["compiled", "sdpa", "ours+compile", "ours"] * 2
-    assert turns.seen[0] == turns.seen[1] == []
-    assert turns.seen[2] == turns.seen[3] == [("sdpa", 1, True)]
-    first_round = [("compiled", 1, True), ("sdpa", 1, True), ("ours+compile", 1, True), ("ours", 1, True)]
-    assert turns.seen[8] == first_round
-    assert turns.seen[12] == [(name, 1, False) for name, _, _ in first_round]
-    assert written(path) == [(name, 2, False) for name, _, _ in first_round]
+    warm_ups = [[f"prepare {name}", name] for name in ("sdpa", "ours", "compiled", "ours+compile")]
+    a_round = ["compiled", "sdpa", "ours+compile", "ours"]
+    assert turns.order == [step for steps in warm_ups for step in steps] + a_round * 2
+    preliminary = [(name, 1, True) for name in a_round]
+    assert turns.seen[0] == []
+    assert turns.seen[1] == [("sdpa", 1, True)]
+    assert turns.seen[4] == turns.seen[7] == preliminary
+    assert turns.seen[8] == [(name, 1, False) for name in a_round]
+    assert written(path) == [(name, 2, False) for name in a_round]
 
 
 def test_a_variant_that_fails_in_a_round_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = Turns(tmp_path / "step.json", 4, RuntimeError("out of memory\nand more"))
+    turns = Turns(tmp_path / "step.json", 2, RuntimeError("out of memory\nand more"))
     monkeypatch.setattr(step_rounds, "prepare", turns.prepare)
     comparison = compared("ours", "sdpa", path=turns.path)
     comparison.run()
@@ -127,7 +126,7 @@ def test_a_variant_that_fails_in_a_round_leaves_the_others(
 def test_a_variant_that_breaks_the_device_ends_the_comparison_and_is_filed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = Turns(tmp_path / "step.json", 5, torch.AcceleratorError("illegal memory access"))
+    turns = Turns(tmp_path / "step.json", 3, torch.AcceleratorError("illegal memory access"))
     monkeypatch.setattr(step_rounds, "prepare", turns.prepare)
     with pytest.raises(torch.AcceleratorError):
         compared("ours", "sdpa", path=turns.path).run()
@@ -139,7 +138,7 @@ def test_a_variant_that_breaks_the_device_ends_the_comparison_and_is_filed(
 
 def test_rounds_before_an_interruption_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second round is interrupted."""
-    turns = Turns(tmp_path / "step.json", 6, KeyboardInterrupt())
+    turns = Turns(tmp_path / "step.json", 4, KeyboardInterrupt())
     monkeypatch.setattr(step_rounds, "prepare", turns.prepare)
     comparison = compared("ours", "sdpa", path=turns.path, products=64)
     with pytest.raises(KeyboardInterrupt):
