@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_tests [--results FILE] [pytest arguments]
 
 Only files with such a test are collected: others may import what a GPU machine lacks. With pytest-xdist tests
-run in several processes. Exit code 1 if one fails or none passes.
+run in several processes. Exit code 1 if one fails or none passes, 130 if it is interrupted before.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     counts = Counter(row["outcome"] for row in record.result["rows"])
     failed = len(record.result["failed"])
     record.result["headline"] = f"{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped"
+    if code == pytest.ExitCode.INTERRUPTED and not failed:  # its time was up
+        record.write()
+        return 130
     if not counts["passed"] or (code != pytest.ExitCode.OK and not failed):
         record.fail(f"pytest ended with {code!r}")
     return record.end()

@@ -32,7 +32,7 @@ def run(batches: Sequence[int], only: str = "", record: Record | None = None) ->
     chosen = [item for batch in batches for item in operations.every(batch) if re.search(only, str(item))]
     chosen.sort(key=lambda operation: not operation.leading)
     todo = [(operation, variant) for operation in chosen for variant in operation.ours]
-    launched: set[str] = set()
+    launched, right = set[str](), 0
     if not todo:
         record.fail(f"no operation matches {only!r}")
     for number, (operation, variant) in enumerate(todo, 1):
@@ -54,6 +54,8 @@ def run(batches: Sequence[int], only: str = "", record: Record | None = None) ->
         launched.update(names)
         if verdict.startswith(("WRONG", "FAILED")):
             record.fail(verdict, **about)
+        right += verdict.startswith("right")
+        record.result["headline"] = f"{right} of {len(todo)} operations right"
         record.add(about | dict(verdict=verdict))
         _say(f"{number}/{len(todo)} {operation} {variant}: {verdict}")
     record.result.pop("running", None)
@@ -61,8 +63,6 @@ def run(batches: Sequence[int], only: str = "", record: Record | None = None) ->
     if missing and not only:
         record.fail(f"not launched: {', '.join(missing)}")
     _say(f"{len(launched)} kernels launched" + (f", not {', '.join(missing)}" if missing else ""))
-    right = sum(row["verdict"].startswith("right") for row in record.result["rows"])
-    record.result["headline"] = f"{right} of {len(todo)} operations right"
     return record.end() == 0
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,7 @@ def run(record: Record, todo: Sequence[Operation], variants: Sequence[str]) -> N
                     if isinstance(error, torch.AcceleratorError):
                         raise
                     continue
+                record.result["headline"] = headline([*record.result["rows"], row])
                 record.add(row)
                 print(
                     f"{operation} {direction} {variant}: {row['percent_of_floor']:.0f}% of the floor",
@@ -67,6 +69,20 @@ def run(record: Record, todo: Sequence[Operation], variants: Sequence[str]) -> N
         del copies
         gc.collect()
         torch.cuda.empty_cache()  # of graphs; does nothing on a CPU
+
+
+def headline(rows: Sequence[dict[str, Any]]) -> str:
+    """Shares of the floor: of ours, and of the library's products."""
+    shown = [
+        f"{row['operation']} {row['sizes']['model']} N{row['sizes']['tokens']} {row['percent_of_floor']:.0f}%"
+        for row in rows
+        if row["variant"] == "ours" and row["direction"] != "forward"
+    ]
+    products = [row["percent_of_floor"] for row in rows if row["operation"].startswith("linear")]
+    text = f"{len(rows)} rows"
+    if products:
+        text += f"; linears {min(products):.0f}% to {max(products):.0f}% of the floor"
+    return text + (f"; ours, forward+backward: {', '.join(shown)}" if shown else "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,10 +100,6 @@ def main(argv: list[str] | None = None) -> int:
         run(record, list(chosen(args.batch, args.only)), args.variants)
     if not record.result["rows"]:
         record.fail("no operation was timed")
-    ours = [row for row in record.result["rows"] if row["variant"] == "ours"]
-    record.result["headline"] = f"{len(record.result['rows'])} rows; ours: " + ", ".join(
-        f"{row['operation']} {row['sizes']['model']} {row['percent_of_floor']:.0f}%" for row in ours
-    )
     return record.end()
 
 

@@ -197,11 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     with closing(attempts) as compiled:
         measured = measure(compiled, args.batch, start + args.seconds)
         for row in map(described, compiled) if args.static else measured:
+            record.result["headline"] = headline([*record.result["rows"], row])
             record.add(row)
             if row["candidate"] == SHIPPED and "failure" in row:
                 record.fail(row["failure"], study=row["study"], case=row["case"])
             print(told(row), flush=True)
-    record.result["headline"] = headline(record.result["rows"])
     return record.end()
 
 

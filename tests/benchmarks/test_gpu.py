@@ -320,6 +320,20 @@ def test_failing_tests_turn_their_part_red_with_the_reason(tmp_path: Path) -> No
     assert found["headline"] == "1 passed, 1 failed, 0 skipped"
 
 
+def test_tests_that_are_stopped_by_their_time_are_not_red(tmp_path: Path) -> None:
+    path, results = tmp_path / "test_long.py", tmp_path / "tests.json"
+    path.write_text("import time\ndef test_good(): pass\ndef test_long(): time.sleep(60)\n")
+    arguments = ["--results", str(results), "-q", "-n", "0", "-p", "no:cacheprovider", str(path)]
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_tests", *arguments], cwd=ROOT)
+    while not results.exists() or not json.loads(results.read_text())["rows"]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    found = json.loads(results.read_text())
+    assert (found["verdict"], found["headline"]) == ("unfinished", "1 passed, 0 failed, 0 skipped")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_cuda_device_a_stage_is_absent(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path / "results"), "--stage", "1"]
