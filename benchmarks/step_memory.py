@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from benchmarks.step_variants import Candidate, Search, Setting, prepare
 from lmim_fast.config import preset
 
@@ -33,10 +35,11 @@ def peak_bytes(variant: str, setting: Setting, chosen: Candidate | None) -> int:
         mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": _GIVEN_BACK}),
         ProcessPoolExecutor(1, context) as pool,
     ):
-        return pool.submit(_measure, variant, setting, chosen).result()
+        return pool.submit(_measure, variant, setting, chosen, torch.get_num_threads()).result()
 
 
-def _measure(variant: str, setting: Setting, chosen: Candidate | None) -> int:
+def _measure(variant: str, setting: Setting, chosen: Candidate | None, threads: int) -> int:
+    torch.set_num_threads(threads)  # as in the process whose steps are timed
     search = Search([chosen] if chosen else [])
     tiny = preset("tiny", decoder_dropout=setting.config.decoder_dropout, residual=setting.config.residual)
     prepare(variant, setting._replace(config=tiny), search)
