@@ -105,9 +105,9 @@ class Study:
 
 
 def _told(name: str, value: Any) -> str:
-    """`NAME=value`; what a function returns is a named tuple or a dataclass, whose fields say enough."""
+    """`NAME=value`; of a named tuple or a dataclass its fields, which say enough."""
     text = str(value)
-    return text[text.index("(") + 1 : -1] if name.endswith("()") else f"{name}={text}"
+    return text[text.index("(") + 1 : -1] if "(" in text else f"{name}={text}"
 
 
 _ATTENTION = (
@@ -161,9 +161,9 @@ def _studies() -> list[Study]:
             _ATTENTION,
             {
                 "attention_backward._blocks()": [
-                    attention_backward.Blocks(queries, prepared, warps, stages)
-                    for queries in (16, 32, 64)
-                    for prepared in (16, 32)
+                    attention_backward.Blocks(queries, 32, keys, warps, stages)
+                    for queries in (32, 64)
+                    for keys in (64, 128, 256)
                     for warps in (4, 8, 16)
                     for stages in (1, 2)
                 ]
@@ -175,7 +175,7 @@ def _studies() -> list[Study]:
             "programs that fit on a multiprocessor against queries a product, and loads ahead of their use",
             _ATTENTION,
             {
-                "attention._blocks()": [
+                "attention.BLOCKS": [
                     attention.Blocks(queries, turned, 64, warps, stages)
                     for queries in (32, 64, 128)
                     for turned in (0, 32)

@@ -22,84 +22,62 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def load_tile(
-    ptr,
-    rows,
-    stride: tl.constexpr,
-    limit: tl.constexpr,
-    whole: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Rows (R,) of a (limit, D) matrix as (R, BLOCK_D), zero outside; `whole`: all rows are inside."""
-    columns = tl.arange(0, BLOCK_D)
-    at = ptr + rows[:, None] * stride + columns[None, :]
-    if whole and BLOCK_D == D:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(rows[:, None] < limit) & (columns[None, :] < D), other=0.0)
-    return tile
+@triton.constexpr_function
+def factor(dim: int) -> float:
+    """What scores are multiplied with for heads of this width."""
+    return float(dim**-0.5)
 
 
 @triton.jit
-def load_row(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """D values as (BLOCK_D,) fp32, zero outside; zeros where ptr is None."""
-    columns = tl.arange(0, BLOCK_D)
-    if ptr is None:  # no early return: the compiler would go on with what follows
-        row = tl.zeros([BLOCK_D], tl.float32)
-    elif BLOCK_D == D:
-        row = tl.load(ptr + columns).to(tl.float32)
-    else:
-        row = tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    return row
+def load_tile(ptr, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr):
+    """Rows (R,) of a (limit, D) matrix as (R, D), zero outside; `whole`: all rows are inside."""
+    at = ptr + rows[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(at) if whole else tl.load(at, mask=rows[:, None] < limit, other=0.0)
+
+
+@triton.jit
+def load_row(ptr, D: tl.constexpr):
+    """D values as (D,) fp32; zeros where ptr is None."""
+    return tl.zeros([D], tl.float32) if ptr is None else tl.load(ptr + tl.arange(0, D)).to(tl.float32)
 
 
 @triton.jit
 def store_tile(
-    ptr,
-    tile,
-    rows,
-    stride: tl.constexpr,
-    limit: tl.constexpr,
-    whole: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ptr, tile, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr
 ):
     """The inverse of `load_tile`, in the pointer's type."""
-    columns = tl.arange(0, BLOCK_D)
-    at = ptr + rows[:, None] * stride + columns[None, :]
+    at = ptr + rows[:, None] * stride + tl.arange(0, D)[None, :]
     tile = tile.to(ptr.dtype.element_ty)
-    if whole and BLOCK_D == D:
+    if whole:
         tl.store(at, tile)
     else:
-        tl.store(at, tile, mask=(rows[:, None] < limit) & (columns[None, :] < D))
+        tl.store(at, tile, mask=rows[:, None] < limit)
 
 
 @triton.jit
 def _forward_rows(
     q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr,
-    seed_ptr, sequence, factor, stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr,
+    seed_ptr, sequence, stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     threshold: tl.constexpr,
 ):  # fmt: skip
     """Context of ROWS queries; the softmax is carried from one chunk of keys to the next."""
     rows = start + tl.arange(0, ROWS)
-    q = load_tile(q_ptr, rows, stride_q, N, whole, D, BLOCK_D).to(tl.float32)
-    q = (q + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q_ptr.dtype.element_ty)
+    q = load_tile(q_ptr, rows, stride_q, N, whole, D).to(tl.float32)
+    q = (q + load_row(q_bias_ptr, D)[None, :]).to(q_ptr.dtype.element_ty)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     if TAIL:
-        last = tl.sum(q.to(tl.float32) * load_row(k_tail_ptr, D, BLOCK_D)[None, :], 1) * (factor * LOG2E)
+        last = tl.sum(q.to(tl.float32) * load_row(k_tail_ptr, D)[None, :], 1) * (factor(D) * LOG2E)
         top = last
     total = tl.zeros([ROWS], tl.float32)
     kept = tl.zeros([ROWS], tl.float32)
     seed = 0
     if threshold > 0:
         seed = tl.load(seed_ptr)  # here, since the keys of all rounds would stay in registers over the loop
-    context = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    context = tl.zeros([ROWS, D], tl.float32)
     for chunk in tl.static_range(len(keys)):
-        scores = tl.dot(q, tl.trans(keys[chunk]), input_precision="ieee") * (factor * LOG2E)
+        scores = tl.dot(q, tl.trans(keys[chunk]), input_precision="ieee") * (factor(D) * LOG2E)
         if (chunk + 1) * BLOCK_N > M:
             columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
             scores = tl.where(columns[None, :] < M, scores, float("-inf"))
@@ -123,41 +101,41 @@ def _forward_rows(
         if threshold > 0:
             p = tl.where(keep_column(seed, rows, M - 1, sequence, threshold), p, 0.0)
             kept += p
-        context += p[:, None] * load_row(v_tail_ptr, D, BLOCK_D)[None, :]
-    v_bias = load_row(v_bias_ptr, D, BLOCK_D)
+        context += p[:, None] * load_row(v_tail_ptr, D)[None, :]
+    v_bias = load_row(v_bias_ptr, D)
     if threshold > 0:
         context = (context + kept[:, None] * v_bias[None, :]) * (256 / (256 - threshold) / total)[:, None]
     else:
         context = context / total[:, None] + v_bias[None, :]
     if normaliser_ptr is not None:
         tl.store(normaliser_ptr + rows, top + tl.log2(total), mask=rows < N)
-    store_tile(out_ptr, context, rows, stride_o, N, whole, D, BLOCK_D)
+    store_tile(out_ptr, context, rows, stride_o, N, whole, D)
 
 
 @triton.jit
 def _forward_rows_transposed(
     q_ptr, v_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
-    v_bias_ptr, seed_ptr, sequence, factor, stride_q: tl.constexpr, stride_k: tl.constexpr,
+    v_bias_ptr, seed_ptr, sequence, stride_q: tl.constexpr, stride_k: tl.constexpr,
     stride_o: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """As `_forward_rows` with queries as columns: products of few queries then fill the tensor cores."""
     rows = start + tl.arange(0, ROWS)
-    q = load_tile(q_ptr, rows, stride_q, N, False, D, BLOCK_D).to(tl.float32)
-    q = (q + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q_ptr.dtype.element_ty)
+    q = load_tile(q_ptr, rows, stride_q, N, False, D).to(tl.float32)
+    q = (q + load_row(q_bias_ptr, D)[None, :]).to(q_ptr.dtype.element_ty)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     if TAIL:
-        last = tl.sum(q.to(tl.float32) * load_row(k_tail_ptr, D, BLOCK_D)[None, :], 1) * (factor * LOG2E)
+        last = tl.sum(q.to(tl.float32) * load_row(k_tail_ptr, D)[None, :], 1) * (factor(D) * LOG2E)
         top = last
     total = tl.zeros([ROWS], tl.float32)
     kept = tl.zeros([ROWS], tl.float32)
     seed = 0
     if threshold > 0:
         seed = tl.load(seed_ptr)  # here, since the keys of all rounds would stay in registers over the loop
-    context = tl.zeros([BLOCK_D, ROWS], tl.float32)
+    context = tl.zeros([D, ROWS], tl.float32)
     for chunk in tl.static_range(len(keys)):
-        scores = tl.dot(keys[chunk], tl.trans(q), input_precision="ieee") * (factor * LOG2E)
+        scores = tl.dot(keys[chunk], tl.trans(q), input_precision="ieee") * (factor(D) * LOG2E)
         if (chunk + 1) * BLOCK_N > M:
             columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
             scores = tl.where(columns[:, None] < M, scores, float("-inf"))
@@ -176,9 +154,9 @@ def _forward_rows_transposed(
             p = tl.where(keep, p, 0.0)
             kept += tl.sum(p, 0)
         value = values[chunk]
-        if BLOCK_D < 64:  # too few rows for wgmma: with mma the tile would stay in registers from the start
+        if D < 64:  # too few rows for wgmma: with mma the tile would stay in registers from the start
             places = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            value = load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D, BLOCK_D)
+            value = load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D)
         context = tl.dot(tl.trans(value), p.to(value.dtype), context, input_precision="ieee")
     if TAIL:
         p = tl.exp2(last - top)
@@ -186,26 +164,30 @@ def _forward_rows_transposed(
         if threshold > 0:
             p = tl.where(keep_column(seed, rows, M - 1, sequence, threshold), p, 0.0)
             kept += p
-        context += p[None, :] * load_row(v_tail_ptr, D, BLOCK_D)[:, None]
-    v_bias = load_row(v_bias_ptr, D, BLOCK_D)
+        context += p[None, :] * load_row(v_tail_ptr, D)[:, None]
+    v_bias = load_row(v_bias_ptr, D)
     if threshold > 0:
         context = (context + kept[None, :] * v_bias[:, None]) * (256 / (256 - threshold) / total)[None, :]
     else:
         context = context / total[None, :] + v_bias[:, None]
     if normaliser_ptr is not None:
         tl.store(normaliser_ptr + rows, top + tl.log2(total), mask=rows < N)
-    store_tile(out_ptr, tl.trans(context), rows, stride_o, N, False, D, BLOCK_D)
+    store_tile(out_ptr, tl.trans(context), rows, stride_o, N, False, D)
 
 
-@triton.jit(do_not_specialize=["first_sequence"])
+@triton.jit(do_not_specialize=["first_sequence", "in_blocks"])
 def attention_forward(
     q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, out_ptr, normaliser_ptr,
-    first_sequence, factor, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr, stride_k: tl.constexpr,
-    stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
+    first_sequence, in_blocks, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr,
+    stride_k: tl.constexpr, stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, HIDDEN: tl.constexpr,
+    threshold: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, head): N queries in blocks and a REST of few, M keys in chunks and a TAIL of one."""
+    """Program (sequence, head): N queries in blocks and a REST of few, M keys in chunks and a TAIL of one.
+
+    `in_blocks` is N - REST, HIDDEN says that the compiler may not know it: see `hides_trips`.
+    """
     program = tl.program_id(0)
     head = program % H
     number = (program // H).to(tl.int64)
@@ -224,21 +206,21 @@ def attention_forward(
     values = ()
     for chunk in tl.static_range(CHUNKS):
         places = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-        keys += (load_tile(k_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D, BLOCK_D),)
-        values += (load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D, BLOCK_D),)
+        keys += (load_tile(k_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D),)
+        values += (load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D),)
     k_tail_ptr = k_ptr + (M - 1) * stride_k
     v_tail_ptr = v_ptr + (M - 1) * stride_k
-    for start in range(0, N - REST, BLOCK_M):
+    for start in range(0, in_blocks if HIDDEN else N - REST, BLOCK_M):
         _forward_rows(
             q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
-            v_bias_ptr, seed_ptr, sequence, factor, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D,
-            BLOCK_D, BLOCK_M, BLOCK_N, TAIL, threshold,
+            v_bias_ptr, seed_ptr, sequence, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D,
+            BLOCK_M, BLOCK_N, TAIL, threshold,
         )  # fmt: skip
     if REST > 0:
         _forward_rows_transposed(
             q_ptr, v_ptr, out_ptr, normaliser_ptr, N - REST, keys, values, k_tail_ptr, v_tail_ptr,
-            q_bias_ptr, v_bias_ptr, seed_ptr, sequence, factor, stride_q, stride_k, stride_o, N, M, D,
-            BLOCK_D, REST_BLOCK, BLOCK_N, TAIL, threshold,
+            q_bias_ptr, v_bias_ptr, seed_ptr, sequence, stride_q, stride_k, stride_o, N, M, D,
+            REST_BLOCK, BLOCK_N, TAIL, threshold,
         )  # fmt: skip
 
 
@@ -247,14 +229,24 @@ def tile(count: int, largest: int) -> int:
     return min(max(16, triton.next_power_of_2(count)), largest)
 
 
-def geometry(keys: int, dim: int) -> tuple[int, bool, int]:
-    """Padded head width, whether one key stands apart (256 + cls), and the keys in whole tiles."""
+def geometry(keys: int) -> tuple[bool, int]:
+    """Whether one key stands apart (256 + cls), and the keys in whole tiles."""
     tail = keys > 128 and keys % 128 == 1
-    return tile(dim, 128), tail, keys - 1 if tail else keys
+    return tail, keys - 1 if tail else keys
+
+
+def hides_trips(queries: int, rows: int, dim: int) -> bool:
+    """Whether a kernel for Hopper gets the number of trips over its queries as an argument.
+
+    The compiler drops a loop that it knows to have one trip, and may then put the tile that a product reads
+    across its lines at the end of shared memory: Hopper may read past it if heads are narrow
+    (benchmarks/wgmma.py).
+    """
+    return queries <= rows and dim < 64
 
 
 class Blocks(NamedTuple):
-    """Queries of a block, last queries that are turned at most, keys of a tile; the launch."""
+    """Queries of a block, last queries that are transposed at most, keys of a tile; the launch."""
 
     queries: int
     turned: int
@@ -263,10 +255,7 @@ class Blocks(NamedTuple):
     num_stages: int = 1
 
 
-def _blocks(resident: int, block_d: int, threshold: int) -> Blocks:
-    """As many queries and warps as the registers hold beside the keys and values of a sequence."""
-    crowded = resident * block_d > 256 * 64 or (threshold > 0 and block_d > 64)
-    return Blocks(128, 32, 64, num_warps=8) if crowded else Blocks(64, 32, 64, num_warps=4)
+BLOCKS = Blocks(64, 32, 64, num_warps=4)
 
 
 def forward(
@@ -281,17 +270,20 @@ def forward(
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
-    block_d, tail, resident = geometry(keys, dim)
-    blocks = _blocks(resident, block_d, threshold)
-    block_n, block_m = tile(resident, blocks.keys), tile(queries, blocks.queries)
+    tail, resident = geometry(keys)
+    block_n, block_m = BLOCKS.keys, BLOCKS.queries
     rest = queries % block_m if queries > block_m else 0
-    if rest > blocks.turned or dim not in (32, 64):  # a block of their own, with masked rows
+    if rest > BLOCKS.turned:  # a block of their own, with masked rows
         rest = 0
+    major, _ = runtime.capability(q.device)
+    # On Blackwell ptxas would spill a few bytes to fit one program more than tensor memory allows.
+    registers = runtime.registers(3, BLOCKS.num_warps) if major == 10 else None
     runtime.launch(
         attention_forward, (sequences * heads,),
-        q, k, v, q_bias, v_bias, seed, out, normaliser, first_sequence, dim**-0.5,
+        q, k, v, q_bias, v_bias, seed, out, normaliser, first_sequence, queries - rest,
         q.stride(0), k.stride(0), out.stride(0), stride_q=q.stride(1), stride_k=k.stride(1),
-        stride_o=out.stride(1), N=queries, M=keys, H=heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m,
+        stride_o=out.stride(1), N=queries, M=keys, H=heads, D=dim, BLOCK_M=block_m,
         REST=rest, REST_BLOCK=tile(rest, 32), BLOCK_N=block_n, CHUNKS=triton.cdiv(resident, block_n),
-        TAIL=tail, threshold=threshold, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        TAIL=tail, HIDDEN=major == 9 and hides_trips(queries - rest, block_m, dim),
+        threshold=threshold, maxnreg=registers, num_warps=BLOCKS.num_warps, num_stages=BLOCKS.num_stages,
     )  # fmt: skip

@@ -4,8 +4,8 @@ The gradients of keys and values stay in registers while the program walks over 
 and the probabilities are made once. Keys are rows of each tile, queries its columns. Up to 64 keys nothing
 but the inputs is kept from the forward pass. Beyond, a first walk over the queries writes what their score
 gradients subtract (delta = context x its gradient) and does all of the one key that may stand apart, so that
-the second needs no reduction over the keys and spills no register. More keys than one tile holds are cut into
-parts: a program is then one part, and the parts of dq are added up afterwards.
+the second needs no reduction over the keys. Many keys are taken in chunks, one after the other, so that the
+products of one need no registers while those of another run.
 
 The key bias has no gradient: it shifts all scores of a query alike.
 """
@@ -18,7 +18,16 @@ import torch
 import triton
 import triton.language as tl
 from lmim_fast.kernels import runtime
-from lmim_fast.kernels.attention import LOG2E, geometry, load_row, load_tile, store_tile, tile
+from lmim_fast.kernels.attention import (
+    LOG2E,
+    factor,
+    geometry,
+    hides_trips,
+    load_row,
+    load_tile,
+    store_tile,
+    tile,
+)
 from lmim_fast.kernels.dropout import keep_column, keep_tile_transposed
 from torch import Tensor
 
@@ -26,44 +35,49 @@ from torch import Tensor
 @triton.jit
 def _queries(
     q_ptr, q_bias_ptr, rows, stride_q: tl.constexpr, whole: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Queries with their bias, (R, BLOCK_D) in their own type."""
-    q = load_tile(q_ptr, rows, stride_q, N, whole, D, BLOCK_D)
+    """Queries with their bias, (R, D) in their own type."""
+    q = load_tile(q_ptr, rows, stride_q, N, whole, D)
     if q_bias_ptr is not None:
-        q = (q.to(tl.float32) + load_row(q_bias_ptr, D, BLOCK_D)[None, :]).to(q.dtype)
+        q = (q.to(tl.float32) + load_row(q_bias_ptr, D)[None, :]).to(q.dtype)
     return q
+
+
+@triton.constexpr_function
+def transposes_dq(block_d: int, rows: int) -> bool:
+    """Queries are columns of the product that makes dq: few fill the rows of a tensor core product badly."""
+    return block_d >= 64 and rows < 64
 
 
 @triton.jit
 def _prepare_rows(
     q_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, k_tail_ptr, v_tail_ptr, dk_tail, dv_tail, q_bias_ptr,
-    v_bias_ptr, seed_ptr, sequence, factor, start, stride_q: tl.constexpr, stride_do: tl.constexpr,
-    stride_out: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    v_bias_ptr, seed_ptr, sequence, start, stride_q: tl.constexpr, stride_do: tl.constexpr,
+    stride_out: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """Write delta of ROWS queries and the score gradients of a key apart; add to that key's gradients."""
     rows = start + tl.arange(0, ROWS)
-    do = load_tile(do_ptr, rows, stride_do, N, N % ROWS == 0, D, BLOCK_D).to(tl.float32)
-    out = load_tile(out_ptr, rows, stride_out, N, N % ROWS == 0, D, BLOCK_D).to(tl.float32)
-    v_bias = load_row(v_bias_ptr, D, BLOCK_D)[None, :]
+    do = load_tile(do_ptr, rows, stride_do, N, N % ROWS == 0, D).to(tl.float32)
+    out = load_tile(out_ptr, rows, stride_out, N, N % ROWS == 0, D).to(tl.float32)
+    v_bias = load_row(v_bias_ptr, D)[None, :]
     if threshold == 0:  # d_p leaves out the bias then: its part in d_p is the same for all keys
         out -= v_bias
     delta = tl.sum(do * out, 1)
-    tl.store(delta_ptr + rows, delta, mask=rows < N)
+    tl.store(delta_ptr + rows, delta * ((256 - threshold) / 256), mask=rows < N)
     if TAIL:
-        q = _queries(q_ptr, q_bias_ptr, rows, stride_q, N % ROWS == 0, N, D, BLOCK_D).to(tl.float32)
+        q = _queries(q_ptr, q_bias_ptr, rows, stride_q, N % ROWS == 0, N, D).to(tl.float32)
         normaliser = tl.load(normaliser_ptr + rows, mask=rows < N, other=float("inf"))
-        scores = tl.sum(q * load_row(k_tail_ptr, D, BLOCK_D)[None, :], 1) * (factor * LOG2E)
+        scores = tl.sum(q * load_row(k_tail_ptr, D)[None, :], 1) * (factor(D) * LOG2E)
         p = tl.exp2(scores - normaliser)
         if threshold > 0:
             keep = keep_column(tl.load(seed_ptr), rows, M - 1, sequence, threshold)
-            d_p = tl.sum(do * (load_row(v_tail_ptr, D, BLOCK_D)[None, :] + v_bias), 1)
-            d_scores = p * (tl.where(keep, d_p * (256 / (256 - threshold)), 0.0) - delta) * factor
+            d_p = tl.sum(do * (load_row(v_tail_ptr, D)[None, :] + v_bias), 1)
+            d_scores = p * (tl.where(keep, d_p * (256 / (256 - threshold)), 0.0) - delta) * factor(D)
             p = tl.where(keep, p * (256 / (256 - threshold)), 0.0)
         else:
-            d_p = tl.sum(do * load_row(v_tail_ptr, D, BLOCK_D)[None, :], 1)
-            d_scores = p * (d_p - delta) * factor
+            d_p = tl.sum(do * load_row(v_tail_ptr, D)[None, :], 1)
+            d_scores = p * (d_p - delta) * factor(D)
         tl.store(delta_ptr + N + rows, d_scores, mask=rows < N)
         dk_tail += d_scores[:, None] * q
         dv_tail += p[:, None] * do
@@ -72,89 +86,104 @@ def _prepare_rows(
 
 @triton.jit
 def _backward_rows(
-    q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, k, v, dk, dv, score_sums, k_tail_ptr, q_bias_ptr,
-    v_bias_ptr, seed_ptr, sequence, factor, start, first_key, stride_q: tl.constexpr,
-    stride_do: tl.constexpr, stride_dq: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
-    BIAS: tl.constexpr, threshold: tl.constexpr,
+    q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr, q_bias_ptr,
+    seed_ptr, sequence, start, stride_q: tl.constexpr, stride_do: tl.constexpr,
+    stride_dq: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+    threshold: tl.constexpr,
 ):  # fmt: skip
-    """Add ROWS queries to the gradients of the keys and values; write their dq."""
-    scale: tl.constexpr = 256 / (256 - threshold)
+    """Add ROWS queries to the gradients of keys and values, which are scaled at the end; write their dq."""
     whole: tl.constexpr = N % ROWS == 0
     rows = start + tl.arange(0, ROWS)
-    q = _queries(q_ptr, q_bias_ptr, rows, stride_q, whole, N, D, BLOCK_D)
-    do = load_tile(do_ptr, rows, stride_do, N, whole, D, BLOCK_D)
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (KEYS, ROWS)
-    d_p = tl.dot(v, tl.trans(do), input_precision="ieee")
-    scores *= factor * LOG2E
-    if MASKED:
-        places = first_key + tl.arange(0, KEYS)
-        scores = tl.where(places[:, None] < M, scores, float("-inf"))
-    if normaliser_ptr is not None:
-        normaliser = tl.load(normaliser_ptr + rows, mask=rows < N, other=float("inf"))
-        p = tl.exp2(scores - normaliser[None, :])
-    else:
-        p = tl.exp2(scores - tl.max(scores, 0)[None, :])
-        p *= (1 / tl.sum(p, 0))[None, :]
-    if threshold > 0:
-        groups = first_key // 16 + tl.arange(0, KEYS // 16)
-        keep = keep_tile_transposed(tl.load(seed_ptr), rows, groups, sequence, threshold, ROWS, KEYS // 16)
-        shift = tl.sum(do.to(tl.float32) * load_row(v_bias_ptr, D, BLOCK_D)[None, :], 1)
-        d_p = tl.where(keep, (d_p + shift[None, :]) * scale, 0.0)
-    if normaliser_ptr is not None:
-        delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
-    else:
-        delta = tl.sum(p * d_p, 0)
-    d_scores = p * (d_p - delta[None, :]) * factor
-    if threshold > 0:
-        p = tl.where(keep, p * scale, 0.0)
-    if BIAS:
-        score_sums += tl.sum(d_scores, 1)
-    d_scores_low = d_scores.to(q.dtype)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    dk = tl.dot(d_scores_low, q, dk, input_precision="ieee")
-    if (
-        BLOCK_D >= 64 and ROWS < 64
-    ):  # the head's width fills the rows of a tensor core product, the queries do not
-        dq = tl.trans(tl.dot(tl.trans(k), d_scores_low, input_precision="ieee"))
-    else:
-        dq = tl.dot(tl.trans(d_scores_low), k, input_precision="ieee")
+    q = _queries(q_ptr, q_bias_ptr, rows, stride_q, whole, N, D)
+    do = load_tile(do_ptr, rows, stride_do, N, whole, D)
+    dq = tl.zeros([D, ROWS] if transposes_dq(D, ROWS) else [ROWS, D], tl.float32)
+    new_dk = ()
+    new_dv = ()
+    for chunk in tl.static_range(len(keys)):
+        if chunk > 0:
+            tl.debug_barrier()  # one chunk after the other: products of both at once would spill
+        k = keys[chunk]
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (factor(D) * LOG2E)  # (KEYS, ROWS)
+        if normaliser_ptr is not None:
+            normaliser = tl.load(normaliser_ptr + rows, mask=rows < N, other=float("inf"))
+            scores -= normaliser[None, :]
+            if (
+                MASKED
+            ):  # rows without a key are zeros: any weight will do that is finite, and no true one is above 1
+                scores = tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            p = tl.exp2(scores)
+        else:  # all keys are in this chunk
+            if MASKED:
+                scores = tl.where(tl.arange(0, KEYS)[:, None] < M, scores, float("-inf"))
+            p = tl.exp2(scores - tl.max(scores, 0)[None, :])
+            p *= (1 / tl.sum(p, 0))[None, :]
+        if threshold > 0:
+            groups = chunk * (KEYS // 16) + tl.arange(0, KEYS // 16)
+            seed = tl.load(seed_ptr)
+            keep = keep_tile_transposed(seed, rows, groups, sequence, threshold, ROWS, KEYS // 16)
+            new_dv += (tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv[chunk], input_precision="ieee"),)
+        else:
+            new_dv += (tl.dot(p.to(do.dtype), do, dv[chunk], input_precision="ieee"),)
+        d_p = tl.dot(values[chunk], tl.trans(do), input_precision="ieee")
+        if threshold > 0:
+            d_p = tl.where(keep, d_p, 0.0)
+        if normaliser_ptr is not None:
+            delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
+        else:
+            delta = tl.sum(p * d_p, 0)
+        d_scores = (p * (d_p - delta[None, :])).to(q.dtype)
+        new_dk += (tl.dot(d_scores, q, dk[chunk], input_precision="ieee"),)
+        if transposes_dq(D, ROWS):
+            dq = tl.dot(tl.trans(k), d_scores, dq, input_precision="ieee")
+        else:
+            dq = tl.dot(tl.trans(d_scores), k, dq, input_precision="ieee")
+    dq *= factor(D) * (256 / (256 - threshold))
     if TAIL:
         d_tail = tl.load(delta_ptr + N + rows, mask=rows < N, other=0.0)
-        dq += d_tail[:, None] * load_row(k_tail_ptr, D, BLOCK_D)[None, :]
-    store_tile(dq_ptr, dq, rows, stride_dq, N, whole, D, BLOCK_D)
-    return dk, dv, score_sums
+        k_tail = load_row(k_tail_ptr, D)
+        if transposes_dq(D, ROWS):
+            dq += d_tail[None, :] * k_tail[:, None]
+        else:
+            dq += d_tail[:, None] * k_tail[None, :]
+    if transposes_dq(D, ROWS):
+        if BIAS:
+            dq_sum += tl.sum(dq, 1)  # within a warp
+        dq = tl.trans(dq)
+    elif BIAS:
+        dq_sum += dq
+    store_tile(dq_ptr, dq, rows, stride_dq, N, whole, D)
+    return new_dk, new_dv, dq_sum
 
 
 @triton.jit
-def _store_row(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    columns = tl.arange(0, BLOCK_D)
-    tl.store(ptr + columns, row.to(ptr.dtype.element_ty), mask=columns < D)
+def _store_row(ptr, row, D: tl.constexpr):
+    tl.store(ptr + tl.arange(0, D), row.to(ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["first_sequence"])
+@triton.jit(do_not_specialize=["first_sequence", "queries"])
 def attention_backward(
     q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr, v_bias_ptr, seed_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, factor, stride_qs, stride_ks,
-    stride_dos, stride_outs, stride_dqs, stride_dqp, stride_dks, stride_q: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, queries, stride_qs, stride_ks,
+    stride_dos, stride_outs, stride_dqs, stride_dks, stride_q: tl.constexpr,
     stride_k: tl.constexpr, stride_do: tl.constexpr, stride_out: tl.constexpr, stride_dq: tl.constexpr,
     stride_dk: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PREPARED: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
+    BLOCK_M: tl.constexpr, PREPARED: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr,
+    TAIL: tl.constexpr, HIDDEN: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, head, part of the keys)."""
+    """Program (sequence, head): N queries in blocks, M keys in CHUNKS of KEYS and a TAIL of one.
+
+    `queries` is N, HIDDEN says that the compiler may not know it: see `attention.hides_trips`.
+    """
     program = tl.program_id(0)
-    part = program % PARTS
-    sequence = program // PARTS
-    head = sequence % H
-    number = (sequence // H).to(tl.int64)
-    first_key = part * KEYS
-    drawn = first_sequence * H + sequence
+    head = program % H
+    number = (program // H).to(tl.int64)
+    sequence = first_sequence * H + program
     q_ptr += number * stride_qs + head * D
     k_ptr += number * stride_ks + head * D
     v_ptr += number * stride_ks + head * D
     do_ptr += number * stride_dos + head * D
-    dq_ptr += part * stride_dqp + number * stride_dqs + head * D
+    dq_ptr += number * stride_dqs + head * D
     dk_ptr += number * stride_dks + head * D
     dv_ptr += number * stride_dks + head * D
     k_tail_ptr = k_ptr + (M - 1) * stride_k
@@ -164,55 +193,66 @@ def attention_backward(
         v_bias_ptr += head * D
     BIAS: tl.constexpr = dq_bias_ptr is not None
     if BIAS:
-        dq_bias_ptr += (number * PARTS + part) * (H * D) + head * D
-        dv_bias_ptr += (number * PARTS + part) * (H * D) + head * D
+        dq_bias_ptr += number * (H * D) + head * D
+        dv_bias_ptr += number * (H * D) + head * D
     if normaliser_ptr is not None:
-        normaliser_ptr += sequence.to(tl.int64) * N
+        normaliser_ptr += program.to(tl.int64) * N
         delta_ptr += program.to(tl.int64) * (2 * N)  # delta, then d_scores of the key apart
         out_ptr += number * stride_outs + head * D
         v_tail_ptr = v_ptr + (M - 1) * stride_k
-        dk_tail = tl.zeros([PREPARED, BLOCK_D], tl.float32)
-        dv_tail = tl.zeros([PREPARED, BLOCK_D], tl.float32)
+        dk_tail = tl.zeros([PREPARED, D], tl.float32)
+        dv_tail = tl.zeros([PREPARED, D], tl.float32)
         for start in range(0, N, PREPARED):
             dk_tail, dv_tail = _prepare_rows(
                 q_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, k_tail_ptr, v_tail_ptr, dk_tail, dv_tail,
-                q_bias_ptr, v_bias_ptr, seed_ptr, drawn, factor, start, stride_q, stride_do, stride_out, N, M,
-                D, BLOCK_D, PREPARED, TAIL, threshold,
+                q_bias_ptr, v_bias_ptr, seed_ptr, sequence, start, stride_q, stride_do, stride_out,
+                N, M, D, PREPARED, TAIL, threshold,
             )  # fmt: skip
         if TAIL:
-            _store_row(dk_ptr + (M - 1) * stride_dk, tl.sum(dk_tail, 0), D, BLOCK_D)
-            _store_row(dv_ptr + (M - 1) * stride_dk, tl.sum(dv_tail, 0), D, BLOCK_D)
+            _store_row(dk_ptr + (M - 1) * stride_dk, tl.sum(dk_tail, 0), D)
+            _store_row(dv_ptr + (M - 1) * stride_dk, tl.sum(dv_tail, 0), D)
             if BIAS:
-                _store_row(dv_bias_ptr, tl.sum(dv_tail, 0), D, BLOCK_D)
+                _store_row(dv_bias_ptr, tl.sum(dv_tail, 0), D)
         tl.debug_barrier()  # what this program wrote is read below by other threads of it
-    places = first_key + tl.arange(0, KEYS)
-    MASKED: tl.constexpr = PARTS * KEYS > M
-    k = load_tile(k_ptr, places, stride_k, M, not MASKED, D, BLOCK_D)
-    v = load_tile(v_ptr, places, stride_k, M, not MASKED, D, BLOCK_D)
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    score_sums = tl.zeros([KEYS], tl.float32)
-    for start in range(0, N, BLOCK_M):
-        dk, dv, score_sums = _backward_rows(
-            q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, k, v, dk, dv, score_sums, k_tail_ptr,
-            q_bias_ptr, v_bias_ptr, seed_ptr, drawn, factor, start, first_key, stride_q, stride_do,
-            stride_dq, N, M, D,
-            BLOCK_D, BLOCK_M, KEYS, TAIL, MASKED, BIAS, threshold,
+    MASKED: tl.constexpr = CHUNKS * KEYS > M
+    keys = ()
+    values = ()
+    dk = ()
+    dv = ()
+    for chunk in tl.static_range(CHUNKS):
+        places = chunk * KEYS + tl.arange(0, KEYS)
+        keys += (load_tile(k_ptr, places, stride_k, M, not MASKED, D),)
+        value = load_tile(v_ptr, places, stride_k, M, not MASKED, D)
+        if threshold > 0 and v_bias_ptr is not None:  # else its part in d_p is the same for all keys
+            value = (value.to(tl.float32) + load_row(v_bias_ptr, D)[None, :]).to(value.dtype)
+            value = tl.where(places[:, None] < M, value, 0.0) if MASKED else value
+        values += (value,)
+        dk += (tl.zeros([KEYS, D], tl.float32),)
+        dv += (tl.zeros([KEYS, D], tl.float32),)
+    dq_sum = tl.zeros([D] if transposes_dq(D, BLOCK_M) else [BLOCK_M, D], tl.float32)
+    for start in range(0, queries if HIDDEN else N, BLOCK_M):
+        dk, dv, dq_sum = _backward_rows(
+            q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr,
+            q_bias_ptr, seed_ptr, sequence, start, stride_q, stride_do, stride_dq, N, M, D,
+            BLOCK_M, KEYS, TAIL, MASKED, BIAS, threshold,
         )  # fmt: skip
-    store_tile(dk_ptr, dk, places, stride_dk, M, not MASKED, D, BLOCK_D)
-    store_tile(dv_ptr, dv, places, stride_dk, M, not MASKED, D, BLOCK_D)
-    if BIAS:  # of this sequence and part
-        keys = load_tile(k_ptr, places, stride_k, M, not MASKED, D, BLOCK_D).to(tl.float32)
-        dq_bias = tl.sum(score_sums[:, None] * keys, 0)
-        dv_bias = tl.sum(dv, 0)
+    scale: tl.constexpr = 256 / (256 - threshold)
+    dv_bias = tl.zeros([D], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        places = chunk * KEYS + tl.arange(0, KEYS)
+        store_tile(dk_ptr, dk[chunk] * (factor(D) * scale), places, stride_dk, M, not MASKED, D)
+        store_tile(dv_ptr, dv[chunk] * scale, places, stride_dk, M, not MASKED, D)
+        if BIAS:
+            inside = places[:, None] < M
+            dv_bias += tl.sum(tl.where(inside, dv[chunk], 0.0) if MASKED else dv[chunk], 0) * scale
+    if BIAS:  # of this sequence
         if TAIL:
-            rows = tl.arange(0, triton.next_power_of_2(N))
-            d_tail = tl.load(delta_ptr + N + rows, mask=rows < N, other=0.0)
-            dq_bias += tl.sum(d_tail, 0) * load_row(k_tail_ptr, D, BLOCK_D)
-            dv_bias += load_row(dv_bias_ptr, D, BLOCK_D)
+            dv_bias += load_row(dv_bias_ptr, D)
             tl.debug_barrier()  # all have read it before it is written again
-        _store_row(dq_bias_ptr, dq_bias, D, BLOCK_D)
-        _store_row(dv_bias_ptr, dv_bias, D, BLOCK_D)
+        if not transposes_dq(D, BLOCK_M):
+            dq_sum = tl.sum(dq_sum, 0)
+        _store_row(dq_bias_ptr, dq_sum, D)
+        _store_row(dv_bias_ptr, dv_bias, D)
 
 
 def backward(
@@ -224,63 +264,44 @@ def backward(
 
     q, d_out, out, dq (S, N, H * d); k, v, dk, dv (S, M, H * d), k and v of one stride, dk and dv too. `out`
     and `normaliser` are what the forward pass wrote; the latter is None up to 64 keys, `out` is not read
-    then. dq_bias and dv_bias, (S * `parts(M, d)`, H * d) fp32 or both None, get the bias gradients of each
-    sequence and part.
+    then. dq_bias and dv_bias, (S, H * d) fp32 or both None, get the bias gradients of each sequence.
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
-    block_d, tail, keys_tile, count = _plan(keys, dim)
+    tail, resident = geometry(keys)
+    resident = max(64, tile(resident, 256))  # fewer do not fill the rows of a tensor core product
     major, _ = runtime.capability(q.device)
-    blocks = _blocks(keys_tile, block_d, threshold, wgmma=major in (9, 10))
-    parts_of_dq, delta = dq[None], None
+    blocks = _blocks(resident, dim, threshold, wgmma=major in (9, 10))
+    chunk, delta = min(blocks.keys, resident), None
+    hidden = major == 9 and (hides_trips(queries, blocks.queries, dim) or 64 < keys < resident)
     if normaliser is not None:
-        size = (sequences * heads * count, 2, queries)
-        delta = torch.empty(size, dtype=torch.float32, device=q.device)
-    if count > 1:
-        parts_of_dq = torch.empty(count, *dq.shape, dtype=torch.float32, device=q.device)
-    prepared = blocks.prepared if normaliser is not None else 16  # unused then
+        delta = torch.empty(sequences * heads, 2, queries, dtype=torch.float32, device=q.device)
     runtime.launch(
-        attention_backward, (sequences * heads * count,),
-        q, k, v, d_out, out, normaliser, delta, q_bias, v_bias, seed, parts_of_dq, dk, dv, dq_bias, dv_bias,
-        first_sequence, dim**-0.5, q.stride(0), k.stride(0), d_out.stride(0), out.stride(0),
-        parts_of_dq.stride(1), parts_of_dq.stride(0), dk.stride(0), stride_q=q.stride(1),
-        stride_k=k.stride(1), stride_do=d_out.stride(1), stride_out=out.stride(1),
-        stride_dq=parts_of_dq.stride(2), stride_dk=dk.stride(1), N=queries, M=keys, H=heads, D=dim,
-        BLOCK_D=block_d, BLOCK_M=min(blocks.queries, tile(queries, 64)), PREPARED=prepared,
-        KEYS=keys_tile, PARTS=count, TAIL=tail, threshold=threshold, num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        attention_backward, (sequences * heads,),
+        q, k, v, d_out, out, normaliser, delta, q_bias, v_bias, seed, dq, dk, dv, dq_bias, dv_bias,
+        first_sequence, queries, q.stride(0), k.stride(0), d_out.stride(0), out.stride(0), dq.stride(0),
+        dk.stride(0), stride_q=q.stride(1), stride_k=k.stride(1), stride_do=d_out.stride(1),
+        stride_out=out.stride(1), stride_dq=dq.stride(1), stride_dk=dk.stride(1), N=queries, M=keys, H=heads,
+        D=dim, BLOCK_M=blocks.queries,
+        PREPARED=blocks.prepared if normaliser is not None else 16,  # unused then
+        KEYS=chunk, CHUNKS=resident // chunk, TAIL=tail, HIDDEN=hidden, threshold=threshold,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
-    if count > 1:
-        dq.copy_(parts_of_dq.sum(0))
-
-
-def parts(keys: int, dim: int) -> int:
-    """Parts that the keys are cut into: 1 up to 256 keys (and one more) of head width 64."""
-    return _plan(keys, dim)[3]
-
-
-def _plan(keys: int, dim: int) -> tuple[int, bool, int, int]:
-    """Padded head width, whether a key stands apart, keys of a tile, number of tiles."""
-    block_d, tail, resident = geometry(keys, dim)
-    largest = 256 if block_d <= 64 else 128
-    if resident > largest:
-        tail, resident = False, keys
-    keys_tile = tile(resident, largest)
-    return block_d, tail, keys_tile, triton.cdiv(resident, keys_tile)
 
 
 class Blocks(NamedTuple):
-    """Queries of a block, queries whose row sums are made at a time before; the launch."""
+    """Queries of a block, queries whose row sums are computed at a time, keys of a chunk; the launch."""
 
     queries: int
     prepared: int
+    keys: int
     num_warps: int
     num_stages: int = 1
 
 
-def _blocks(keys_tile: int, block_d: int, threshold: int, *, wgmma: bool) -> Blocks:
-    """As many queries as registers hold beside the gradients of keys and values."""
-    if keys_tile <= 64:
-        return Blocks(64, 32, num_warps=4 if keys_tile * block_d <= 64 * (64 if wgmma else 32) else 8)
-    crowded = threshold > 0 and block_d >= 64
-    return Blocks(16 if crowded else 32, 32, num_warps=4 if keys_tile <= 128 and block_d <= 32 else 8)
+def _blocks(resident: int, dim: int, threshold: int, *, wgmma: bool) -> Blocks:
+    """As many queries as registers hold beside the gradients of `resident` keys and values."""
+    if resident == 64:
+        crowded = not wgmma or (threshold > 0 and dim == 64)
+        return Blocks(32 if crowded else 64, 32, 64, num_warps=4)
+    return Blocks(64, 32, 128, num_warps=8) if dim == 32 else Blocks(32, 32, 256, num_warps=8)

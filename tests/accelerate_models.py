@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lmim_fast import accelerate
 
-WIDTH, HEADS, DEPTH = 32, 2, 2
+WIDTH, HEADS, DEPTH = 64, 2, 2
 
 
 class Attention(nn.Module):

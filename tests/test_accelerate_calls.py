@@ -53,7 +53,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, ob
         "tgt_mask given",
     ),
     "attn_mask of timm": (lambda: Block(WIDTH, HEADS), (X, MASK), {}, "attn_mask given"),
-    "no rows": (lambda: nn.LayerNorm(WIDTH), (X[:0],), {}, "shape (0, 9, 32)"),
+    "no rows": (lambda: nn.LayerNorm(WIDTH), (X[:0],), {}, f"shape (0, 9, {WIDTH})"),
 }
 
 

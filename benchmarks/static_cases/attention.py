@@ -8,11 +8,14 @@ from functools import partial
 import torch
 from lmim_fast.kernels import attention, attention_backward, runtime
 
-from benchmarks.shapes import DECODER, MASKED, MODELS
+from benchmarks.shapes import DECODER, MASKED, MODELS, TOKENS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
-from lmim_fast.ops.attention_kernels import ALL_ON_CHIP, reach
+from lmim_fast.ops.attention_kernels import ALL_ON_CHIP, WIDTHS, reach
 from lmim_fast.ops.dropout import threshold
+
+# Lengths of other models with heads of 32 or 64, one for each way to cut queries and keys into tiles.
+LENGTHS = (1, 25, 50, 64, 77, 128, 129, 197, 256)
 
 
 def cases() -> Iterator[Case]:
@@ -33,11 +36,14 @@ def cases() -> Iterator[Case]:
             name = f"self-attention 6 heads of 64, {tokens} bfloat16, biases of queries and values {biases}"
             call = partial(_attention, 384, 6, tokens, tokens, torch.bfloat16, 0.0)
             yield name, partial(call, packed=True, biases=biases)
-    for dim in (16, 48, 64, 96, 128):  # heads of other models
-        for tokens in (16, 64, 128, 512):
-            for p in DECODER.dropouts:
+    for dim in WIDTHS:
+        for p in DECODER.dropouts:
+            for tokens in (*LENGTHS, *TOKENS):
                 name = f"self-attention 4 heads of {dim}, {tokens} bfloat16, p={p}"
                 yield name, partial(_attention, 4 * dim, 4, tokens, tokens, torch.bfloat16, p, packed=True)
+            for queries, keys in ((1, 257), (25, 257), (257, 25), (257, 50), (25, 77)):
+                name = f"cross-attention 4 heads of {dim}, {queries} x {keys} bfloat16, p={p}"
+                yield name, partial(_attention, 4 * dim, 4, queries, keys, torch.bfloat16, p, packed=False)
 
 
 def _attention(
@@ -71,8 +77,7 @@ def _attention(
     first = BATCH if packed else 0  # sequences of the group before it
     normaliser = empty(BATCH * heads * queries) if keys > ALL_ON_CHIP else None
     attention.forward(q, k, v, q_bias, v_bias, out, normaliser, heads, *dropout, first)
-    count = BATCH * attention_backward.parts(keys, width // heads)
-    of_bias = empty(2, count, width).unbind() if any(biases) else (None, None)
+    of_bias = empty(2, BATCH, width).unbind() if any(biases) else (None, None)
     gradients = dq, dk, dv, *of_bias
     attention_backward.backward(
         q, k, v, out, out, normaliser, q_bias, v_bias, *gradients, heads, *dropout, first

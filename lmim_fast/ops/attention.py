@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim_fast.kernels import runtime
-from lmim_fast.ops import attention_backends, attention_kernels, dispatch, dropout
+from lmim_fast.ops import attention_backends, attention_kernels, attention_plain, dispatch, dropout, routes
 from lmim_fast.ops.attention_backends import backend
-from lmim_fast.ops.attention_heads import split_heads
-from lmim_fast.ops.attention_table import FASTER
+from lmim_fast.ops.routes import Route
 
 __all__ = ["Segment", "attention_weights", "backend", "cross_attention", "self_attention"]
 
@@ -58,16 +56,10 @@ def self_attention(
     _check_bias("qkv", qkv, qkv_bias)
     _check_rest(p, seed, qkv=qkv, qkv_bias=qkv_bias, seed=seed)
     arguments = (qkv, qkv_bias, heads, segments, p, seed)
-    name = _choose("self_attention", arguments)
-    if name == "triton":
+    chosen = _choose("self_attention", arguments)
+    if chosen == "triton":
         return attention_kernels.self_attention(*arguments)
-    if qkv_bias is not None:
-        qkv_bias = qkv_bias.to(qkv.dtype)
-    contexts, first = [], 0
-    for q, k, v in split_heads(qkv, qkv_bias, heads, segments):
-        contexts.append(_attend(name, q, k, v, p, seed, first).flatten(2).flatten(0, 1))
-        first += len(q)
-    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+    return attention_plain.run(attention_plain.self_attention, chosen, arguments)
 
 
 def cross_attention(
@@ -115,15 +107,10 @@ def cross_attention(
     _check_bias("kv", kv, kv_bias)
     _check_rest(p, seed, q=q, q_bias=q_bias, kv=kv, kv_bias=kv_bias, seed=seed)
     arguments = (q, q_bias, kv, kv_bias, heads, p, seed)
-    name = _choose("cross_attention", arguments)
-    if name == "triton":
+    chosen = _choose("cross_attention", arguments)
+    if chosen == "triton":
         return attention_kernels.cross_attention(*arguments)
-    if q_bias is not None:
-        q = q + q_bias.to(q.dtype)
-    if kv_bias is not None:
-        kv = kv + kv_bias.to(kv.dtype)
-    k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
-    return _attend(name, q.unflatten(2, (heads, -1)), k, v, p, seed, 0).flatten(2)
+    return attention_plain.run(attention_plain.cross_attention, chosen, arguments)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -148,8 +135,8 @@ def _check_rest(p: float, seed_value: Tensor | None, **tensors: Tensor | None) -
     dispatch.same_device(**tensors)
 
 
-def _choose(op: str, arguments: tuple[Any, ...]) -> str:
-    """Name of the backend that runs these arguments."""
+def _choose(op: str, arguments: tuple[Any, ...]) -> str | Route:
+    """The backend that runs these arguments, by name or by the rule that says so."""
     name = attention_backends.current()
     if name == "triton":
         dispatch.select(op, *arguments, backend="triton")  # raises where the kernel does not fit
@@ -161,37 +148,10 @@ def _choose(op: str, arguments: tuple[Any, ...]) -> str:
         return name
     if dispatch.select(op, *arguments) is None:
         return "eager" if seeded else "sdpa"
-    return (_faster(op, arguments) if FASTER and not p else None) or "triton"
-
-
-def _faster(op: str, arguments: tuple[Any, ...]) -> str | None:
-    """The backend that was measured to be faster than the kernel, or None; with gradients none is."""
+    if dispatch.current_backend() != "auto":
+        return "triton"
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return None
-    x = tensors[0]
-    casts = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
-    if casts or dispatch.current_backend() != "auto":
-        return None
-    if op == "self_attention":
-        heads, segments = arguments[2:4]
-        if len(segments) > 1:
-            return None
-        width, queries = x.shape[1] // 3, segments[0][1]
-        keys = queries
-    else:
-        kv, heads = arguments[2], arguments[4]
-        width, queries, keys = x.shape[2], x.shape[1], kv.shape[1]
-    return FASTER.get((op, runtime.capability(x.device), width // heads, queries, keys))
-
-
-def _attend(
-    name: str, q: Tensor, k: Tensor, v: Tensor, p: float, seed: Tensor | None, first_sequence: int
-) -> Tensor:
-    """(B, N, H, d), (B, M, H, d) twice to (B, N, H, d) on a backend other than the kernel."""
-    if not p or seed is None:
-        return attention_backends.PLAIN[name](q, k, v, p)
-    sequences, rows, heads, _ = q.shape
-    masks = first_sequence * heads + torch.arange(sequences * heads, device=q.device)
-    keep = dropout.keep_mask(seed, masks, rows, k.shape[1], p).view(sequences, heads, rows, k.shape[1])
-    return attention_backends.eager(q, k, v, p, keep)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # A reentrant checkpoint calls without gradients first, then with them: both passes need one dropout mask.
+    directions = ("both",) if differentiable or p else ("both", "forward")
+    return routes.of_call(op, directions, arguments) or "triton"

@@ -34,9 +34,9 @@ def backend(name: str) -> Iterator[None]:
 
     "triton" is this package's kernel; "flash" the flash-attn package (FlashAttention 2, or 4 where only that
     is installed); "cudnn" and "sdpa" PyTorch's scaled_dot_product_attention by cuDNN and by PyTorch's own
-    choice; "eager" explicit products and softmax; "auto" the kernel where it fits and kernels are on (without
-    gradients the faster one where `ops/attention_table.py` has one), else "sdpa", or "eager" where a dropout
-    seed is given. A backend that is named and cannot run is an error.
+    choice; "eager" explicit products and softmax; "auto" the kernel if it fits and kernels are on, or what a
+    rule of `ops/routes.py` names in its place, else "sdpa", or "eager" if a dropout seed is given. A backend
+    that is named and cannot run is an error.
     The block has to hold the recomputation of checkpointed modules too.
     """
     global _override
@@ -83,18 +83,19 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """The flash-attn package.
+    """The flash-attn package; its deterministic form under `torch.use_deterministic_algorithms`.
 
     Raises:
         RuntimeError: it is not installed, or dropout is asked for and only FlashAttention 4 is installed.
     """
     function, version = _flash_function()
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     if version == 2:
-        output: Tensor = function(q, k, v, dropout_p=p)
+        output: Tensor = function(q, k, v, dropout_p=p, **options)
         return output
     if p:
         raise RuntimeError(f"FlashAttention 4 has no dropout, got p = {p}: install flash-attn 2, or p = 0")
-    result = function(q, k, v)
+    result = function(q, k, v, **options)
     return result[0] if isinstance(result, tuple) else result
 
 

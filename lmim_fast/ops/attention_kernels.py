@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
-from lmim_fast.ops import dispatch, dropout
+from lmim_fast.ops import attention_plain, dispatch, dropout, routes
 
 ALL_ON_CHIP = 64  # keys up to which the backward pass needs nothing of the forward pass
-MOST_QUERIES = 4096  # their score gradients towards one key are summed as one tile
-# Keys that a program can hold on chip without spilling registers (`python -m benchmarks.static`).
-LARGEST, WITH_DROPOUT, WIDE = 512, 257, 128  # heads up to 64 wide; with dropout; heads up to 128 wide
+# Keys that a program holds on chip without spilling registers (`python -m benchmarks.static`).
+LARGEST, WIDE_WITH_DROPOUT = 257, 129
+WIDTHS = (32, 64)  # of a head
+MOST_QUERIES = 2**16  # their places in memory are 32-bit numbers
 
 
 def self_attention(
@@ -126,19 +127,16 @@ def _self_backward(
     grad, qkv, out = _rows_dense(grad), _rows_dense(qkv), _rows_dense(out)
     width = out.shape[1]
     d_qkv = qkv.new_empty(qkv.shape)
-    counts = [s * attention_backward.parts(n, width // heads) for s, n in _pairs(segments)]
-    sums = qkv.new_empty(2, sum(counts), width, dtype=torch.float32) if bias_wanted else None
+    sequences = sum(segments[::2])
+    sums = qkv.new_empty(2, sequences, width, dtype=torch.float32) if bias_wanted else None
     q_bias, _, v_bias = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
-    place = 0
     views = _segments(segments, heads, qkv, grad, out, d_qkv, normaliser)
-    for ((x, d_out, context, d_x), stored, first), count in zip(views, counts, strict=True):
-        partial = None if sums is None else sums[:, place : place + count]
+    for (x, d_out, context, d_x), stored, first in views:
+        of_biases = (None, None) if sums is None else sums[:, first : first + len(x)]
         attention_backward.backward(
-            *x.chunk(3, dim=-1), d_out, context, stored, q_bias, v_bias, *d_x.chunk(3, dim=-1),
-            None if partial is None else partial[0], None if partial is None else partial[1],
+            *x.chunk(3, dim=-1), d_out, context, stored, q_bias, v_bias, *d_x.chunk(3, dim=-1), *of_biases,
             heads, dropout.threshold(p), seed, first,
         )  # fmt: skip
-        place += count
     if sums is None:
         return d_qkv, qkv.new_empty(0, dtype=torch.float32)
     q_sum, v_sum = sums.sum(1)
@@ -162,6 +160,11 @@ def _self_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:
         return (None,) * 6
     qkv, bias, seed, out, normaliser = ctx.saved_tensors
+    arguments = (qkv, bias, ctx.heads, _pairs(ctx.segments), ctx.p, seed)
+    if route := routes.of_call("self_attention", ("backward",), arguments):
+        needed = ctx.needs_input_grad[:2]
+        found = attention_plain.gradients(route, attention_plain.self_attention, arguments, grad, needed)
+        return *found, *(None,) * 4
     wanted = bias is not None and ctx.needs_input_grad[1]
     d_qkv, d_bias = _self_backward(
         grad, qkv, bias, seed, out, normaliser, ctx.heads, ctx.segments, ctx.p, wanted
@@ -219,14 +222,13 @@ def _cross_backward(
     from lmim_fast.kernels import attention_backward
 
     grad, q, kv, out = (_rows_dense(x) for x in (grad, q, kv, out))
-    width, count = q.shape[2], attention_backward.parts(kv.shape[1], q.shape[2] // heads)
     d_q, d_kv = q.new_empty(q.shape), kv.new_empty(kv.shape)
-    sums = q.new_empty(2, q.shape[0] * count, width, dtype=torch.float32) if biases_wanted else None
+    sums = q.new_empty(2, q.shape[0], q.shape[2], dtype=torch.float32) if biases_wanted else None
     v_bias = None if kv_bias is None else kv_bias.chunk(2)[1]
     attention_backward.backward(
         q, *kv.chunk(2, dim=-1), grad, out, normaliser if len(normaliser) else None, q_bias, v_bias,
-        d_q, *d_kv.chunk(2, dim=-1), None if sums is None else sums[0], None if sums is None else sums[1],
-        heads, dropout.threshold(p), seed, 0,
+        d_q, *d_kv.chunk(2, dim=-1), *((None, None) if sums is None else sums), heads, dropout.threshold(p),
+        seed, 0,
     )  # fmt: skip
     if sums is None:
         none = partial(q.new_empty, 0, dtype=torch.float32)
@@ -253,6 +255,11 @@ def _cross_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
     if grad is None:
         return (None,) * 7
     q, q_bias, kv, kv_bias, seed, out, normaliser = ctx.saved_tensors
+    arguments = (q, q_bias, kv, kv_bias, ctx.heads, ctx.p, seed)
+    if route := routes.of_call("cross_attention", ("backward",), arguments):
+        needed = ctx.needs_input_grad[:4]
+        found = attention_plain.gradients(route, attention_plain.cross_attention, arguments, grad, needed)
+        return *found, *(None,) * 3
     wanted = [bias is not None and ctx.needs_input_grad[i] for bias, i in ((q_bias, 1), (kv_bias, 3))]
     d_q, d_kv, d_q_bias, d_kv_bias = _cross_backward(
         grad, q, q_bias, kv, kv_bias, seed, out, normaliser, ctx.heads, ctx.p, any(wanted)
@@ -273,16 +280,15 @@ _cross.register_autograd(_cross_autograd, setup_context=_cross_context)
 
 def reach(capability: tuple[int, int], dim: int, p: float) -> int:
     """Keys up to which the kernels go at this head width and dropout probability."""
-    largest = LARGEST if p == 0 else WITH_DROPOUT
-    if dim > 64 or (p > 0 and dim == 48):
-        largest = WIDE
-    return min(largest, {9: LARGEST, 10: WITH_DROPOUT}.get(capability[0], ALL_ON_CHIP))
+    if capability[0] not in (9, 10):
+        return ALL_ON_CHIP
+    return WIDE_WITH_DROPOUT if dim == 64 and p > 0 else LARGEST
 
 
 def _refuses(device: torch.device, dtype: torch.dtype, keys: int, dim: int, p: float) -> str | None:
     """Why the kernel is not for such heads, or None."""
-    if dim % 16 or not 16 <= dim <= 128:
-        return f"needs heads of a width that is a multiple of 16 up to 128, got {dim}"
+    if dim not in WIDTHS:
+        return f"needs heads of width {' or '.join(map(str, WIDTHS))}, got {dim}"
     if device.type == "cuda" and dtype == torch.float32:
         return "has no fast product for torch.float32"
     capability = runtime.capability(device)
@@ -291,7 +297,7 @@ def _refuses(device: torch.device, dtype: torch.dtype, keys: int, dim: int, p: f
     largest = reach(capability, dim, p)
     if keys > largest:
         return (
-            f"holds up to {largest} keys for heads of width {dim} at p = {p} on compute capability "
+            f"takes up to {largest} keys for heads of width {dim} at p = {p} on compute capability "
             f"{capability[0]}.{capability[1]}, got {keys}"
         )
     return None

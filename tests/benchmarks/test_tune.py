@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmim_fast.kernels import attention, gelu, runtime
+from lmim_fast.kernels import attention, attention_backward, gelu, runtime
 from torch import Tensor
 
 from benchmarks import floors, operations, static_cases, tables, tune, tune_static
@@ -52,7 +52,7 @@ def test_every_value_that_is_changed_arrives_in_a_launch(study: Study) -> None:
             changes = {other: found[0] for other, found in study.grid.items()} | {name: value}
             with Candidate("", changes).applied(), runtime.recording((9, 0)) as recording:
                 call()
-            told = [(one.grid, one.constants, one.num_warps, one.num_stages) for one in recording.launches]
+            told = [(one.grid, one.constants, one.options) for one in recording.launches]
             launched.add(str(told))
         assert len(launched) > len(values) / 2, name  # a tile may be cut to what there is
 
@@ -70,13 +70,13 @@ def test_an_operation_that_is_not_one_is_an_error() -> None:
 
 
 def test_changes_are_in_force_inside_alone() -> None:
-    before, blocks = gelu.FORWARD_TILE, attention.Blocks(16, 0, 64, 4)
-    shipped = attention._blocks(256, 64, 0)
-    with Candidate("", {"gelu.FORWARD_TILE": 1, "attention._blocks()": blocks}).applied():
+    before, blocks = gelu.FORWARD_TILE, attention_backward.Blocks(16, 32, 64, 4)
+    shipped = attention_backward._blocks(256, 64, 0, wgmma=True)
+    with Candidate("", {"gelu.FORWARD_TILE": 1, "attention_backward._blocks()": blocks}).applied():
         assert gelu.FORWARD_TILE == 1
-        assert attention._blocks(256, 64, threshold=0) == blocks
+        assert attention_backward._blocks(256, 64, threshold=0, wgmma=True) == blocks
     assert before == gelu.FORWARD_TILE
-    assert attention._blocks(256, 64, 0) == shipped != blocks
+    assert attention_backward._blocks(256, 64, 0, wgmma=True) == shipped != blocks
     with pytest.raises(AttributeError, match="NOTHING"), Candidate("", {"gelu.NOTHING": 1}).applied():
         pass
 
@@ -100,11 +100,11 @@ def test_an_attention_backend_is_a_candidate_that_needs_no_compilation() -> None
 
 
 def test_values_are_tried_in_all_combinations_and_named() -> None:
-    grid = {"gelu.MAX_BLOCK": (256, 512), "attention._blocks()": [attention.Blocks(16, 0, 64, 4)]}
+    grid = {"gelu.MAX_BLOCK": (256, 512), "attention.BLOCKS": [attention.Blocks(16, 0, 64, 4)]}
     found = Study("", "", (), grid).candidates()
     blocks = "queries=16, turned=0, keys=64, num_warps=4, num_stages=1"
     assert [one.label for one in found] == [SHIPPED, f"MAX_BLOCK=256, {blocks}", f"MAX_BLOCK=512, {blocks}"]
-    assert found[1].changes == {"gelu.MAX_BLOCK": 256, "attention._blocks()": attention.Blocks(16, 0, 64, 4)}
+    assert found[1].changes == {"gelu.MAX_BLOCK": 256, "attention.BLOCKS": attention.Blocks(16, 0, 64, 4)}
 
 
 def test_without_a_gpu_configurations_are_compiled_once_and_told(tmp_path: Path) -> None:

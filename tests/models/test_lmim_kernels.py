@@ -26,11 +26,11 @@ pytestmark = pytest.mark.skipif(
 )
 MICRO = ModelConfig(
     image_size=(8, 16),
-    width=32,
+    width=64,
     depth=1,
     heads=2,
     mlp_ratio=2.0,
-    decoder_width=32,
+    decoder_width=64,
     decoder_depth=2,
     decoder_heads=2,
     decoder_ffn=48,

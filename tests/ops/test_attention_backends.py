@@ -9,7 +9,7 @@ from attention_cases import DTYPE, attend, attend_across, crossed, differentiate
 from lmim_fast.kernels import runtime
 from torch._subclasses import FakeTensorMode
 
-from lmim_fast.ops import attention, attention_backends, attention_kernels, attention_table, dispatch
+from lmim_fast.ops import attention, attention_backends, attention_kernels, dispatch
 from lmim_fast.ops.attention import cross_attention, self_attention
 
 
@@ -110,9 +110,12 @@ def test_auto_follows_the_backend_of_all_ops(ran: list[str]) -> None:
         ((7, 5), torch.float16, 64, 52, 0.0, "sdpa"),
         ((8, 0), torch.bfloat16, 64, 64, 0.1, "triton"),
         ((8, 0), torch.float16, 64, 65, 0.0, "sdpa"),
-        ((9, 0), torch.float16, 64, 512, 0.0, "triton"),
-        ((9, 0), torch.bfloat16, 64, 257, 0.1, "triton"),
-        ((9, 0), torch.bfloat16, 64, 258, 0.1, "sdpa"),
+        ((9, 0), torch.float16, 64, 257, 0.0, "triton"),
+        ((9, 0), torch.bfloat16, 32, 257, 0.1, "triton"),
+        ((9, 0), torch.bfloat16, 64, 129, 0.1, "triton"),
+        ((9, 0), torch.bfloat16, 64, 257, 0.1, "sdpa"),
+        ((9, 0), torch.bfloat16, 32, 258, 0.0, "sdpa"),
+        ((9, 0), torch.bfloat16, 80, 52, 0.0, "sdpa"),
         ((9, 0), torch.bfloat16, 24, 52, 0.0, "sdpa"),
         ((9, 0), torch.bfloat16, 0, 52, 0.0, "sdpa"),
         ((9, 0), torch.float32, 64, 52, 0.0, "sdpa"),
@@ -133,59 +136,6 @@ def test_auto_on_a_cuda_device_is_the_kernel_where_it_fits(
         assert attention._choose("cross_attention", (q, None, kv, None, 2, p, None)) == chosen
 
 
-_TABLE = {
-    ("self_attention", (9, 0), 64, 52, 52): "cudnn",
-    ("self_attention", (9, 0), 64, 5, 53): "cudnn",
-    ("cross_attention", (9, 0), 64, 5, 52): "sdpa",
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "chosen"),
-    [
-        ({}, ("cudnn", "sdpa")),
-        (dict(tokens=53), ("triton", "triton")),
-        (dict(dim=32), ("triton", "triton")),
-        (dict(capability=(8, 0)), ("triton", "triton")),
-        (dict(trained=True), ("triton", "triton")),
-        (dict(p=0.1), ("triton", "triton")),
-        (dict(kernels="triton"), ("triton", "triton")),
-        (dict(kernels="eager"), ("sdpa", "sdpa")),
-        (dict(groups=2), ("triton", "sdpa")),
-        (dict(autocast=torch.bfloat16), ("cudnn", "sdpa")),
-        (dict(autocast=torch.float16), ("triton", "triton")),
-    ],
-)
-def test_without_gradients_auto_takes_what_was_measured_to_be_faster(
-    changes: dict[str, Any], chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "FASTER", _TABLE)
-    monkeypatch.delenv("LMIM_FAST_ATTENTION", raising=False)
-    given = (
-        dict(tokens=52, dim=64, capability=(9, 0), trained=False, p=0.0, kernels="auto", groups=1) | changes
-    )
-    tokens, dim, p = given["tokens"], given["dim"], given["p"]
-    segments, cast = ((2, tokens),) * given["groups"], given.get("autocast")
-    rows = sum(count * length for count, length in segments)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: cast is not None)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: cast)
-    with FakeTensorMode(), runtime.recording(given["capability"]), dispatch.backend(given["kernels"]):
-        qkv = torch.empty(rows, 6 * dim, dtype=torch.bfloat16, device="cuda", requires_grad=given["trained"])
-        q = torch.empty(2, 5, 2 * dim, dtype=torch.bfloat16, device="cuda", requires_grad=given["trained"])
-        kv = torch.empty(2, tokens, 4 * dim, dtype=torch.bfloat16, device="cuda")
-        assert attention._choose("self_attention", (qkv, None, 2, segments, p, None)) == chosen[0]
-        assert attention._choose("cross_attention", (q, None, kv, None, 2, p, None)) == chosen[1]
-        with torch.no_grad():
-            trained = "cudnn" if given["trained"] else chosen[0]
-            assert attention._choose("self_attention", (qkv, None, 2, segments, p, None)) == trained
-
-
-def test_the_table_of_attention_names_backends_that_every_pytorch_has() -> None:
-    for (_, capability, dim, queries, keys), name in attention_table.FASTER.items():
-        assert name in ("cudnn", "sdpa")
-        assert attention_kernels.reach(capability, dim, 0.0) >= keys >= 1 <= queries
-
-
 @pytest.mark.parametrize("name", ["flash", "cudnn", "sdpa"])
 def test_backends_with_their_own_masks_refuse_a_seed(name: str, ran: list[str]) -> None:
     with attention.backend(name):
@@ -197,7 +147,7 @@ def test_backends_with_their_own_masks_refuse_a_seed(name: str, ran: list[str]) 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "make", [lambda: packed(2, 16, [(2, 20), (1, 9)], DTYPE), lambda: crossed(2, 16, (2, 7, 9), DTYPE)]
+    "make", [lambda: packed(2, 32, [(2, 20), (1, 9)], DTYPE), lambda: crossed(2, 32, (2, 7, 9), DTYPE)]
 )
 def test_plain_backends_agree(name: str, make: Any) -> None:
     form, inputs = make()
@@ -217,13 +167,13 @@ def test_cudnn_asked_for_on_a_cpu_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("dim", "keys", "p", "reason"),
     [
-        (24, 4, 0.0, r"multiple of 16 up to 128, got 24"),
-        (0, 4, 0.0, r"multiple of 16 up to 128, got 0"),
-        (144, 4, 0.0, r"multiple of 16 up to 128, got 144"),
-        (32, 600, 0.0, r"up to 512 keys for heads of width 32 at p = 0.0 on .*, got 600"),
+        (24, 4, 0.0, r"heads of width 32 or 64, got 24"),
+        (0, 4, 0.0, r"heads of width 32 or 64, got 0"),
+        (128, 4, 0.0, r"heads of width 32 or 64, got 128"),
+        (32, 600, 0.0, r"up to 257 keys for heads of width 32 at p = 0.0 on .*, got 600"),
         (32, 300, 0.1, r"up to 257 keys for heads of width 32 at p = 0.1 on .*, got 300"),
-        (96, 129, 0.0, r"up to 128 keys for heads of width 96 at p = 0.0 on .*, got 129"),
-        (48, 129, 0.1, r"up to 128 keys for heads of width 48 at p = 0.1 on .*, got 129"),
+        (64, 258, 0.0, r"up to 257 keys for heads of width 64 at p = 0.0 on .*, got 258"),
+        (64, 130, 0.1, r"up to 129 keys for heads of width 64 at p = 0.1 on .*, got 130"),
     ],
 )
 def test_the_kernel_named_says_why_an_input_does_not_fit(dim: int, keys: int, p: float, reason: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DTYPE, attend, crossed, packed
+from attention_cases import DTYPE, attend, crossed, differentiate, packed
 
 from lmim_fast.ops import attention
 
@@ -25,7 +25,8 @@ calls = []
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                     softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):
-    calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape), dropout_p, softmax_scale, causal))
+    calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape), dropout_p, softmax_scale, causal,
+                  deterministic))
     weights = torch.einsum("bnhd,bmhd->bhnm", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v)
 """
@@ -53,7 +54,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def flash_calls(module: str) -> list[tuple[Any, ...]]:
     """Make a call of each kind on "flash", compare the results, and return what the package was given."""
-    for form, inputs in (packed(2, 16, [(2, 5)], DTYPE), crossed(2, 16, (2, 3, 4), DTYPE)):
+    for form, inputs in (packed(2, 32, [(2, 5)], DTYPE), crossed(2, 32, (2, 3, 4), DTYPE)):
         with attention.backend("eager"):
             expected = form(*inputs)
         with attention.backend("flash"):
@@ -67,12 +68,25 @@ def test_flash_attention_2_gets_its_layout_and_dropout(installed: Path) -> None:
     calls = flash_calls("flash_attn.flash_attn_interface")
     with attention.backend("flash"):
         attend(p=0.3)
-    five, three, four = (2, 5, 2, 16), (2, 3, 2, 16), (2, 4, 2, 16)
+    five, three, four = (2, 5, 2, 32), (2, 3, 2, 32), (2, 4, 2, 32)
     assert calls == [
-        (five, five, five, 0.0, None, False),
-        (three, four, four, 0.0, None, False),
-        (three, three, three, 0.3, None, False),
+        (five, five, five, 0.0, None, False, False),
+        (three, four, four, 0.0, None, False, False),
+        (three, three, three, 0.3, None, False, False),
     ]
+
+
+def test_flash_attention_takes_its_deterministic_form_where_pytorch_is_asked_for_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (installed / "flash_attn_interface.py").write_text(FLASH_2)
+    (installed / "__init__.py").write_text("from flash_attn.flash_attn_interface import flash_attn_func\n")
+    monkeypatch.setenv("LMIM_FAST_ROUTES", "attention.backward=flash:deterministic")
+    form, inputs = packed(1, 32, [(1, 5)], DTYPE)
+    differentiate("triton", form, inputs)
+    (call,) = importlib.import_module("flash_attn.flash_attn_interface").calls
+    assert call[-1] is True
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_flash_attention_4_alone_is_found_and_refuses_dropout(installed: Path) -> None:
@@ -80,7 +94,7 @@ def test_flash_attention_4_alone_is_found_and_refuses_dropout(installed: Path) -
     (installed / "two.py").write_text(FLASH_2)
     (installed / "cute.py").write_text(FLASH_4)
     calls = flash_calls("flash_attn.cute")
-    assert [call[1] for call in calls] == [(2, 5, 2, 16), (2, 4, 2, 16)]
+    assert [call[1] for call in calls] == [(2, 5, 2, 32), (2, 4, 2, 32)]
     with (
         attention.backend("flash"),
         pytest.raises(RuntimeError, match=r"FlashAttention 4 has no dropout, got p = 0.3"),

@@ -43,7 +43,7 @@ def with_every_other_row(x: Tensor) -> Tensor:
 
 
 def small_problems(tokens: int, dtype: torch.dtype) -> list[tuple[Form, Inputs]]:
-    return [packed(2, 16, [(2, tokens)], dtype), crossed(2, 16, (2, 20, tokens), dtype)]
+    return [packed(2, 32, [(2, tokens)], dtype), crossed(2, 32, (2, 20, tokens), dtype)]
 
 
 @pytest.mark.parametrize("layout", [in_wider, with_strided_columns, with_every_other_row])
@@ -63,13 +63,13 @@ def test_layouts_of_inputs_and_gradients_change_nothing(
 
 
 def test_keys_and_values_may_be_a_chunk_of_all_layers() -> None:
-    heads, (q, q_bias, kv, kv_bias) = 2, crossed(2, 16, (2, 20, 52), DTYPES[-1])[1]
+    heads, (q, q_bias, kv, kv_bias) = 2, crossed(2, 32, (2, 20, 52), DTYPES[-1])[1]
     layers = torch.cat([torch.full_like(kv, float("nan")), kv], dim=-1)
 
     def form(q: Tensor, q_bias: Tensor, layers: Tensor, kv_bias: Tensor) -> Tensor:
         return cross_attention(q, q_bias, layers.chunk(2, dim=-1)[1], kv_bias, heads)
 
-    plain = differentiate("triton", crossed(2, 16, (2, 20, 52), DTYPES[-1])[0], [q, q_bias, kv, kv_bias])
+    plain = differentiate("triton", crossed(2, 32, (2, 20, 52), DTYPES[-1])[0], [q, q_bias, kv, kv_bias])
     output, gradients = differentiate("triton", form, [q, q_bias, layers, kv_bias])
     assert gradients[2].chunk(2, dim=-1)[0].count_nonzero() == 0
     gradients[2] = gradients[2].chunk(2, dim=-1)[1]
@@ -104,7 +104,7 @@ def test_an_input_alone_gets_the_gradient_it_gets_among_all(tokens: int) -> None
 @pytest.mark.parametrize("which", [1, 3])
 def test_cross_attention_takes_either_bias_alone(which: int, tokens: int) -> None:
     skip_where_too_long(tokens)
-    form, inputs = crossed(2, 16, (2, 20, tokens), DTYPES[0])
+    form, inputs = crossed(2, 32, (2, 20, tokens), DTYPES[0])
     upstream = torch.randn_like(form(*inputs))
     inputs[which] = torch.zeros_like(inputs[which])
     with_zeros, gradients = differentiate("triton", form, inputs, upstream)
@@ -136,7 +136,7 @@ def test_operators_keep_the_contract_of_pytorch(tokens: int, bias: bool, p: floa
     skip_where_too_long(tokens)
     ops, dtype = torch.ops.lmim_fast, DTYPES[0]
     drawn = seed() if p else None
-    _, (qkv, qkv_bias) = packed(2, 16, [(1, 5), (1, tokens)], dtype, bias)
+    _, (qkv, qkv_bias) = packed(2, 32, [(1, 5), (1, tokens)], dtype, bias)
     for tensor in (qkv, qkv_bias):
         if tensor is not None:
             tensor.requires_grad_()
@@ -153,7 +153,7 @@ def test_cross_operators_keep_the_contract_of_pytorch(tokens: int, bias: bool, p
     skip_where_too_long(tokens)
     ops, dtype = torch.ops.lmim_fast, DTYPES[0]
     drawn = seed() if p else None
-    _, inputs = crossed(2, 16, (1, 9, tokens), dtype, bias)
+    _, inputs = crossed(2, 32, (1, 9, tokens), dtype, bias)
     leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs]
     torch.library.opcheck(ops.cross_attention.default, (*leaves, drawn, 2, p))
     out, normaliser = ops.cross_attention(*inputs, drawn, 2, p)
@@ -165,7 +165,7 @@ def test_cross_operators_keep_the_contract_of_pytorch(tokens: int, bias: bool, p
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_attention_compiles_in_one_graph(backend: str, p: float) -> None:
     torch.compiler.reset()
-    qkv, bias = (tensor.requires_grad_() for tensor in packed(2, 16, [(2, 5), (1, 9)], DTYPES[0])[1])
+    qkv, bias = (tensor.requires_grad_() for tensor in packed(2, 32, [(2, 5), (1, 9)], DTYPES[0])[1])
     fixed = seed() if p and backend != "auto" else None
 
     def form(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_attention_compiles_in_one_graph(backend: str, p: float) -> None:
 
 
 def test_checkpointed_attention_draws_its_mask_again_alike() -> None:
-    form, (qkv, bias) = packed(2, 16, [(2, 20)], DTYPES[0])
+    form, (qkv, bias) = packed(2, 32, [(2, 20)], DTYPES[0])
     upstream = torch.randn_like(form(qkv, bias))
 
     def on_kernels(*inputs: Tensor, **options: object) -> Tensor:
