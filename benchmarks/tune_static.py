@@ -77,8 +77,7 @@ def _record(only: str, arch: str) -> list[tuple[Attempt, list[Build]]]:
                         operations.kernel_name(one.kernel),
                         one.grid,
                         one.constants,
-                        one.num_warps,
-                        one.num_stages,
+                        one.options,
                     )
                     for one in launches
                 ]

@@ -18,25 +18,13 @@ INTERPRETED_MULTIPROCESSORS = 2  # few, so that the loops over rows are run in t
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, as it would be compiled."""
+    """One launch of a kernel, as it would be compiled; `options` are the compiler's."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the compiler. Triton 3.10 will fuse products and sums only where it is asked to."""
-        return dict(
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            maxnreg=self.maxnreg,
-            enable_fp_fusion=True,
-        )
+    options: dict[str, Any]
 
 
 @dataclass
@@ -89,9 +77,10 @@ def launch(
         maxnreg:    registers that a thread may have (`registers`); None: the compiler's choice.
         constants:  the kernel's constexpr arguments.
     """
-    one = Launch(kernel, grid, arguments, constants, num_warps, num_stages, maxnreg)
+    options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+    options["enable_fp_fusion"] = True  # Triton 3.10 will fuse products and sums only if asked to
     if _recording is not None:
-        _recording.launches.append(one)
+        _recording.launches.append(Launch(kernel, grid, arguments, constants, options))
         return
     if 0 in grid:
         return
@@ -99,7 +88,7 @@ def launch(
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*arguments, **one.options, **constants)
+        kernel[grid](*arguments, **options, **constants)
 
 
 _settled: set[int] = set()  # ids of functions, which live as long as the process
