@@ -182,7 +182,7 @@ def geometry(
     patches = images.shape[2] // patch * across
     kept = patches if ids is None else ids.shape[1]
     channels_last = images.stride(1) == 1
-    rows, block = min(tiles.patches, padded_width(kept)), min(tiles.columns, padded_width(width))
+    rows = min(tiles.patches, padded_width(kept))
     return images, dict(
         STRIDES=images.stride()[1:],
         P=patch,
@@ -194,9 +194,9 @@ def geometry(
         D=width,
         R=rows,
         CHUNKS=triton.cdiv(kept, rows),
-        BLOCK_D=block,
-        BLOCKS=triton.cdiv(width, block),
-        BLOCK_K=min(tiles.pixels, padded_width(3 * patch * patch)),
+        BLOCK_D=tiles.columns,  # in 16 bits no line of a tile is below 128 bytes: see benchmarks/wgmma.py
+        BLOCKS=triton.cdiv(width, tiles.columns),
+        BLOCK_K=tiles.pixels,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.maxnreg,

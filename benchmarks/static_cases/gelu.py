@@ -40,6 +40,9 @@ def _linear_gelu_cases() -> Iterator[Case]:
         for dtype in DTYPES:
             name = f"linear + GELU {model.name} {rows}x{model.width} to {model.hidden} {named(dtype)}"
             yield name, partial(_linear_gelu, rows, model.width, model.hidden, dtype)
+    for width, hidden in ((96, 384), (48, 200)):  # smaller tiles
+        name = f"linear + GELU {rows}x{width} to {hidden} bfloat16"
+        yield name, partial(_linear_gelu, rows, width, hidden, torch.bfloat16)
 
 
 def _linear_gelu(rows: int, width: int, hidden: int, dtype: torch.dtype) -> None:

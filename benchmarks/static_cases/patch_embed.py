@@ -24,7 +24,7 @@ def cases() -> Iterator[Case]:
                     name = f"patch embed {model.name} {named(dtype)}, {named(images)} images, "
                     name += f"{named(tokens)} tokens"
                     yield name, partial(_embed, model.width, PATCH, images, dtype, tokens)
-    for width, patch in ((100, 2), (384, 8), (768, 16)):  # other models
+    for width, patch in ((32, 4), (100, 2), (384, 8), (768, 16)):  # other models
         name = f"patch embed of {patch}x{patch} pixels to {width}, bfloat16, uint8 images"
         yield name, partial(_embed, width, patch, torch.uint8, torch.bfloat16, torch.bfloat16)
     for patch in (4, 16):
