@@ -7,6 +7,7 @@ GPU_PYTHON ?= python3
 STAGE ?= 1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLD_TRITON := .venv/triton-3.6.0
 
 .PHONY: install demo test test-slow lint bench bench-compare bench-save static tables gpu clean
 
@@ -52,9 +53,14 @@ bench-compare: $(INSTALLED)
 bench-save: $(INSTALLED)
 	$(BIN)/python -m benchmarks.compare --save
 
-# Compiles every kernel configuration for three GPUs (none needed) into benchmarks/results.
-static: $(INSTALLED)
-	$(BIN)/python -m benchmarks.static --arch all --results benchmarks/results
+# Compiles every kernel configuration for three GPUs (none needed) into benchmarks/results, with the installed
+# Triton and with the oldest one that we allow.
+static: $(INSTALLED) $(OLD_TRITON)
+	$(BIN)/python -m benchmarks.static --arch all --beside $(OLD_TRITON) --results benchmarks/results
+
+$(OLD_TRITON):
+	$(BIN)/pip install --quiet --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
 
 # docs/BENCHMARKS.md from benchmarks/results.
 tables: $(INSTALLED)
@@ -62,9 +68,10 @@ tables: $(INSTALLED)
 
 # A stage of what needs a CUDA device, with this machine's own Python, into RESULTS, within about three minutes:
 # 1 right and how fast, 2 against rivals, 3 all checks, 4 launch configurations. COMMIT names the commit of a copy
-# that is no checkout; DRY=1 rehearses the stage on a CPU.
+# that is no checkout; LIMIT=600 gives the stage ten minutes; DRY=1 rehearses it on a CPU.
 gpu:
-	$(if $(COMMIT),LMIM_FAST_COMMIT=$(COMMIT)) $(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) --stage $(STAGE) $(if $(DRY),--dry-run)
+	$(if $(COMMIT),LMIM_FAST_COMMIT=$(COMMIT)) $(GPU_PYTHON) -m benchmarks.gpu $(RESULTS) --stage $(STAGE) \
+		$(if $(LIMIT),--seconds $(LIMIT)) $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf .venv build *.egg-info lmim_fast/*.so

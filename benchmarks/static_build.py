@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from lmim_fast.kernels import runtime
 
+from benchmarks import wgmma
+
 Case = tuple[str, Callable[[], object]]  # what is computed, a call of launch functions on meta tensors
 
 
@@ -197,6 +199,12 @@ def _measure(report: Report, compiled: Any, limits: Limits) -> None:
     counts = {name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in _MMA.items()}
     report.mma = {name: count for name, count in counts.items() if count}
     report.failures += failures(report, limits)
+    try:
+        for operand in wgmma.hazards(compiled.asm["ptx"], report.shared):
+            end = f"may be read past the end of the {report.shared} bytes of shared memory"
+            report.failures.append(f"{operand}, {end}: see benchmarks/wgmma.py")
+    except ValueError as error:  # another compiler may make descriptors in another way
+        report.failures.append(f"its operands in shared memory are not known: {error}")
 
 
 def failures(report: Report, limits: Limits) -> Iterator[str]:

@@ -148,43 +148,25 @@ def _median(row: dict[str, Any]) -> str:
 
 
 def static(result: dict[str, Any]) -> str:
-    """Compiled kernels, a line each: the most of every resource over its configurations."""
-    rows = []
-    for kernel, group in groupby(
-        sorted(result["rows"], key=lambda row: row["kernel"]), lambda row: row["kernel"]
-    ):
-        found = list(group)
-        mma = sorted({name for row in found for name in row["mma"]})
-        warps = [row["warps_per_multiprocessor"] for row in found]
-        rows.append(
+    """Compiled kernels, a line each, for each Triton."""
+    head = ("kernel", "configurations", "registers", "spilled bytes", "shared bytes", "threads")
+    parts = [
+        f"## Kernels as compiled: {result['device']}",
+        f"Commit {result['commit']}; the most of each over the configurations.",
+    ]
+    for version, rows in result["compilers"].items():
+        lines = [
             [
-                "`" + kernel.removeprefix("lmim_fast.kernels.").replace(":", ".") + "`",
-                str(len(found)),
-                *(
-                    str(max(row[name] for row in found))
-                    for name in ("registers", "spilled", "shared", "threads")
-                ),
-                f"{min(warps)} - {max(warps)}",
-                ", ".join(mma) or "-",
-                str(sum(bool(row["failures"]) for row in found)),
+                f"`{row['kernel']}`",
+                *(str(row[name]) for name in ("configurations", "registers", "spilled", "shared", "threads")),
+                " - ".join(map(str, row["warps_per_multiprocessor"])),
+                ", ".join(row["mma"]) or "-",
+                str(row["failing"]),
             ]
-        )
-    title = f"## Kernels as compiled: {result['device']}"
-    versions = result["versions"]
-    note = (
-        f"Triton {versions['triton']}, commit {result['commit']}; the most of each over the configurations."
-    )
-    head = (
-        "kernel",
-        "configurations",
-        "registers",
-        "spilled bytes",
-        "shared bytes",
-        "threads",
-        "warps/SM",
-        "MMA",
-    )
-    return "\n\n".join([title, note, table((*head, "failing"), rows)])
+            for row in rows
+        ]
+        parts += [f"Triton {version}", table((*head, "warps/SM", "MMA", "failing"), lines)]
+    return "\n\n".join(parts)
 
 
 def tune(result: dict[str, Any]) -> str:

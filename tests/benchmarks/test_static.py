@@ -47,7 +47,13 @@ def test_good_kernels_pass_and_their_resources_are_told() -> None:
     assert product["products"] == 1
     assert list(product["mma"]) == ["wgmma"]
     assert product["shared"] == 2 * 64 * 64 * 2
-    assert "static: 3 configurations of 2 kernels for sm_90: all pass" in result.stderr.splitlines()[-1]
+    assert "3 configurations of 2 kernels for sm_90: all pass" in result.stderr.splitlines()[-1]
+
+
+def test_no_case_is_not_a_success() -> None:
+    result = small("nothing like that")
+    assert result.returncode == 1
+    assert "static: no case matches 'nothing like that'" in result.stderr
 
 
 def test_a_spilling_kernel_is_named_and_fails() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import static, tables
 
 MACHINE = dict(
     device="GPU X", cores=16, threads=8, versions=dict(python="3.12.1", triton="3.6.0"), commit="abc"
@@ -60,15 +60,27 @@ def test_an_operation_has_a_line_a_size_with_the_medians_of_its_variants(tmp_pat
     assert by_size["ViT-S B64 N257 D384"]["compiled us"] == ""
 
 
-def test_compiled_kernels_are_summed_up_by_their_worst(tmp_path: Path) -> None:
+def test_compiled_kernels_are_summed_up_by_their_worst_for_each_compiler(tmp_path: Path) -> None:
     def row(registers: int, warps: int, failures: list[str]) -> dict[str, Any]:
         resources = dict(registers=registers, spilled=0, shared=1024, threads=128, mma=dict(wgmma=8))
         occupancy = dict(warps_per_multiprocessor=warps)
         return dict(kernel="lmim_fast.kernels.norm:_forward", failures=failures, **resources, **occupancy)
 
-    rows = [row(64, 32, []), row(128, 16, ["spills 8 bytes a thread"])]
-    (tmp_path / "static.json").write_text(json.dumps(dict(benchmark="static", **MACHINE, rows=rows)))
-    assert "| `norm._forward` | 2 | 128 | 0 | 1024 | 128 | 16 - 32 | wgmma | 1 |" in tables.render(tmp_path)
+    def of(version: str, *rows: dict[str, Any]) -> dict[str, Any]:
+        return dict(
+            benchmark="static", **MACHINE | dict(device="sm_90", versions=dict(triton=version)), rows=rows
+        )
+
+    spilling = row(128, 16, ["spills 8 bytes a thread"])
+    static.write(
+        tmp_path, [of("3.7.1", row(64, 32, []), row(96, 20, [])), of("3.6.0", row(64, 32, []), spilling)]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["static_sm90.json"]
+    page = tables.render(tmp_path)
+    first, second = page.split("Triton 3.6.0")
+    assert "Triton 3.7.1" in first
+    assert "| `norm._forward` | 2 | 96 | 0 | 1024 | 128 | 20 - 32 | wgmma | 0 |" in first
+    assert "| `norm._forward` | 2 | 128 | 0 | 1024 | 128 | 16 - 32 | wgmma | 1 |" in second
 
 
 def step_row(variant: str, milliseconds: list[float], **fields: Any) -> dict[str, Any]:
