@@ -22,7 +22,7 @@ import torch
 from benchmarks import ceilings
 from benchmarks.machine import Record
 from benchmarks.step_rounds import STEPS, Comparison
-from benchmarks.step_variants import CUDA_ONLY, VARIANTS, Candidate, Search, Setting, search_of
+from benchmarks.step_variants import CUDA_ONLY, VARIANTS, Search, Setting, search_of
 from lmim_fast.config import ModelConfig, preset
 
 _LEFT_OUT = ("ours+compile", "ours+epilogue")  # by default
@@ -100,18 +100,13 @@ def main() -> int:
 
 
 def _search(arguments: argparse.Namespace, record: Record) -> Search:
-    """How "compiled" is compiled: searched for, as an earlier result says, or the first that runs."""
-    search = search_of(arguments.device, arguments.search)
+    """How "compiled" is compiled: searched for, or the first that runs."""
 
     def report(searched: list[dict[str, Any]]) -> None:
         record.result["searched"] = searched
         record.write()
 
-    if arguments.like is not None and arguments.like.exists():
-        rows = json.loads(arguments.like.read_text(encoding="utf-8"))["rows"]
-        chosen = [Candidate(**row["chosen"]) for row in rows if "chosen" in row]
-        search = search._replace(tries=[*chosen, *(item for item in search.tries if item not in chosen)])
-    return search._replace(report=report)
+    return search_of(arguments.device, arguments.search)._replace(report=report)
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -166,7 +161,6 @@ def _parse() -> argparse.Namespace:
         metavar="SECONDS",
         help='"compiled" tries every attention, then every mode, for so long: minutes on cuda',
     )
-    parser.add_argument("--like", type=Path, help='an earlier result: "compiled" is compiled as there')
     parser.add_argument(
         "--parts", action="store_true", help="time forward and backward of the parts of a step too"
     )

@@ -86,14 +86,13 @@ def _light(folder: Path, arch: str, dry: bool) -> list[Part]:
 
 
 def _rivals(folder: Path, arch: str, dry: bool) -> list[Part]:
-    like = ["--like", str(folder / "rivals_step.json")]
-    variants = "compiled", "ours", "ours+epilogue", "ours+compile"
+    variants = "ours", "ours+epilogue", "compiled", "ours+compile"
     return [
         _compile(arch, _OF_THE_STEP.replace("linear|", ""), 15, dry),
-        _step("step", 95, dry, *variants, more=["--search", "40"]),
-        _step("released", 20, dry, "released"),  # 63 GB at B=512: the others would not fit beside it
-        _step("dropout", 30, dry, "compiled", "ours", "ours+graph", dropout="0.1", more=like),
-        _step("batch64", 30, dry, "compiled", "ours", "ours+graph", batch="64", more=like),
+        _step("step", 130, dry, *variants, more=["--search", "70"]),
+        _step("released", 15, dry, "released"),  # 63 GB at B=512: the others would not fit beside it
+        _step("dropout", 15, dry, "ours", "ours+graph", dropout="0.1"),
+        _step("batch64", 15, dry, "ours", "ours+graph", batch="64"),
     ]
 
 

@@ -144,8 +144,7 @@ def _build(variant: str, setting: Setting) -> nn.Module:
             halve_residual(plain)
         return plain
     if variant == "ours+epilogue":
-        epilogue: dict[str, Any] = {"gelu_epilogue": "on"}
-        config = replace(config, **epilogue)
+        config = replace(config, gelu_epilogue="on")
     ours = LMIM(config)
     if low:
         ours.halve_teacher()

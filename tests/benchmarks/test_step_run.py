@@ -1,6 +1,5 @@
 """How the benchmark of whole steps is run: rounds, memory, what is written and printed."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -205,18 +204,6 @@ def test_a_graph_needs_a_cuda_device() -> None:
     result = run_benchmark("--variants", "ours", "ours+graph")
     assert result.returncode == 2
     assert "ours+graph needs a CUDA device" in result.stderr
-
-
-def test_compiled_is_compiled_as_an_earlier_result_says_where_that_still_runs(tmp_path: Path) -> None:
-    earlier = tmp_path / "step.json"
-    earlier.write_text(json.dumps(dict(rows=[dict(chosen=dict(mode="reduce-overhead", attention="flash"))])))
-    arguments = argparse.Namespace(device="cuda", search=None, like=earlier)
-    search = bench_step._search(arguments, Record(None, "step", torch.device("cpu")))
-    assert search.tries[0] == Candidate("reduce-overhead", "flash")
-    assert search.tries[1] == Candidate("default", "cudnn")
-    arguments.like = tmp_path / "none.json"
-    search = bench_step._search(arguments, Record(None, "step", torch.device("cpu")))
-    assert search.tries[0] == Candidate("default", "cudnn")
 
 
 @pytest.mark.parametrize(
