@@ -176,9 +176,9 @@ def _studies() -> list[Study]:
             _ATTENTION,
             {
                 "attention.BLOCKS": [
-                    attention.Blocks(queries, turned, 64, warps, stages)
+                    attention.Blocks(queries, transposed, 64, warps, stages)
                     for queries in (32, 64, 128)
-                    for turned in (0, 32)
+                    for transposed in (0, 32)
                     for warps in (4, 8, 16)
                     for stages in (1, 2)
                 ]

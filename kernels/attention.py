@@ -6,7 +6,7 @@ changes nothing; the value bias is added to the context, weighted by the row sum
 probabilities.
 
 Tiles are powers of two, lengths are not: one key more than whole tiles (256 + cls) is taken apart as a
-vector, and a few queries more than whole blocks are turned, so that they are the short side of a product.
+vector, and a few queries more than whole blocks are transposed, so that they are the short side of a product.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class Blocks(NamedTuple):
     """Queries of a block, last queries that are transposed at most, keys of a tile; the launch."""
 
     queries: int
-    turned: int
+    transposed: int
     keys: int
     num_warps: int
     num_stages: int = 1
@@ -273,7 +273,7 @@ def forward(
     tail, resident = geometry(keys)
     block_n, block_m = BLOCKS.keys, BLOCKS.queries
     rest = queries % block_m if queries > block_m else 0
-    if rest > BLOCKS.turned:  # a block of their own, with masked rows
+    if rest > BLOCKS.transposed:  # a block of their own, with masked rows
         rest = 0
     major, _ = runtime.capability(q.device)
     # On Blackwell ptxas would spill a few bytes to fit one program more than tensor memory allows.

@@ -44,9 +44,9 @@ def _queries(
 
 
 @triton.constexpr_function
-def transposes_dq(block_d: int, rows: int) -> bool:
+def transposes_dq(dim: int, rows: int) -> bool:
     """Queries are columns of the product that makes dq: few fill the rows of a tensor core product badly."""
-    return block_d >= 64 and rows < 64
+    return dim >= 64 and rows < 64
 
 
 @triton.jit
@@ -87,10 +87,9 @@ def _prepare_rows(
 @triton.jit
 def _backward_rows(
     q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr, q_bias_ptr,
-    seed_ptr, sequence, start, stride_q: tl.constexpr, stride_do: tl.constexpr,
-    stride_dq: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
-    threshold: tl.constexpr,
+    seed_ptr, sequence, start, stride_q: tl.constexpr, stride_do: tl.constexpr, stride_dq: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TAIL: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """Add ROWS queries to the gradients of keys and values, which are scaled at the end; write their dq."""
     whole: tl.constexpr = N % ROWS == 0
@@ -108,9 +107,8 @@ def _backward_rows(
         if normaliser_ptr is not None:
             normaliser = tl.load(normaliser_ptr + rows, mask=rows < N, other=float("inf"))
             scores -= normaliser[None, :]
-            if (
-                MASKED
-            ):  # rows without a key are zeros: any weight will do that is finite, and no true one is above 1
+            if MASKED:
+                # Rows without a key are zeros: any finite weight will do. No true one is above 1.
                 scores = tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)
             p = tl.exp2(scores)
         else:  # all keys are in this chunk

@@ -102,7 +102,7 @@ def test_an_attention_backend_is_a_candidate_that_needs_no_compilation() -> None
 def test_values_are_tried_in_all_combinations_and_named() -> None:
     grid = {"gelu.MAX_BLOCK": (256, 512), "attention.BLOCKS": [attention.Blocks(16, 0, 64, 4)]}
     found = Study("", "", (), grid).candidates()
-    blocks = "queries=16, turned=0, keys=64, num_warps=4, num_stages=1"
+    blocks = "queries=16, transposed=0, keys=64, num_warps=4, num_stages=1"
     assert [one.label for one in found] == [SHIPPED, f"MAX_BLOCK=256, {blocks}", f"MAX_BLOCK=512, {blocks}"]
     assert found[1].changes == {"gelu.MAX_BLOCK": 256, "attention.BLOCKS": attention.Blocks(16, 0, 64, 4)}
 
