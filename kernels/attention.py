@@ -277,7 +277,8 @@ def forward(
         rest = 0
     major, _ = runtime.capability(q.device)
     # On Blackwell ptxas would spill a few bytes to fit one program more than tensor memory allows.
-    registers = runtime.registers(3, BLOCKS.num_warps) if major == 10 else None
+    limited = major == 10 and (dim == 64 or resident <= 128)
+    registers = runtime.registers(3, BLOCKS.num_warps) if limited else None
     runtime.launch(
         attention_forward, (sequences * heads,),
         q, k, v, q_bias, v_bias, seed, out, normaliser, first_sequence, queries - rest,
