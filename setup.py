@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["lmim_fast", "lmim_fast.*"]), "lmim_fast.kernels"],
     package_dir={"lmim_fast": "lmim_fast", "lmim_fast.kernels": "kernels"},
-    package_data={"lmim_fast": ["py.typed"], "lmim_fast.data": ["words.txt"]},
+    package_data={"lmim_fast": ["py.typed"], "lmim_fast.data.render": ["words.txt"]},
     ext_modules=[
         Pybind11Extension(
             "lmim_fast._C",

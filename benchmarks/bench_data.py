@@ -23,13 +23,13 @@ import torch
 
 from benchmarks.machine import describe
 from lmim_fast.config import DataConfig, GuidanceConfig
-from lmim_fast.data.guidance import sample_parameters
-from lmim_fast.data.guidance_program import GuidanceProgram, make_program
+from lmim_fast.data.dali import Stage, ViewGraph, build_pipeline, feed
+from lmim_fast.data.guidance.parameters import sample_parameters
+from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.probe import Status, probe
-from lmim_fast.data.records import RecordStore
-from lmim_fast.data.view_graph import Stage, ViewGraph, build_pipeline, feed
+from lmim_fast.data.store.probe import Status, probe
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.ops.photometric import photometric
 
 _MEMORY_BATCHES = 8  # different batches that the DALI stages take turns with

@@ -1,4 +1,4 @@
-// The native form of lmim_fast/data/image_headers.py.
+// The native form of lmim_fast/data/store/image_headers.py.
 //
 // The two files have the same functions and give the same results: change them together.
 // Sources: ITU T.81 (JPEG), W3C PNG, BITMAPINFOHEADER, GIF89a, RFC 9649 (WebP).

@@ -7,7 +7,7 @@
 
 namespace lmim {
 
-// lmim_fast.data.probe.Status
+// lmim_fast.data.store.probe.Status
 enum class Status : uint8_t { OK, EMPTY, NOT_AN_IMAGE, TRUNCATED, TOO_LARGE, INVALID, UNSUPPORTED };
 
 struct Size {

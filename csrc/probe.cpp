@@ -67,5 +67,5 @@ py::tuple probe(const py::sequence& images, uint64_t max_pixels) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Native parts of lmim_fast.";
     module.def("probe", &probe, py::arg("images"), py::arg("max_pixels"),
-               "Status (uint8), height and width (int32) of each encoded image; see lmim_fast.data.probe.");
+               "Status (uint8), height and width (int32) of each encoded image; see lmim_fast.data.store.probe.");
 }

@@ -106,7 +106,7 @@ def _data_render(arguments: list[str]) -> int:
     config = _parse(
         RenderConfig, arguments, "lmim data render", "Write an LMDB of rendered words, with labels."
     )
-    from lmim_fast.data.render import render
+    from lmim_fast.data.render.database import render
 
     print(f"rendered {config.count} crops into {render(config)}")
     return 0
@@ -127,8 +127,8 @@ class _InspectOptions:
 def _data_inspect(arguments: list[str]) -> int:
     about = "Say what LMDB folders hold and which records are broken."
     config = _parse(_InspectOptions, arguments, "lmim data inspect", about)
-    from lmim_fast.data.databases import find_databases
-    from lmim_fast.data.inspect import inspect
+    from lmim_fast.data.store.databases import find_databases
+    from lmim_fast.data.tools.inspect import inspect
 
     try:
         find_databases(config.paths)

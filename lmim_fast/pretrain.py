@@ -19,10 +19,10 @@ from torch import nn
 from lmim_fast.config import PretrainConfig
 from lmim_fast.config_io import config_hash, to_dict
 from lmim_fast.convert import write_encoder
-from lmim_fast.data.databases import find_databases
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.databases import find_databases
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError, UsageError
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.train import checkpoint, optim, parallel, resume

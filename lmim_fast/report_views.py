@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.report_images import crop_html, crop_pixels
 from lmim_fast.report_run import Run
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lmim_fast import cli
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.models.mae import MAE
 from lmim_fast.train import checkpoint, resume
 from lmim_fast.train.parallel import World

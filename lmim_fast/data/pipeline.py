@@ -18,12 +18,12 @@ import torch
 from lmim_fast.config import DataConfig, GuidanceConfig
 from lmim_fast.data.background import Background
 from lmim_fast.data.batch import Batch
-from lmim_fast.data.guidance import GuidanceParameters, sample_parameters
-from lmim_fast.data.guidance_program import GuidanceProgram, make_program
+from lmim_fast.data.dali import BrokenImages, ViewGraph
+from lmim_fast.data.guidance.parameters import GuidanceParameters, sample_parameters
+from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.records import RecordStore
-from lmim_fast.data.substitution import BadRecords, SampleReader, Samples
-from lmim_fast.data.view_graph import BrokenImages, ViewGraph
+from lmim_fast.data.samples import BadRecords, SampleReader, Samples
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import UsageError
 
 # Shares drawn ahead, a few MB: seconds of training, so that at the end of an epoch the next permutation

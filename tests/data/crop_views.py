@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import torch
 
-from lmim_fast.data.guidance import GuidanceParameters
-from lmim_fast.data.guidance_program import GuidanceProgram
-from lmim_fast.data.records import RecordStore
-from lmim_fast.data.view_graph import ViewGraph
+from lmim_fast.data.dali import ViewGraph
+from lmim_fast.data.guidance.parameters import GuidanceParameters
+from lmim_fast.data.guidance.program import GuidanceProgram
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.ops.photometric import photometric
 
 

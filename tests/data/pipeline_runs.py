@@ -9,7 +9,7 @@ from lmdb_folders import write_database
 from lmim_fast.config import DataConfig, GuidanceConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
 
 COUNT = 23
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from lmim_fast.data.guidance import GuidanceParameters, Jitter, Operation
+from lmim_fast.data.guidance.parameters import GuidanceParameters, Jitter, Operation
 
 
 def reference_guidance(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lmdb_folders import image, write_database
 
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError
 
 

@@ -10,9 +10,9 @@ from crop_views import as_bytes, crops, only, png, psnr, run_programs
 from reference_view import reference_guidance
 
 from lmim_fast.config import GuidanceConfig
-from lmim_fast.data.guidance import GuidanceParameters, Operation, sample_parameters
-from lmim_fast.data.guidance_filter import filter_gains
-from lmim_fast.data.guidance_program import make_program
+from lmim_fast.data.guidance.filter import filter_gains
+from lmim_fast.data.guidance.parameters import GuidanceParameters, Operation, sample_parameters
+from lmim_fast.data.guidance.program import make_program
 
 CONFIG = GuidanceConfig()
 

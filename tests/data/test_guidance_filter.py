@@ -9,9 +9,9 @@ import torch
 from crop_views import as_bytes, only, png, psnr, run_programs
 
 from lmim_fast.config import MAX_BLUR_SIGMA, GuidanceConfig
-from lmim_fast.data.guidance import Operation, sample_parameters
-from lmim_fast.data.guidance_filter import filter_gains, filter_kernels
-from lmim_fast.data.guidance_program import make_program
+from lmim_fast.data.guidance.filter import filter_gains, filter_kernels
+from lmim_fast.data.guidance.parameters import Operation, sample_parameters
+from lmim_fast.data.guidance.program import make_program
 
 
 def draw(count, **ranges):

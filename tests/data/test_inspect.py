@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lmim_fast.data.inspect import inspect
-from lmim_fast.data.lmdb_writer import LmdbWriter
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.store.writer import LmdbWriter
+from lmim_fast.data.tools.inspect import inspect
 from lmim_fast.errors import DataError
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from lmim_fast.data import lmdb_writer
-from lmim_fast.data.lmdb_writer import RECORDS_PER_COMMIT, LmdbWriter
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store import writer as lmdb_writer
+from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.store.writer import RECORDS_PER_COMMIT, LmdbWriter
 from lmim_fast.errors import DataError, LmimError, UsageError
 
 FILL_THE_DISK = """
 import sys
-from lmim_fast.data.lmdb_writer import LmdbWriter
+from lmim_fast.data.store.writer import LmdbWriter
 from lmim_fast.errors import LmimError
 try:
     with LmdbWriter(sys.argv[1], 5000) as writer:

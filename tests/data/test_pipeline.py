@@ -18,7 +18,7 @@ from lmim_fast.config import DataConfig
 from lmim_fast.data.background import Background
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import UsageError
 
 

@@ -11,8 +11,8 @@ from crop_views import as_bytes, psnr
 from lmim_fast.config import DataConfig, GuidanceConfig, RenderConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
-from lmim_fast.data.render import render
+from lmim_fast.data.render.database import render
+from lmim_fast.data.store.records import RecordStore
 
 pytestmark = pytest.mark.gpu
 

@@ -145,7 +145,7 @@ import sys
 from lmim_fast.config import DataConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.records import RecordStore
 store = RecordStore([sys.argv[1]])
 for seed in range(8):
     loader = DataConfig(threads=4, max_bad_fraction=1.0)

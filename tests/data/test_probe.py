@@ -19,9 +19,9 @@ from encoded_images import HEIGHT, WIDTH, mutations, patched, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmim_fast.data import probe as probe_module
-from lmim_fast.data.probe import Status, probe, probe_in_python
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store import probe as probe_module
+from lmim_fast.data.store.probe import Status, probe, probe_in_python
+from lmim_fast.data.store.records import RecordStore
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 if COMPILER is None:

@@ -13,7 +13,7 @@ import lmdb
 import pytest
 from lmdb_folders import image, write_database
 
-from lmim_fast.data.records import Database, Record, RecordStore
+from lmim_fast.data.store.records import Database, Record, RecordStore
 from lmim_fast.errors import DataError
 
 REAL_DATA = Path(__file__).parents[2] / "../shared/data/train"

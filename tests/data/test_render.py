@@ -10,12 +10,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
 from lmim_fast.config import RenderConfig
-from lmim_fast.data.records import RecordStore
-from lmim_fast.data.render import render
-from lmim_fast.data.render_fonts import font_files, load_fonts
-from lmim_fast.data.render_style import LUMA, MIN_CONTRAST, contrasting_colour, random_colour, surface
-from lmim_fast.data.render_text import MAX_HEIGHT, MAX_WIDTH, Line, random_line, random_placement
-from lmim_fast.data.render_words import PRINTABLE, load_vocabulary
+from lmim_fast.data.render.database import render
+from lmim_fast.data.render.fonts import font_files, load_fonts
+from lmim_fast.data.render.style import LUMA, MIN_CONTRAST, contrasting_colour, random_colour, surface
+from lmim_fast.data.render.text import MAX_HEIGHT, MAX_WIDTH, Line, random_line, random_placement
+from lmim_fast.data.render.words import PRINTABLE, load_vocabulary
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import UsageError
 
 FONTS = {path.name: path for path in font_files(None)}

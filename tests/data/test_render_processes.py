@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from lmim_fast.config import RenderConfig
-from lmim_fast.data.records import RecordStore
-from lmim_fast.data.render import render
+from lmim_fast.data.render.database import render
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,8 @@ class Rendering:
 
     def __init__(self, output):
         code = (
-            "import sys; from lmim_fast.config import RenderConfig; from lmim_fast.data.render import render;"
+            "import sys; from lmim_fast.config import RenderConfig;"
+            "from lmim_fast.data.render.database import render;"
             "render(RenderConfig(output=sys.argv[1], count=100_000, processes=2))"
         )
         self.process = subprocess.Popen(

@@ -9,9 +9,9 @@ import torch
 from crop_views import png
 from encoded_images import mutations, variants
 
-from lmim_fast.data import view_graph
-from lmim_fast.data.probe import Status, probe
-from lmim_fast.data.view_graph import BrokenImages, Stage, ViewGraph
+from lmim_fast.data import dali as view_graph
+from lmim_fast.data.dali import BrokenImages, Stage, ViewGraph
+from lmim_fast.data.store.probe import Status, probe
 
 GOOD = png(np.full((8, 20, 3), 120, np.uint8))
 

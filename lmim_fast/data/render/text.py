@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lmim_fast.data.render_fonts import needs_shaping
+from lmim_fast.data.render.fonts import needs_shaping
 
 MIN_HEIGHT, MAX_HEIGHT = 24, 96  # pixels of a crop
 MAX_WIDTH = 640  # longer lines make lower crops

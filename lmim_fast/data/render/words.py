@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lmim_fast.data.render_fonts import Font, check_shaping, font_files, load_fonts
+from lmim_fast.data.render.fonts import Font, check_shaping, font_files, load_fonts
 from lmim_fast.errors import UsageError
 
 PRINTABLE = string.printable[:94]
@@ -184,7 +184,7 @@ def _pick(rng: np.random.Generator, choices: Any) -> Any:
 def _read_words(path: str | None) -> tuple[str, ...]:
     """Distinct lines without the blanks around them, in the file's order."""
     if path is None:
-        text = resources.files("lmim_fast.data").joinpath("words.txt").read_text(encoding="utf-8")
+        text = resources.files("lmim_fast.data.render").joinpath("words.txt").read_text(encoding="utf-8")
     else:
         try:
             text = Path(path).read_text(encoding="utf-8-sig")

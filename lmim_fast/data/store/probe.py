@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmim_fast.config import MAX_PIXELS_LIMIT
-from lmim_fast.data import image_headers
+from lmim_fast.data.store import image_headers
 
 
 class Status(enum.IntEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lmim_fast.data.guidance import GuidanceParameters, Operation
+from lmim_fast.data.guidance.parameters import GuidanceParameters, Operation
 
 Array = NDArray[np.float64]
 

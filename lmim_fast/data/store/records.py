@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmim_fast.data.databases import (
+from lmim_fast.data.store.databases import (
     Database,
     check_database,
     find_databases,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lmim_fast.data.guidance import GuidanceParameters
-from lmim_fast.data.guidance_color import color_program
-from lmim_fast.data.guidance_filter import filter_kernels
-from lmim_fast.data.guidance_geometry import inverse_maps, working_sizes
+from lmim_fast.data.guidance.color import color_program
+from lmim_fast.data.guidance.filter import filter_kernels
+from lmim_fast.data.guidance.geometry import inverse_maps, working_sizes
+from lmim_fast.data.guidance.parameters import GuidanceParameters
 from lmim_fast.ops.photometric import ColorProgram
 
 

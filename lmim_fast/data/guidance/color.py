@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmim_fast.data.guidance import GuidanceParameters, Jitter, Operation
-from lmim_fast.data.guidance_filter import filter_gains
+from lmim_fast.data.guidance.filter import filter_gains
+from lmim_fast.data.guidance.parameters import GuidanceParameters, Jitter, Operation
 from lmim_fast.ops.photometric import LUMA, ColorProgram
 
 Array = NDArray[np.float64]

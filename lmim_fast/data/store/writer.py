@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from lmim_fast.data.databases import COUNT_KEY, image_key, label_key, lmdb
+from lmim_fast.data.store.databases import COUNT_KEY, image_key, label_key, lmdb
 from lmim_fast.errors import LmimError, UsageError
 
 RECORDS_PER_COMMIT = 1000

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmim_fast.data.databases import Database
-from lmim_fast.data.probe import Status, probe
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.databases import Database
+from lmim_fast.data.store.probe import Status, probe
+from lmim_fast.data.store.records import RecordStore
 
 SAMPLE = 5000  # records per database that are decoded: a second or two
 NAMED_BROKEN = 5  # broken records named in the table

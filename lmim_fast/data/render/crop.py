@@ -5,9 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from lmim_fast.data.render_style import contrasting_colour, random_colour, stretched, surface
-from lmim_fast.data.render_text import Placement, random_line, random_placement
-from lmim_fast.data.render_words import Vocabulary
+from lmim_fast.data.render.style import contrasting_colour, random_colour, stretched, surface
+from lmim_fast.data.render.text import Placement, random_line, random_placement
+from lmim_fast.data.render.words import Vocabulary
 
 _LOW64 = 2**64 - 1
 

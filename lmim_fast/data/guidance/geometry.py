@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lmim_fast.data.guidance import GuidanceParameters, Operation
+from lmim_fast.data.guidance.parameters import GuidanceParameters, Operation
 
 Array = NDArray[np.float64]
 Array32 = NDArray[np.float32]

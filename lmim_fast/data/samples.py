@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.probe import Status, probe
-from lmim_fast.data.records import RecordStore
+from lmim_fast.data.store.probe import Status, probe
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError
 
 _LOG = logging.getLogger(__name__)

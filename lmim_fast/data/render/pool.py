@@ -1,6 +1,6 @@
 """Rendering in several processes: each renders every P-th chunk and sends its records through a pipe.
 
-Plain child processes (`python -m lmim_fast.data.render_workers`), not `multiprocessing`: the caller's main
+Plain child processes (`python -m lmim_fast.data.render.pool`), not `multiprocessing`: the caller's main
 module is not imported again, nothing is forked from a process with threads, and a child whose parent is gone
 ends at its next write.
 """
@@ -20,8 +20,8 @@ from typing import IO
 
 import cv2
 
-from lmim_fast.data.render_crop import render_crop
-from lmim_fast.data.render_words import Vocabulary
+from lmim_fast.data.render.crop import render_crop
+from lmim_fast.data.render.words import Vocabulary
 from lmim_fast.errors import LmimError
 
 CHUNK = (
@@ -71,7 +71,7 @@ class _Child:
                 job.write(self._job.encode())
                 job.seek(0)
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "lmim_fast.data.render_workers"],
+                    [sys.executable, "-P", "-m", "lmim_fast.data.render.pool"],
                     stdin=job,
                     stdout=subprocess.PIPE,
                     stderr=self._errors,

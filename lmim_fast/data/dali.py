@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmim_fast.data.guidance_program import GuidanceProgram
+from lmim_fast.data.guidance.program import GuidanceProgram
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def

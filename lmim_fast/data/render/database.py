@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmim_fast.config import RenderConfig
-from lmim_fast.data.lmdb_writer import LmdbWriter, check_output_is_free
-from lmim_fast.data.render_words import load_vocabulary
-from lmim_fast.data.render_workers import render_records
+from lmim_fast.data.render.pool import render_records
+from lmim_fast.data.render.words import load_vocabulary
+from lmim_fast.data.store.writer import LmdbWriter, check_output_is_free
 
 Item = TypeVar("Item")
 

@@ -1,0 +1,1 @@
+"""The guidance view: what is drawn for it, and the program that makes it."""

@@ -1,0 +1,1 @@
+"""Words rendered as scene-text crops: the data to start with."""

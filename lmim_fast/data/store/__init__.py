@@ -1,0 +1,1 @@
+"""Records in LMDB folders: found, checked, read, and written."""
