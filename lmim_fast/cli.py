@@ -166,7 +166,7 @@ def _convert(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     about = "Draw curves, views and attention maps of a run as one self-contained HTML page."
     config = _parse(ReportConfig, arguments, "lmim report", about)
-    from lmim_fast.report import write_report
+    from lmim_fast.report.write import write_report
 
     print(f"report: {write_report(config)}")
     return 0

@@ -13,8 +13,8 @@ from report_runs import LABELS, SCRIPT, line, make_run, write_crops
 from lmim_fast.config import OptimConfig, ReportConfig, preset
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.errors import LmimError, UsageError
-from lmim_fast.report import write_report
-from lmim_fast.report_run import read_metrics, read_run
+from lmim_fast.report.run import read_metrics, read_run
+from lmim_fast.report.write import write_report
 
 # The crops lack a label on purpose, which the record store remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:.*some lack image or label:UserWarning")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lmim_fast.reference import normalise_patches, patchify
-from lmim_fast.report_charts import Chart, Series, chart_html, short, smoothed
-from lmim_fast.report_images import boxed_html, crop_pixels, data_uri, heat_pixels, masked_pixels
+from lmim_fast.report.charts import Chart, Series, chart_html, short, smoothed
+from lmim_fast.report.images import boxed_html, crop_pixels, data_uri, heat_pixels, masked_pixels
 
 STEPS = np.arange(1, 61) * 10
 
@@ -126,7 +126,7 @@ def test_masked_patches_are_gray_and_the_box_is_on_its_patch() -> None:
 
 
 def test_reconstruction_of_the_true_target_is_the_image() -> None:
-    from lmim_fast.report_maps import reconstruct
+    from lmim_fast.report.maps import reconstruct
 
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 32, 128, generator=generator) * 2 - 1
@@ -143,7 +143,7 @@ def test_reconstruction_of_the_true_target_is_the_image() -> None:
 
 
 def test_query_patches_are_masked_have_contrast_and_span_the_crop() -> None:
-    from lmim_fast.report_maps import query_patches
+    from lmim_fast.report.maps import query_patches
 
     pixels = np.full((32, 128, 3), 90, np.uint8)
     strokes = [2 * 32 + 3, 4 * 32 + 12, 5 * 32 + 17, 30]

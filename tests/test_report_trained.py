@@ -18,7 +18,7 @@ from lmim_fast.config import DataConfig, PretrainConfig, ReportConfig, preset
 from lmim_fast.ops.masking import mask_noise, select_patches
 from lmim_fast.ops.philox import Stream
 from lmim_fast.pretrain import run_pretrain
-from lmim_fast.report import write_report
+from lmim_fast.report.write import write_report
 
 # The crops lack a label on purpose, which the record store remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:.*some lack image or label:UserWarning")

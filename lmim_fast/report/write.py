@@ -12,9 +12,9 @@ import numpy as np
 
 from lmim_fast.config import ReportConfig
 from lmim_fast.errors import DataError, LmimError, UsageError
-from lmim_fast.report_charts import SMOOTH_FROM, Chart, Series, chart_html, short
-from lmim_fast.report_page import definitions, folded, page, warning
-from lmim_fast.report_run import Run, read_run
+from lmim_fast.report.charts import SMOOTH_FROM, Chart, Series, chart_html, short
+from lmim_fast.report.page import definitions, folded, page, warning
+from lmim_fast.report.run import Run, read_run
 from lmim_fast.train.optim import peak_learning_rate
 
 _TABLE_ROWS = 25
@@ -160,7 +160,7 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
         maps = "<h2>Attention and prediction</h2>"
     try:
         # Imported here: a machine that lacks DALI still gets the rest of the page.
-        from lmim_fast.report_views import load_crops, sheet_html
+        from lmim_fast.report.views import load_crops, sheet_html
 
         crops = load_crops(run, max(config.samples, config.maps))
     except (LmimError, ImportError, OSError) as error:
@@ -169,7 +169,7 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
     sections = [views + sheet_html(crops, config.samples)]
     if config.maps:
         try:
-            from lmim_fast.report_maps import compute_maps, maps_html
+            from lmim_fast.report.maps import compute_maps, maps_html
             from lmim_fast.train.checkpoint import load_model
 
             model, _ = load_model(run.folder)

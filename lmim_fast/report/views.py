@@ -13,8 +13,8 @@ from torch import Tensor
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.data.store.records import RecordStore
-from lmim_fast.report_images import crop_html, crop_pixels
-from lmim_fast.report_run import Run
+from lmim_fast.report.images import crop_html, crop_pixels
+from lmim_fast.report.run import Run
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops.masking import mask_noise
 from lmim_fast.ops.philox import Stream
-from lmim_fast.report_images import boxed_html, crop_html, crop_pixels, heat_html, masked_pixels
-from lmim_fast.report_views import Crops, label_html
+from lmim_fast.report.images import boxed_html, crop_html, crop_pixels, heat_html, masked_pixels
+from lmim_fast.report.views import Crops, label_html
 
 _HEADS_SHOWN = 3
 _QUERIES = 4
