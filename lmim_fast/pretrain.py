@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lmim_fast.config import PretrainConfig
-from lmim_fast.config_io import config_hash, to_dict
+from lmim_fast.config.io import config_hash, to_dict
 from lmim_fast.convert import write_encoder
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline

@@ -9,7 +9,7 @@ import lmdb
 import numpy as np
 
 from lmim_fast.config import PretrainConfig, preset
-from lmim_fast.config_io import to_dict
+from lmim_fast.config.io import to_dict
 
 SCRIPT = "<script>alert(1)</script>"
 LABELS = [SCRIPT, '漢字 & "quotes"', "Street", "EXIT", None, "broken", "Coffee", "24/7"]

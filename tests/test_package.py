@@ -14,7 +14,7 @@ from lmim_fast.config import (
     RenderConfig,
     preset,
 )
-from lmim_fast.config_io import config_hash, from_dict, to_dict
+from lmim_fast.config.io import config_hash, from_dict, to_dict
 
 OPTIONAL = (
     "lmdb",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lmim_fast.config import PretrainConfig
-from lmim_fast.config_io import from_dict
+from lmim_fast.config.io import from_dict
 from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.train.optim import total_steps
 

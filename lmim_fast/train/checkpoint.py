@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import PretrainConfig
-from lmim_fast.config_io import from_dict
+from lmim_fast.config.io import from_dict
 from lmim_fast.train.build import build_model
 from lmim_fast.train.files import (
     CheckpointError,

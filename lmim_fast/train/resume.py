@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmim_fast.config import PretrainConfig
-from lmim_fast.config_io import to_dict
+from lmim_fast.config.io import to_dict
 from lmim_fast.errors import UsageError
 from lmim_fast.train import checkpoint
 from lmim_fast.train.checkpoint import Checkpoint

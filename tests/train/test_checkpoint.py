@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmim_fast.config import ModelConfig, OptimConfig, PretrainConfig
-from lmim_fast.config_io import to_dict
+from lmim_fast.config.io import to_dict
 from lmim_fast.errors import LmimError
 from lmim_fast.train import checkpoint, optim
 from lmim_fast.train.build import build_model

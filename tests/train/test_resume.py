@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lmim_fast.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig
-from lmim_fast.config_io import to_dict
+from lmim_fast.config.io import to_dict
 from lmim_fast.errors import UsageError
 from lmim_fast.train.checkpoint import Checkpoint
 from lmim_fast.train.resume import check_same_run, differences
