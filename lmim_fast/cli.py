@@ -16,8 +16,7 @@ from typing import Literal, TypeVar
 
 import lmim_fast
 from lmim_fast.config import ModelConfig, PretrainConfig, RenderConfig, ReportConfig, preset
-from lmim_fast.errors import DataError, LmimError, UsageError
-from lmim_fast.train.failures import is_shared, shared
+from lmim_fast.errors import DataError, LmimError, UsageError, is_shared, shared
 
 Config = TypeVar("Config")
 
@@ -96,7 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _pretrain(arguments: list[str]) -> int:
     config = parse_pretrain(arguments)
-    from lmim_fast.pretrain import run_pretrain
+    from lmim_fast.train.run import run_pretrain
 
     run_pretrain(config)
     return 0
@@ -157,7 +156,7 @@ def _convert(arguments: list[str]) -> int:
     config = _parse(
         _ConvertOptions, arguments, "lmim convert", "Turn weights from one file layout into another."
     )
-    from lmim_fast.convert import convert
+    from lmim_fast.train.export import convert
 
     print(convert(config.source, config.target, to=config.to, step=config.step))
     return 0

@@ -1,5 +1,9 @@
 """Errors that are the user's to mend: the command line prints them as one line."""
 
+from __future__ import annotations
+
+from typing import TypeVar
+
 
 class LmimError(Exception):
     """A failure with a message for the user; the command line exits with 1."""
@@ -15,3 +19,23 @@ class DataError(LmimError):
 
 class WeightsError(LmimError):
     """A checkpoint that does not fit the model, with the names and shapes in the message."""
+
+
+class CheckpointError(LmimError):
+    """A checkpoint file that is missing, unfinished or altered."""
+
+
+Failure = TypeVar("Failure", bound=Exception)
+
+_SHARED = "_lmim_shared"  # any exception can carry it, also those of other packages
+
+
+def shared(failure: Failure) -> Failure:
+    """The same failure, marked as one that another rank tells too: `raise shared(error)`."""
+    setattr(failure, _SHARED, True)
+    return failure
+
+
+def is_shared(failure: Exception) -> bool:
+    """Whether rank 0 (or the first process of this machine) tells the user of it, so that others need not."""
+    return getattr(failure, _SHARED, False)

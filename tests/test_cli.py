@@ -9,12 +9,12 @@ from pretrain_runs import ENVIRONMENT, options, write_lmdb
 from safetensors.torch import load_file, save_file
 
 import lmim_fast
-from lmim_fast import cli, pretrain
-from lmim_fast.errors import LmimError, UsageError
+from lmim_fast import cli
+from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.models import weights
-from lmim_fast.train import checkpoint
-from lmim_fast.train.failures import shared
-from lmim_fast.train.parallel import World
+from lmim_fast.train import run as runs
+from lmim_fast.train.export import load_model
+from lmim_fast.train.world import World
 
 
 def error_of(capsys, arguments, code=2):
@@ -108,7 +108,7 @@ def test_an_output_that_cannot_be_made_is_one_line(capsys, tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused():
     config = cli.parse_pretrain(["--data", "x", "--batch-size", "12", "--accumulation", "2"])
     with pytest.raises(UsageError, match="12 must be a multiple of 4 processes x 2 accumulation passes"):
-        pretrain._resolved(config, World(0, 4, torch.device("cpu")))
+        runs._resolved(config, World(0, 4, torch.device("cpu")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -225,7 +225,7 @@ def test_a_run_converts_to_the_released_layout_and_back_bit_for_bit(run, tmp_pat
     assert cli.main(["convert", str(run), str(target)]) == 0
     assert capsys.readouterr().out.strip() == str(target)
     content = torch.load(target, weights_only=True)
-    model, config = checkpoint.load_model(run)
+    model, config = load_model(run)
     own = model.state_dict()
     assert set(content) == {"model"}
     assert set(content["model"]) == set(own)
@@ -268,7 +268,7 @@ def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_converted(run, tmp_path, capsys, value):
-    state = checkpoint.load_model(run)[0].state_dict()
+    state = load_model(run)[0].state_dict()
     state["model_maeenc.norm.weight"][3] = value
     torch.save({"model": state}, tmp_path / "bad.pth")
     encoder = load_file(run / "encoder.safetensors")

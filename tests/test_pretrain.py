@@ -14,9 +14,9 @@ from lmim_fast import cli
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.models.mae import MAE
-from lmim_fast.train import checkpoint, resume
-from lmim_fast.train.parallel import World
+from lmim_fast.train.checkpoint import content, folders, resume
 from lmim_fast.train.telemetry import Telemetry
+from lmim_fast.train.world import World
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_broken_records_are_named_before_a_run_ends_for_too_many_of_them(tmp_pat
 
 def test_broken_records_are_named_with_each_checkpoint(tmp_path, monkeypatch):
     data = write_lmdb(tmp_path / "words", 8, broken=(3,))  # met in the first batch, which is all of them
-    named, save = [], checkpoint.save
+    named, save = [], content.save
 
     def look(run, state, *parts, **more):
         named.append((state["step"], (run / "bad_records.jsonl").exists()))
         return save(run, state, *parts, **more)
 
-    monkeypatch.setattr(checkpoint, "save", look)
+    monkeypatch.setattr(content, "save", look)
     more = ("--log-every", "1000", "--loader.max-bad-fraction", "0.5")
     assert pretrain(options(data, tmp_path / "run", *more, steps=5)) == 0
     assert named[0] == (4, True)
@@ -173,10 +173,10 @@ def test_what_can_fail_on_one_rank_before_training_is_done_together(data, mae, t
     monkeypatch.setattr(World, "together", entered)
     for owner, name in (
         (RecordStore, "fingerprint"),
-        (checkpoint, "read"),
+        (folders, "read"),
         (resume, "check_same_run"),
         (MAE, "to"),
-        (checkpoint, "restore"),
+        (content, "restore"),
         (Telemetry, "__init__"),
         (ViewPipeline, "__init__"),
     ):

@@ -11,7 +11,7 @@ import torch
 from pretrain_runs import ENVIRONMENT, curve, options, weights_of, write_lmdb
 
 from lmim_fast import cli
-from lmim_fast.train import checkpoint
+from lmim_fast.train.checkpoint import folders
 from lmim_fast.train.telemetry import Telemetry
 
 STEPS = 14  # of 8 images each: several epochs of 30 records; checkpoints at 4, 8, 12, 14
@@ -194,7 +194,7 @@ def test_the_checkpoint_is_not_kept_in_memory_while_the_run_goes_on(data, tmp_pa
     with monkeypatch.context() as patched:
         stop_at(patched, 5, signal.SIGTERM)
         assert cli.main(["pretrain", *arguments]) == 0
-    held, alive, read = [], [], checkpoint.read
+    held, alive, read = [], [], folders.read
 
     def watched(path):
         found = read(path)
@@ -202,7 +202,7 @@ def test_the_checkpoint_is_not_kept_in_memory_while_the_run_goes_on(data, tmp_pa
         held[-1] += map(weakref.ref, found.optimizer.values())
         return found
 
-    monkeypatch.setattr(checkpoint, "read", watched)
+    monkeypatch.setattr(folders, "read", watched)
     monkeypatch.setattr(
         Telemetry, "advance", lambda self, step: alive.append(sum(ref() is not None for ref in held[0]))
     )

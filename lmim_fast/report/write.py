@@ -170,7 +170,7 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
     if config.maps:
         try:
             from lmim_fast.report.maps import compute_maps, maps_html
-            from lmim_fast.train.checkpoint import load_model
+            from lmim_fast.train.export import load_model
 
             model, _ = load_model(run.folder)
         except (LmimError, ImportError, OSError) as error:

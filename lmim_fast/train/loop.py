@@ -19,10 +19,11 @@ from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.errors import LmimError
-from lmim_fast.train import checkpoint, optim
-from lmim_fast.train.parallel import World
+from lmim_fast.train import optim
+from lmim_fast.train.checkpoint import content
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.telemetry import Meter, Telemetry, Value, add_new_lines, memory_bytes
+from lmim_fast.train.world import World
 
 # A bad batch or two pass; a run that diverged does not come back.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -216,7 +217,7 @@ def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
 
     def write() -> None:
         keep = session.config.keep_checkpoints
-        path = checkpoint.save(session.run, state, session.model, session.optimizer, keep=keep)
+        path = content.save(session.run, state, session.model, session.optimizer, keep=keep)
         session.telemetry.say(f"checkpoint {path}")
 
     session.world.main_only(write)

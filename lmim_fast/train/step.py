@@ -22,8 +22,8 @@ from lmim_fast.ops.masking import draw_patches
 from lmim_fast.ops.philox import Stream
 from lmim_fast.ops.photometric import ColorProgram
 from lmim_fast.train import graph, optim, parallel
-from lmim_fast.train.build import needs_teacher
-from lmim_fast.train.parallel import World
+from lmim_fast.train.start import needs_teacher
+from lmim_fast.train.world import World
 
 
 class TrainStep:

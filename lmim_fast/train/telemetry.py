@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lmim_fast.train.files import explain, write_file
+from lmim_fast.train.checkpoint.files import explain, write_file
 
 Value = float | int | None
 

@@ -9,10 +9,11 @@ import torch
 
 from lmim_fast.config import ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config.io import to_dict
-from lmim_fast.errors import LmimError
-from lmim_fast.train import checkpoint, optim
-from lmim_fast.train.build import build_model
-from lmim_fast.train.files import CheckpointError
+from lmim_fast.errors import CheckpointError, LmimError
+from lmim_fast.train import optim
+from lmim_fast.train.checkpoint import content, folders
+from lmim_fast.train.export import load_model
+from lmim_fast.train.start import build_model
 
 CONFIG = PretrainConfig(
     data=("x",),
@@ -39,9 +40,9 @@ def trained():
 @pytest.fixture
 def save(tmp_path, trained):
     def save_step(step: int, keep: int = 3):
-        line = checkpoint.save_teacher(tmp_path, trained[0])
+        line = content.save_teacher(tmp_path, trained[0])
         state = {"step": step, "config": to_dict(CONFIG), "teacher": line}
-        return checkpoint.save(tmp_path, state, *trained, keep=keep)
+        return content.save(tmp_path, state, *trained, keep=keep)
 
     return save_step
 
@@ -58,10 +59,10 @@ def names(run):
 
 def test_weights_moments_and_step_counts_come_back_bitwise(save, trained):
     model, optimizer = trained
-    read = checkpoint.read(save(7))
+    read = folders.read(save(7))
     fresh = build_model(CONFIG)
     other = optim.make_optimizer(fresh, OptimConfig())
-    checkpoint.restore(read, fresh, other)
+    content.restore(read, fresh, other)
     assert read.state["step"] == 7
     for (name, old), new in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert "momentum" in name or torch.equal(old, new), name
@@ -71,16 +72,16 @@ def test_weights_moments_and_step_counts_come_back_bitwise(save, trained):
 
 
 def test_the_teacher_is_stored_once_for_the_run_and_not_in_the_checkpoints(save, tmp_path, trained):
-    read = checkpoint.read(save(1))
+    read = folders.read(save(1))
     assert not [name for name in read.model if "momentum" in name]
     teacher_bytes = (tmp_path / "teacher.safetensors").stat().st_size
     assert read.state["teacher"]["bytes"] == teacher_bytes
     with torch.no_grad():
         trained[0].model_maeenc_momentum.norm.weight.fill_(5.0)
     fresh = build_model(CONFIG)
-    checkpoint.save_teacher(tmp_path, trained[0])
+    content.save_teacher(tmp_path, trained[0])
     with pytest.raises(CheckpointError, match=r"teacher\.safetensors was altered"):
-        checkpoint.load_teacher(tmp_path, read.state["teacher"], fresh)
+        content.load_teacher(tmp_path, read.state["teacher"], fresh)
 
 
 def test_load_model_gives_student_teacher_and_config_back(save, tmp_path, trained):
@@ -88,14 +89,14 @@ def test_load_model_gives_student_teacher_and_config_back(save, tmp_path, traine
         trained[0].model_maeenc_momentum.norm.weight.fill_(5.0)
     save(1)
     save(2)
-    model, config = checkpoint.load_model(tmp_path)
+    model, config = load_model(tmp_path)
     assert config == CONFIG
     assert not model.training
     own = trained[0].state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
-    assert checkpoint.load_model(tmp_path, step=1)[1] == CONFIG
+    assert load_model(tmp_path, step=1)[1] == CONFIG
     with pytest.raises(CheckpointError, match="step-00000009"):
-        checkpoint.load_model(tmp_path, step=9)
+        load_model(tmp_path, step=9)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -110,22 +111,22 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_is_used(save, tmp_path
     else:
         path.unlink()
     with pytest.raises(CheckpointError, match=name):
-        checkpoint.read(newer)
-    assert checkpoint.latest(tmp_path) == older
+        folders.read(newer)
+    assert folders.latest(tmp_path) == older
 
 
 def test_latest_is_none_without_a_whole_checkpoint(save, tmp_path):
-    assert checkpoint.latest(tmp_path) is None
+    assert folders.latest(tmp_path) is None
     flip_a_bit(save(1) / "model.safetensors")
-    assert checkpoint.latest(tmp_path) is None
+    assert folders.latest(tmp_path) is None
 
 
 def test_unfinished_and_foreign_folders_are_no_checkpoints(save, tmp_path):
     good = save(3)
     for name in ("step-00000009.tmp", "step-00000008.damaged", "step-9", "notes"):
         (tmp_path / "checkpoints" / name).mkdir()
-    assert checkpoint.latest(tmp_path) == good
-    checkpoint.remove_unfinished(tmp_path)
+    assert folders.latest(tmp_path) == good
+    folders.remove_unfinished(tmp_path)
     assert "step-00000009.tmp" not in names(tmp_path)
     assert "step-00000008.damaged" in names(tmp_path)
 
@@ -149,10 +150,10 @@ def test_a_folder_that_cannot_be_deleted_is_warned_of_once_and_the_run_goes_on(s
         for step in (2, 3, 4):
             save(step, keep=1)
         (tmp_path / "checkpoints" / "step-00000005.tmp").mkdir()
-        checkpoint.remove_unfinished(tmp_path)
+        folders.remove_unfinished(tmp_path)
     (only,) = told
     assert f"{tmp_path / 'checkpoints'} cannot be deleted (Permission denied)" in str(only.message)
-    assert save(5, keep=1) == checkpoint.latest(tmp_path)  # into the folder that was left
+    assert save(5, keep=1) == folders.latest(tmp_path)  # into the folder that was left
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -172,16 +173,16 @@ def test_a_full_disk_is_one_clear_error_and_leaves_earlier_checkpoints_whole(
     with pytest.raises(LmimError, match=r"disk full while writing .*step-00000002"):
         save(2, keep=1)
     assert names(tmp_path) == ["step-00000001"]
-    assert checkpoint.latest(tmp_path) == first
+    assert folders.latest(tmp_path) == first
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_tensor_name(save):
-    read = checkpoint.read(save(1))
+    read = folders.read(save(1))
     wider = build_model(
         PretrainConfig(**{**vars(CONFIG), "model": ModelConfig(**{**vars(CONFIG.model), "decoder_ffn": 96})})
     )
     with pytest.raises(CheckpointError, match=r"decoder_blocks\.0\.linear1\.weight"):
-        checkpoint.restore(read, wider)
+        content.restore(read, wider)
 
 
 def test_the_state_is_plain_json_with_a_checksum_of_each_file(save):

@@ -7,9 +7,9 @@ import socket
 import pytest
 import torch
 
-from lmim_fast.errors import DataError, LmimError, UsageError
+from lmim_fast.errors import DataError, LmimError, UsageError, is_shared
 from lmim_fast.train import parallel
-from lmim_fast.train.failures import is_shared
+from lmim_fast.train import world as worlds
 
 
 def _talk(world):
@@ -49,7 +49,7 @@ def _worker(rank, port, results):
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    with parallel.join("cpu") as world:
+    with worlds.join("cpu") as world:
         found = {
             "talk": _talk(world),
             "fail on 0": _fail(world, DataError, on=0),
@@ -102,7 +102,7 @@ def test_gradients_are_averaged_on_the_last_pass_only(ranks):
 
 def test_a_single_process_needs_no_process_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with parallel.join("cpu") as world:
+    with worlds.join("cpu") as world:
         assert not torch.distributed.is_initialized()
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert (world.gather(3), world.largest(4), world.together(lambda: 5)) == ([3], 4, 5)
@@ -118,7 +118,7 @@ def _raise():
 
 def test_cuda_that_is_not_there_is_a_usage_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="--device cuda"), parallel.join("cuda"):
+    with pytest.raises(UsageError, match="--device cuda"), worlds.join("cuda"):
         pass
 
 
@@ -130,7 +130,7 @@ def test_too_few_gpus_fail_every_process_alike_and_the_first_of_the_machine_tell
     for name, value in (("RANK", 2 + local_rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UsageError, match="2 processes on this machine, but 1 visible GPUs") as raised:
-        parallel.join("auto").__enter__()
+        worlds.join("auto").__enter__()
     assert is_shared(raised.value) == (local_rank == 1)
 
 
@@ -138,4 +138,4 @@ def test_restarts_under_torchrun_warn_about_the_shared_store(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        parallel._warn_about_restarts()
+        worlds._warn_about_restarts()

@@ -6,8 +6,8 @@ import pytest
 from lmim_fast.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config.io import to_dict
 from lmim_fast.errors import UsageError
-from lmim_fast.train.checkpoint import Checkpoint
-from lmim_fast.train.resume import check_same_run, differences
+from lmim_fast.train.checkpoint.folders import Checkpoint
+from lmim_fast.train.checkpoint.resume import check_same_run, differences
 
 CONFIG = PretrainConfig(data=("a", "b"), steps=10)
 DATA = {"count": 5, "databases": [{"name": "a", "count": 3}, {"name": "b", "count": 2}]}

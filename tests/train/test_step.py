@@ -13,8 +13,8 @@ from lmim_fast.models.mae import MAE
 from lmim_fast.ops.photometric import ColorProgram
 from lmim_fast.train import optim
 from lmim_fast.train.graph import Captured, GraphedStep
-from lmim_fast.train.parallel import World
 from lmim_fast.train.step import TrainStep, blank_batch
+from lmim_fast.train.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODEL = ModelConfig(

@@ -8,11 +8,10 @@ from typing import Any
 
 from lmim_fast.config import PretrainConfig
 from lmim_fast.config.io import to_dict
-from lmim_fast.errors import UsageError
-from lmim_fast.train import checkpoint
-from lmim_fast.train.checkpoint import Checkpoint
-from lmim_fast.train.files import CheckpointError
-from lmim_fast.train.parallel import World
+from lmim_fast.errors import CheckpointError, UsageError
+from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint.folders import Checkpoint
+from lmim_fast.train.world import World
 
 # Values that change no weight. `data` is decided by the fingerprint: a database may have moved. `teacher` and
 # `init` name what a run began with, and its folder holds that. `device` is the exception, so that a run can
@@ -56,7 +55,7 @@ def find(
         return None
 
     def read() -> Checkpoint:
-        saved = choice or checkpoint.read(path)
+        saved = choice or folders.read(path)
         check_same_run(saved, config, fingerprint)
         return saved
 
@@ -64,17 +63,17 @@ def find(
 
 
 def _choose(run: Path, config: PretrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
-    if not checkpoint.steps(run):
+    if not folders.steps(run):
         return None
     if not config.resume:
         raise UsageError(f"{run} already has checkpoints: choose another --output, or drop --no-resume")
     damaged: list[tuple[Path, CheckpointError]] = []
-    found = checkpoint.newest(run, lambda path, error: damaged.append((path, error)))
+    found = folders.newest(run, lambda path, error: damaged.append((path, error)))
     if found is None:
         reasons = "; ".join(str(error) for _, error in damaged)
         raise CheckpointError(f"no checkpoint in {run} is whole ({reasons}); choose another --output")
     for path, error in damaged:
-        aside = checkpoint.set_aside(path)
+        aside = folders.set_aside(path)
         tell(f"warning: {error}; set aside as {aside.name}, continuing from {found.path.name}")
     return found
 

@@ -8,11 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmim_fast.errors import LmimError
-
-
-class CheckpointError(LmimError):
-    """A checkpoint file that is missing, unfinished or altered."""
+from lmim_fast.errors import CheckpointError, LmimError
 
 
 def explain(error: OSError, path: Path) -> LmimError:

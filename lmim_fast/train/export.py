@@ -9,10 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lmim_fast.errors import UsageError
+from lmim_fast.config import PretrainConfig
+from lmim_fast.config.io import from_dict
+from lmim_fast.errors import CheckpointError, UsageError
 from lmim_fast.models import weights
-from lmim_fast.train import checkpoint
-from lmim_fast.train.files import write_file
+from lmim_fast.train.checkpoint import content, folders
+from lmim_fast.train.checkpoint.files import write_file
+from lmim_fast.train.start import build_model
 
 Layout = Literal["released", "encoder"]
 _LAYOUT_OF_SUFFIX: dict[str, Layout] = {".pth": "released", ".pt": "released", ".safetensors": "encoder"}
@@ -75,13 +78,13 @@ def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:
         if step is not None or not number.isdigit():
             raise UsageError(f"{source}: name the run folder and --step, or a finished checkpoint folder")
         source, step = source.parent.parent, int(number)
-    steps = checkpoint.steps(source)
+    steps = folders.steps(source)
     if not steps:
         raise UsageError(f"{source} has no checkpoint: it is not the folder of a run")
     if step is not None and step not in steps:
         there = ", ".join(map(str, sorted(steps)))
         raise UsageError(f"{source} has no checkpoint of step {step}; --step may be {there}")
-    model, _ = checkpoint.load_model(source, step)
+    model, _ = load_model(source, step)
     return weights.to_released(model)
 
 
@@ -89,3 +92,27 @@ def _state_of_file(source: Path, step: int | None) -> dict[str, Tensor]:
     if step is not None:
         raise UsageError(f"--step {step} is for run folders, {source} is a file")
     return weights.read_state_dict(source)
+
+
+def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Module, PretrainConfig]:
+    """A run's model, teacher included, in eval mode on the CPU, and the run's config.
+
+    Args:
+        run_folder: run folder of a pre-training run.
+        step: the checkpoint to take; None takes the newest whole one.
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    run = Path(run_folder)
+    problems: list[str] = []
+    if step is None:
+        checkpoint = folders.newest(run, lambda _, error: problems.append(str(error)))
+    else:
+        checkpoint = folders.read(run / "checkpoints" / f"step-{step:08d}")
+    if checkpoint is None:
+        raise CheckpointError("; ".join([f"{run} has no usable checkpoint", *problems]))
+    config = from_dict(PretrainConfig, checkpoint.state["config"])
+    model = build_model(config)
+    content.restore(checkpoint, model)
+    content.load_teacher(run, checkpoint.state["teacher"], model)
+    return model.eval(), config

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
+import lmim_fast
 from lmim_fast.config import PretrainConfig
-from lmim_fast.errors import UsageError
+from lmim_fast.errors import UsageError, shared
 from lmim_fast.models import weights
 from lmim_fast.models.lmim import LMIM
-from lmim_fast.train import checkpoint
-from lmim_fast.train.build import needs_teacher
-from lmim_fast.train.failures import shared
+from lmim_fast.models.mae import MAE
+from lmim_fast.train.checkpoint import folders
 
 NO_TEACHER = (
     "no teacher: pass --teacher FILE (an encoder from `--objective mae`, a released LMIM or MAERec file) "
@@ -53,12 +57,12 @@ def encoder_file(name: str) -> Path:
         return path
     if (path / "encoder.safetensors").is_file():
         return path / "encoder.safetensors"
-    latest = checkpoint.latest(path)
+    latest = folders.latest(path)
     if latest is None:
         raise UsageError(
             f"{name} has no encoder.safetensors and no checkpoint: it is not the folder of a run"
         )
-    return latest / checkpoint.MODEL_FILE
+    return latest / folders.MODEL_FILE
 
 
 def load_starting_weights(config: PretrainConfig, model: nn.Module, tell: Callable[[str], None]) -> None:
@@ -79,3 +83,31 @@ def load_starting_weights(config: PretrainConfig, model: nn.Module, tell: Callab
     path = encoder_file(str(config.teacher))
     weights.load_encoder(path, model.get_submodule("model_maeenc_momentum"))
     tell(f"teacher {path}")
+
+
+# Those that can change a number; of each family the one that is installed.
+_PACKAGES = (
+    *("torch", "triton", "numpy", "lmdb", "safetensors"),
+    *("opencv-python-headless", "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+)
+
+
+def build_model(config: PretrainConfig) -> nn.Module:
+    """The model of a run, on the CPU, with the weights that its seed gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return LMIM(config.model) if config.objective == "lmim" else MAE(config.model)
+
+
+def needs_teacher(config: PretrainConfig) -> bool:
+    """Whether the run reconstructs a teacher's features."""
+    return config.objective == "lmim" and config.model.target == "teacher"
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    found = {"lmim_fast": lmim_fast.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
