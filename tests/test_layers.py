@@ -21,7 +21,7 @@ from layer_pairs import (
 from torch import Tensor, nn
 
 from lmim_fast.layers import Attention, Block, DecoderLayer
-from lmim_fast.layers.rows import PlainRows
+from lmim_fast.layers.decoder_rows import PlainRows
 from lmim_fast.ops.linear import linear
 
 

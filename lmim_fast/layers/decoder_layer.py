@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lmim_fast.layers.attention import MultiheadAttention
+from lmim_fast.layers.decoder_rows import PlainRows
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.norm import LAYER_NORM_EPS, DropoutAddLayerNorm
-from lmim_fast.layers.rows import PlainRows
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.epilogue import check_setting
 from lmim_fast.ops.linear import linear

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lmim_fast.layers.block import norm_linear
-from lmim_fast.layers.rows import PlainRows
+from lmim_fast.layers.decoder_rows import PlainRows
+from lmim_fast.layers.norm import norm_linear
 from lmim_fast.models.decoder import GuidedLayer
 from lmim_fast.models.encoder import PackedBlock
 from lmim_fast.models.lmim import LMIM

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
-from lmim_fast.layers.block import Block, add_norm
-from lmim_fast.layers.norm import LAYER_NORM_EPS
-from lmim_fast.models.positions import position_table
+from lmim_fast.layers.block import Block
+from lmim_fast.layers.norm import LAYER_NORM_EPS, add_norm
 from lmim_fast.ops.attention import Segment
 from lmim_fast.ops.linear import compute_dtype
 from lmim_fast.ops.patch_embed import patch_embed_packed
@@ -89,3 +88,17 @@ def initialise(module: nn.Module) -> None:
         token = getattr(module, name, None)
         if isinstance(token, nn.Parameter):
             nn.init.normal_(token, std=0.02)
+
+
+def position_table(width: int, config: ModelConfig) -> Tensor:
+    """(1, 1 + L, width) fp32: half of the features for x, half for y, sin then cos; the cls row is zero.
+
+    config.pos_grid "released" lays the patches out on a square grid, as the released checkpoints do.
+    """
+    columns = int(config.num_patches**0.5) if config.pos_grid == "released" else config.grid[1]
+    patch = torch.arange(config.num_patches, dtype=torch.float64)
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    x = (patch % columns)[:, None] * frequency
+    y = (patch // columns)[:, None] * frequency
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+    return torch.cat([table.new_zeros(1, width), table]).float()[None]

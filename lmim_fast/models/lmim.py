@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
+from lmim_fast.layers.decoder_rows import MaskedRows, PlainRows
 from lmim_fast.layers.norm import LAYER_NORM_EPS
-from lmim_fast.layers.rows import MaskedRows, PlainRows
 from lmim_fast.models.decoder import GuidedLayer, memory_projection
-from lmim_fast.models.encoder import Encoder, initialise
-from lmim_fast.models.output import PretrainOutput
-from lmim_fast.models.patches import choose_patches
-from lmim_fast.models.positions import position_table
-from lmim_fast.models.target import Target
+from lmim_fast.models.encoder import Encoder, initialise, position_table
+from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.align import split_aligned
 from lmim_fast.ops.linear import compute_dtype, linear, linears
 from lmim_fast.ops.norm import layer_norm

@@ -7,11 +7,8 @@ from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.norm import LAYER_NORM_EPS
-from lmim_fast.models.encoder import Encoder, PackedBlock, initialise, run_blocks
-from lmim_fast.models.output import PretrainOutput
-from lmim_fast.models.patches import choose_patches
-from lmim_fast.models.positions import position_table
-from lmim_fast.models.target import Target
+from lmim_fast.models.encoder import Encoder, PackedBlock, initialise, position_table, run_blocks
+from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.tokens import decoder_tokens
 

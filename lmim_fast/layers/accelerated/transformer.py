@@ -21,7 +21,7 @@ from lmim_fast.layers.accelerated.torch_layers import (
     unlike_linear,
     unpaired,
 )
-from lmim_fast.layers.block import add_norm
+from lmim_fast.layers.norm import add_norm
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.mlp import mlp
 from lmim_fast.ops.norm import dropout_add_layer_norm

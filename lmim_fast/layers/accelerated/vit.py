@@ -31,7 +31,7 @@ from lmim_fast.layers.accelerated.torch_layers import (
     unlike_linear,
 )
 from lmim_fast.layers.accelerated.transformer import add_branch
-from lmim_fast.layers.block import norm_linear, norm_mlp
+from lmim_fast.layers.norm import norm_linear, norm_mlp
 from lmim_fast.ops.attention import self_attention
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.masking import gather_rows, select_patches

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmim_fast.config import ModelConfig, preset
-from lmim_fast.models.positions import position_table
+from lmim_fast.models.encoder import position_table
 from lmim_fast.reference import sincos_table
 
 
