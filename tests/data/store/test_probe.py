@@ -28,7 +28,7 @@ if COMPILER is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 _C = importlib.import_module("lmim_fast._C")  # where there is a compiler, it must have been built
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REAL_DATA = ROOT / "../shared/data/train"
 MAX_PIXELS = 2**26
 FORMS = {"native": _C.probe, "python": probe_in_python}

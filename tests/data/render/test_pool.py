@@ -15,7 +15,7 @@ from lmim_fast.data.render.database import render
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Rendering:

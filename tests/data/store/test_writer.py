@@ -166,7 +166,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):
         ["unshare", "-Urm", "sh", "-c", script, "sh", tmp_path, sys.executable, FILL_THE_DISK],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert result.stderr == ""
     (line,) = result.stdout.splitlines()  # and `ls` finds no leftover

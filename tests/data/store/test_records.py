@@ -16,7 +16,7 @@ from lmdb_folders import image, write_database
 from lmim_fast.data.store.records import Database, Record, RecordStore
 from lmim_fast.errors import DataError
 
-REAL_DATA = Path(__file__).parents[2] / "../shared/data/train"
+REAL_DATA = Path(__file__).parents[3] / "../shared/data/train"
 
 
 def test_records_run_through_nested_folders_in_sorted_order_and_through_paths_as_given(tmp_path):

@@ -24,7 +24,7 @@ def test_step_benchmark_prints_one_json_object_with_a_row_a_variant() -> None:
     command = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cpu", "--preset", "tiny"]
     command += ["--batch", "2", "--variants", "released", "ours", "--rounds", "2", "--warmup", "1", "--json"]
     output = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
     result = json.loads(output.stdout)
     assert result["device"]
