@@ -1,14 +1,11 @@
-"""`kernels/` becomes `lmim_fast.kernels`, `csrc/` becomes `lmim_fast._C`; the rest is in pyproject.toml."""
+"""`csrc/` becomes `lmim_fast._C`; the rest is in pyproject.toml."""
 
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import find_packages, setup
+from setuptools import setup
 
 setup(
-    packages=[*find_packages(include=["lmim_fast", "lmim_fast.*"]), "lmim_fast.kernels"],
-    package_dir={"lmim_fast": "lmim_fast", "lmim_fast.kernels": "kernels"},
-    package_data={"lmim_fast": ["py.typed"], "lmim_fast.data.render": ["words.txt"]},
     ext_modules=[
         Pybind11Extension(
             "lmim_fast._C",

@@ -13,37 +13,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import gpu_stages
 
-ROOT = Path(__file__).parents[1]
 _ABSENT, _INTERRUPTED = 3, 130
 _DRY = {
     "LMIM_FAST_DRY_RUN": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-
-
-@contextmanager
-def importable() -> Iterator[None]:
-    """In a plain checkout `kernels/` is linked to where an installed package has it, while it is needed."""
-    probe = [sys.executable, "-c", "import lmim_fast.kernels"]
-    if subprocess.run(probe, cwd=ROOT, capture_output=True, check=False).returncode == 0:
-        yield
-        return
-    link = ROOT / "lmim_fast/kernels"
-    link.symlink_to("../kernels", target_is_directory=True)
-    try:
-        yield
-    finally:
-        link.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     folder: Path = args.results.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with gpu_part.signals_noted(), importable():
+    with gpu_part.signals_noted():
         return _run_stage(folder, args.stage, args.seconds, args.dry_run)
 
 

@@ -77,9 +77,8 @@ def _attention(
     first = BATCH if packed else 0  # sequences of the group before it
     normaliser = empty(BATCH * heads * queries) if keys > ALL_ON_CHIP else None
     attention.forward(q, k, v, q_bias, v_bias, out, normaliser, heads, *dropout, first)
-    of_bias = empty(2, BATCH, width).unbind() if any(biases) else (None, None)
-    gradients = dq, dk, dv, *of_bias
+    of_q, of_v = empty(2, BATCH, width).unbind() if any(biases) else (None, None)
     attention_backward.backward(
-        q, k, v, out, out, normaliser, q_bias, v_bias, *gradients, heads, *dropout, first
+        q, k, v, out, out, normaliser, q_bias, v_bias, dq, dk, dv, of_q, of_v, heads, *dropout, first
     )
     return None

@@ -132,9 +132,10 @@ def _self_backward(
     q_bias, _, v_bias = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
     views = _segments(segments, heads, qkv, grad, out, d_qkv, normaliser)
     for (x, d_out, context, d_x), stored, first in views:
-        of_biases = (None, None) if sums is None else sums[:, first : first + len(x)]
+        of_q, of_v = (None, None) if sums is None else sums[:, first : first + len(x)]
+        (q, k, v), (d_q, d_k, d_v) = x.chunk(3, dim=-1), d_x.chunk(3, dim=-1)
         attention_backward.backward(
-            *x.chunk(3, dim=-1), d_out, context, stored, q_bias, v_bias, *d_x.chunk(3, dim=-1), *of_biases,
+            q, k, v, d_out, context, stored, q_bias, v_bias, d_q, d_k, d_v, of_q, of_v,
             heads, dropout.threshold(p), seed, first,
         )  # fmt: skip
     if sums is None:
@@ -225,10 +226,11 @@ def _cross_backward(
     d_q, d_kv = q.new_empty(q.shape), kv.new_empty(kv.shape)
     sums = q.new_empty(2, q.shape[0], q.shape[2], dtype=torch.float32) if biases_wanted else None
     v_bias = None if kv_bias is None else kv_bias.chunk(2)[1]
+    (k, v), (d_k, d_v) = kv.chunk(2, dim=-1), d_kv.chunk(2, dim=-1)
+    of_q, of_v = (None, None) if sums is None else sums
     attention_backward.backward(
-        q, *kv.chunk(2, dim=-1), grad, out, normaliser if len(normaliser) else None, q_bias, v_bias,
-        d_q, *d_kv.chunk(2, dim=-1), *((None, None) if sums is None else sums), heads, dropout.threshold(p),
-        seed, 0,
+        q, k, v, grad, out, normaliser if len(normaliser) else None, q_bias, v_bias, d_q, d_k, d_v,
+        of_q, of_v, heads, dropout.threshold(p), seed, 0,
     )  # fmt: skip
     if sums is None:
         none = partial(q.new_empty, 0, dtype=torch.float32)
