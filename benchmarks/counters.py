@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, operations
+from benchmarks.operation import launches
 
 ROOT = Path(__file__).parents[1]
 ABSENT = 3
@@ -67,7 +68,7 @@ def command(ncu: str, log: Path, launched: Path, only: str, batch: int) -> list[
 def work(launched: Path, only: str, batch: int) -> None:
     """Run the operations, and write which kernels each has launched, in order, as JSON."""
     order: list[tuple[str, str]] = []
-    with operations.launches() as names:
+    with launches() as names:
         for operation in operations.every(batch):
             chosen = re.search(only, str(operation)) if only else operation.leading
             if not chosen or not operation.ours:

@@ -2,7 +2,7 @@
 
 On CUDA a round replays a graph of `repetitions` calls on rotating copies of the inputs and waits for it; on
 a CPU it calls them in turn. As many results as there are copies are kept alive, so that outputs rotate too.
-Our forms are held against plain PyTorch before they are timed.
+Our forms are checked against plain PyTorch before they are timed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from torch import Tensor
 from benchmarks import ceilings, floors
 from benchmarks.correctness import assert_correct
 from benchmarks.operation import DIRECTIONS as DIRECTIONS
-from benchmarks.operation import Operation, Result, Unavailable
-from benchmarks.operations import launches
+from benchmarks.operation import Operation, Result, Unavailable, launches
 
 Copy = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # inputs, and gradients of the outputs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,13 +156,11 @@ def choose(operation: Operation, variant: str) -> Callable[..., Result]:
 
 def _uncompiled(variant: str) -> str:
     """The variant that "compiled" and "compiled NAME" compile."""
-    return (
-        (variant.removeprefix("compiled").strip() or "eager") if variant.startswith("compiled") else variant
-    )
+    return variant.removeprefix("compiled").strip() or "eager"
 
 
 def _other(operation: Operation, variant: str) -> Callable[..., Result]:
-    """Someone else's form, which is shown to run."""
+    """A third-party form, after one run of it."""
     name = _uncompiled(variant)
     if name not in operation.others:
         raise Unavailable(f"{operation.name} has no variant {variant}")
@@ -192,19 +189,19 @@ def _broken() -> bool:
 
 
 def check(operation: Operation, variant: str) -> str:
-    """Hold our form against plain PyTorch, once; what ran: the names of the kernels, or "PyTorch alone"."""
+    """Verify our form once; return what ran: the names of the kernels, or "PyTorch alone"."""
     key = str(operation), variant
     if key not in _forms:
         try:
-            names = hold(operation, variant)
+            names = verify(operation, variant)
         except Unavailable as error:
             raise _unavailable(variant, error) from error
         _forms[key] = "kernels " + ", ".join(names) if names else "PyTorch alone"
     return _forms[key]
 
 
-def hold(operation: Operation, variant: str) -> list[str]:
-    """Hold our form against plain PyTorch; the names of the kernels that it launched.
+def verify(operation: Operation, variant: str) -> list[str]:
+    """Check our form against plain PyTorch; return the names of the kernels that it launched.
 
     Raises:
         AssertionError: it is wrong.
@@ -252,13 +249,7 @@ def _copy_count(operation: Operation) -> int:
     return min(_MOST_COPIES, torch.cuda.get_device_properties(DEVICE).L2_cache_size * 3 // size + 1)
 
 
-def _call(
-    run: Callable[..., Result],
-    turns: Iterator[Copy],
-    direction: str,
-    alive: int,
-    count: int,
-) -> None:
+def _call(run: Callable[..., Result], turns: Iterator[Copy], direction: str, alive: int, count: int) -> None:
     """Call `count` times; the last `alive` results live, so that a call does not write where the last did."""
     results: deque[object] = deque(maxlen=alive)
     for inputs, gradients in itertools.islice(turns, count):
@@ -266,9 +257,9 @@ def _call(
             with torch.no_grad():
                 results.append(run(*inputs))
         else:
-            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            leaves = [tensor for tensor in inputs if tensor.requires_grad]
             outputs = _as_tuple(run(*inputs))
-            results.append((outputs, torch.autograd.grad(outputs, wanted, gradients)))
+            results.append((outputs, torch.autograd.grad(outputs, leaves, gradients)))
 
 
 def _prepare(call: Callable[[int], None], least: int) -> tuple[Callable[[], None], int]:

@@ -40,7 +40,7 @@ def run(batches: Sequence[int], only: str = "", record: Record | None = None) ->
         record.result["running"] = about  # it may be the last word
         record.write()
         try:
-            names = harness.hold(operation, variant)
+            names = harness.verify(operation, variant)
             verdict = f"right, {', '.join(names) or 'no kernel'}"
         except harness.Unavailable as error:
             names, verdict = [], f"not here: {error}"

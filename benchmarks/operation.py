@@ -1,15 +1,18 @@
-"""One operation that is timed: its sizes, its inputs, its forms, and what it has to move and to compute."""
+"""One operation that is timed: its sizes, inputs, forms and limits; the kernels that a call launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks import floors
+from lmim_fast.kernels import runtime
 
 Result = Tensor | tuple[Tensor, ...]
 DIRECTIONS = ("forward", "forward+backward")
@@ -55,3 +58,23 @@ class Operation:
 
 class Unavailable(Exception):
     """This machine cannot run the variant; the message says why."""
+
+
+def kernel_name(kernel: Any) -> str:
+    """`module.function` of a function under `triton.jit`, compiled or interpreted."""
+    function = kernel.fn
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Names of the kernels that are launched inside, in order."""
+    names: list[str] = []
+    launch = runtime.launch
+
+    def counted(kernel: Any, *arguments: Any, **options: Any) -> None:
+        names.append(kernel_name(kernel))
+        launch(kernel, *arguments, **options)
+
+    with mock.patch.object(runtime, "launch", counted):
+        yield names

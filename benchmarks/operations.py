@@ -6,15 +6,11 @@ import importlib
 import pkgutil
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest import mock
 
+from benchmarks import static_cases
+from benchmarks.operation import Operation, kernel_name
 from lmim_fast.kernels import runtime
-
-if TYPE_CHECKING:
-    from benchmarks.harness import Operation
 
 SCRIPTS = ("bench_data", "bench_step")  # not of operations
 
@@ -32,26 +28,6 @@ def every(batch: int) -> Iterator[Operation]:
         yield from module.operations(batch)
 
 
-def kernel_name(kernel: Any) -> str:
-    """`module.function` of a function under `triton.jit`, compiled or interpreted."""
-    function = kernel.fn
-    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-
-
-@contextmanager
-def launches() -> Iterator[list[str]]:
-    """Names of the kernels that are launched inside, in order."""
-    names: list[str] = []
-    launch = runtime.launch
-
-    def counted(kernel: Any, *arguments: Any, **options: Any) -> None:
-        names.append(kernel_name(kernel))
-        launch(kernel, *arguments, **options)
-
-    with mock.patch.object(runtime, "launch", counted):
-        yield names
-
-
 def symbols() -> list[str]:
     """All kernels as they are called on the device, where some modules share a name."""
     return sorted({name.rpartition(".")[2] for name in shipped_kernels()})
@@ -59,8 +35,6 @@ def symbols() -> list[str]:
 
 def shipped_kernels() -> set[str]:
     """Names of all kernels of the package, by the launches of `benchmarks/static_cases/`."""
-    from benchmarks import static_cases
-
     with runtime.recording((9, 0)) as recording:
         for _, call in static_cases.cases():
             call()

@@ -84,7 +84,7 @@ def timed(group: Sequence[Compiled], batch: int, deadline: float = float("inf"))
         print(f"{study.name} | {trial.case} | {candidate.label} runs", flush=True)  # it may be the last word
         with candidate.applied():
             try:
-                harness.hold(small, study.variant)
+                harness.verify(small, study.variant)
                 rounds.append(
                     (row, *harness.round_of(operation.ours[study.variant], copies, study.direction))
                 )

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from lmim_fast.kernels import runtime
 
-from benchmarks import operations, static_build, static_cases
+from benchmarks import static_build, static_cases
+from benchmarks.operation import kernel_name
 from benchmarks.static_build import Build, Report
 from benchmarks.tune_studies import Candidate, Study, Trial, studies
 
@@ -74,7 +75,7 @@ def _record(only: str, arch: str) -> list[tuple[Attempt, list[Build]]]:
                     raise RuntimeError(f"no case for {study.name}: {trial.case}")
                 told = [
                     (
-                        operations.kernel_name(one.kernel),
+                        kernel_name(one.kernel),
                         one.grid,
                         one.constants,
                         one.options,

@@ -17,7 +17,7 @@ from unittest import mock
 
 from lmim_fast.kernels import attention, attention_backward, linear_gelu, patch_embed
 
-from benchmarks.operations import kernel_name
+from benchmarks.operation import kernel_name
 from lmim_fast.ops.attention_backends import backend
 
 SHIPPED = "shipped"

@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 
 from benchmarks import bench_linear, harness, kernel_pass, machine, ops_run, parity, sanitize, step_profile
 from benchmarks.machine import Record
+from benchmarks.operation import Operation
 from lmim_fast.config import preset
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -212,13 +213,13 @@ def test_a_kernel_pass_files_each_operation_and_which_one_runs(
     path = tmp_path / "pass.json"
     seen: list[Any] = []
 
-    def hold(operation: harness.Operation, variant: str) -> list[str]:
+    def verify(operation: Operation, variant: str) -> list[str]:
         seen.append(json.loads(path.read_text())["running"]["operation"])
         if len(seen) == 2:
             raise torch.AcceleratorError("illegal memory access")
         return []
 
-    monkeypatch.setattr(harness, "hold", hold)
+    monkeypatch.setattr(harness, "verify", verify)
     monkeypatch.setenv(machine.DRY_RUN, "1")
     with pytest.raises(torch.AcceleratorError):
         kernel_pass.main(["--only", "^self_attention decoder", "--batch", "2", "4", "--results", str(path)])

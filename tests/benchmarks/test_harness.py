@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import bench_attention, compare, floors, harness, tables
 from benchmarks.correctness import assert_correct
-from benchmarks.harness import Operation
+from benchmarks.operation import Operation
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

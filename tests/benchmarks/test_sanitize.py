@@ -13,8 +13,8 @@ import torch
 from lmim_fast.kernels import runtime
 from torch import Tensor
 
-from benchmarks import floors, harness, kernel_pass, operations, planted_faults, sanitize
-from benchmarks.harness import Operation
+from benchmarks import floors, kernel_pass, operations, planted_faults, sanitize
+from benchmarks.operation import Operation, Unavailable, kernel_name
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.gelu import bias_gelu
 
@@ -31,12 +31,12 @@ def test_the_operations_launch_every_kernel_that_ships(monkeypatch: pytest.Monke
                 inputs = operation.inputs(CPU, torch.float16)
                 try:
                     result = form(*inputs)
-                except harness.Unavailable:
+                except Unavailable:
                     continue
                 outputs = [result] if isinstance(result, Tensor) else result
                 if any(output.requires_grad for output in outputs):
                     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-            launched |= {operations.kernel_name(launch.kernel) for launch in recording.launches}
+            launched |= {kernel_name(launch.kernel) for launch in recording.launches}
     assert launched == operations.shipped_kernels()
     assert len(launched) == 20
 
@@ -59,7 +59,7 @@ def failing(x: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
 
 
 def elsewhere(x: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
-    raise harness.Unavailable("another GPU")
+    raise Unavailable("another GPU")
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:

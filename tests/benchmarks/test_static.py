@@ -143,12 +143,13 @@ def launched_kernels() -> set[str]:
 
 _KEYS = """
 import json, sys
-from benchmarks import operations, static_cases
+from benchmarks import static_cases
+from benchmarks.operation import kernel_name
 from lmim_fast.kernels import runtime
 with runtime.recording((9, 0)) as recording:
     for _, call in static_cases.cases():
         call()
-kernels = {{operations.kernel_name(one.kernel): one.kernel for one in recording.launches}}
+kernels = {{kernel_name(one.kernel): one.kernel for one in recording.launches}}
 for name in sorted(kernels, reverse={reverse}):
     runtime.settle_key(kernels[name])
 print(json.dumps({{name: kernel.cache_key for name, kernel in sorted(kernels.items())}}))

@@ -15,7 +15,7 @@ from lmim_fast.kernels import attention, attention_backward, gelu, runtime
 from torch import Tensor
 
 from benchmarks import floors, operations, static_cases, tables, tune, tune_static
-from benchmarks.harness import Operation
+from benchmarks.operation import Operation
 from benchmarks.static_build import Report
 from benchmarks.tune_static import Attempt, Compiled
 from benchmarks.tune_studies import BACKEND_STUDY, SHIPPED, Candidate, Study, Trial, studies

@@ -13,7 +13,7 @@ from layer_pairs import HEADS, HIDDEN, MEMORY, QUERIES, WIDTH, TimmBlock, TimmMl
 from lmim_fast.kernels import linear_gelu
 from torch import Tensor, nn
 
-from benchmarks.operations import launches
+from benchmarks.operation import launches
 from lmim_fast import accelerate
 from lmim_fast.layers import Block, DecoderLayer, Mlp
 from lmim_fast.models.encoder import PackedBlock

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from twins import assert_same_gradients, batch_of, twins
 
-from benchmarks.operations import kernel_name, launches
+from benchmarks.operation import kernel_name, launches
 from lmim_fast.config import ModelConfig, preset
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE

@@ -9,7 +9,7 @@ from lmim_fast.kernels import runtime
 from test_dispatch import on_cuda
 from torch import Tensor
 
-from benchmarks.operations import launches
+from benchmarks.operation import launches
 from lmim_fast.layers import Block, DecoderLayer, Mlp
 from lmim_fast.ops import dispatch, epilogue
 from lmim_fast.ops.epilogue import in_epilogue
