@@ -1,4 +1,4 @@
-"""Pre-norm ViT block with timm's parameter names."""
+"""Pre-norm ViT block with timm's parameter names: for packed rows, and as timm's module for one batch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,11 @@ from lmim_fast.layers.norm import LAYER_NORM_EPS, norm_linear, norm_mlp
 from lmim_fast.ops.attention import Segment
 
 
-class Block(nn.Module):
-    """timm's vision_transformer.Block, for one batch or for packed rows.
+class PackedBlock(nn.Module):
+    """ViT block over packed rows; its last residual add is left to the next norm, where it costs nothing.
 
-    Args:
-        dim:       D.
-        num_heads: H.
-        mlp_ratio: hidden features of the MLP in widths.
-        qkv_bias:  give `attn.qkv` a bias.
-        proj_drop: dropout probability after `attn.proj` and both linears of the MLP, in training mode.
-        attn_drop: that of the attention weights.
-        eps:       of both norms.
-        epilogue:  that of the `Mlp`.
-    Raises:
-        ValueError: D is no multiple of H, a probability outside [0, 1), or an unknown epilogue.
+    This form is `forward` because hooks (FSDP's, checkpointing's) act on calls only. Arguments and errors are
+    those of `Block`.
     """
 
     def __init__(
@@ -48,27 +39,18 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, epilogue=epilogue)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D) in x's dtype."""
-        tokens("x", x, self.attn.qkv.weight)
-        segments = [(x.shape[0], x.shape[1])]
-        residual, branch, branch_bias = self.forward_packed(x.flatten(0, 1), None, None, segments)
-        if branch_bias is not None:
-            branch = branch + branch_bias.to(branch.dtype)
-        return (residual + branch.to(residual.dtype)).view(x.shape)
-
-    def forward_packed(
+    def forward(
         self, residual: Tensor, branch: Tensor | None, branch_bias: Tensor | None, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One block over packed rows; its last residual add is left to the next norm, where it costs nothing.
+        """One block.
 
         Args:
             residual:    (rows, D) residual stream.
-            branch:      (rows, D) product that still has to be added to it, or None at the first block.
-            branch_bias: (D,) bias of that product, or None.
+            branch:      (rows, D) matmul result that is still to be added to it; None at the first block.
+            branch_bias: (D,) bias of the branch, or None.
             segments:    (sequences, tokens) of each group of rows.
         Returns:
-            new residual, branch and branch_bias (None where dropout needed the bias added before it).
+            new residual, branch and branch_bias; the bias is None if dropout came after it.
         """
         attn, mlp = self.attn, self.mlp
         product, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv)
@@ -82,3 +64,34 @@ class Block(nn.Module):
         if mlp.dropout:
             return residual, F.dropout(branch + mlp.fc2.bias.to(branch.dtype), mlp.dropout), None
         return residual, branch, mlp.fc2.bias
+
+
+class Block(PackedBlock):
+    """timm's vision_transformer.Block.
+
+    Args:
+        dim:       D.
+        num_heads: H.
+        mlp_ratio: hidden features of the MLP as a multiple of D.
+        qkv_bias:  `attn.qkv` has a bias.
+        proj_drop: dropout probability after `attn.proj` and both linears of the MLP, in training mode.
+        attn_drop: dropout probability of the attention weights, in training mode.
+        eps:       of both norms.
+        epilogue:  of the `Mlp`.
+    Raises:
+        ValueError: D is no multiple of H, a probability is outside [0, 1), or the epilogue is unknown.
+    """
+
+    # The signature differs on purpose: a Block has the parameters of a PackedBlock, not its interface.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, D) to (B, N, D) in x's dtype.
+
+        Raises:
+            ValueError: the shape, dtype or device of x does not fit.
+        """
+        tokens("x", x, self.attn.qkv.weight)
+        segments = [(x.shape[0], x.shape[1])]
+        residual, branch, branch_bias = super().forward(x.flatten(0, 1), None, None, segments)
+        if branch_bias is not None:
+            branch = branch + branch_bias.to(branch.dtype)
+        return (residual + branch.to(residual.dtype)).view(x.shape)

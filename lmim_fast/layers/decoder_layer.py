@@ -1,4 +1,4 @@
-"""Post-norm decoder layer with the released parameter names, which are those of torch's."""
+"""Post-norm decoder layer with the names of torch and of the release: for LMIM's rows, and as a drop-in."""
 
 from __future__ import annotations
 
@@ -16,23 +16,11 @@ from lmim_fast.ops.mlp import mlp
 ORDERS = ("sa_ca", "ca_sa")
 
 
-class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention over a memory and FFN with exact GELU, each followed by add and norm.
+class PackedDecoderLayer(nn.Module):
+    """Decoder layer over rows and a memory that is already projected.
 
-    In the order "sa_ca" it is torch.nn.TransformerDecoderLayer(activation="gelu", batch_first=True,
-    norm_first=False); norm1 belongs to the self-attention and norm2 to the cross-attention in both orders.
-
-    Args:
-        d_model:         D.
-        nhead:           H.
-        dim_feedforward: hidden features of the FFN.
-        dropout:         probability for attention weights, branches and hidden features, in training mode.
-        order:           "sa_ca", or "ca_sa" for cross-attention first.
-        layer_norm_eps:  of the three norms.
-        epilogue:        "auto", "on" or "off": GELU in the epilogue of the FFN's products
-                         (`ops/epilogue.py`), unless dropout is between them.
-    Raises:
-        ValueError: D is no multiple of H, dropout outside [0, 1), or an unknown order or epilogue.
+    This form is `forward` because hooks (FSDP's, checkpointing's) act on calls only. Arguments and errors are
+    those of `DecoderLayer`.
     """
 
     def __init__(
@@ -59,35 +47,16 @@ class DecoderLayer(nn.Module):
         self.norm2 = DropoutAddLayerNorm(d_model, dropout, layer_norm_eps)  # after cross-attention
         self.norm3 = DropoutAddLayerNorm(d_model, dropout, layer_norm_eps)  # after the FFN
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None, *, masked_only: bool) -> Tensor:
         """One layer.
-
-        Args:
-            x:      (B, N, D).
-            memory: (B, M, D).
-        Returns:
-            (B, N, D) in x's dtype.
-        Raises:
-            ValueError: shapes, dtypes or devices do not fit.
-        """
-        attention = self.multihead_attn
-        tokens("x", x, attention.in_proj_weight)
-        keys = tokens("memory", memory, attention.in_proj_weight)
-        if len(x) != len(keys):
-            raise ValueError(f"x {tuple(x.shape)} and memory {tuple(memory.shape)} must have one batch size")
-        kv = linear(keys, attention.kv_weight)
-        return self.forward_rows(PlainRows(x, 0), kv, attention.kv_bias, masked_only=False).to(x.dtype)
-
-    def forward_rows(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None, *, masked_only: bool) -> Tensor:
-        """One layer over rows of which some may be known better, and a projected memory.
 
         Args:
             x:           rows (B, N, D): cls, visible, masked.
             kv:          (B, M, 2D) keys and values of the memory, without bias.
             kv_bias:     (2D,) or None.
-            masked_only: give back only the masked rows (the last layer).
+            masked_only: return only the masked rows (the last layer).
         Returns:
-            (B, N, D), or (B, masked, D), in the dtype of the products.
+            (B, N, D), or (B, masked, D), in the compute dtype.
         """
         rows: Tensor = x.rows
         if self.order == "sa_ca":
@@ -133,3 +102,43 @@ class DecoderLayer(nn.Module):
     def dropout(self) -> float:
         """Dropout in force: 0 in eval mode."""
         return self.p if self.training else 0.0
+
+
+class DecoderLayer(PackedDecoderLayer):
+    """Self-attention, cross-attention over a memory and FFN with exact GELU, each followed by add and norm.
+
+    In the order "sa_ca" it is torch.nn.TransformerDecoderLayer(activation="gelu", batch_first=True,
+    norm_first=False); norm1 belongs to the self-attention and norm2 to the cross-attention in both orders.
+
+    Args:
+        d_model:         D.
+        nhead:           H.
+        dim_feedforward: hidden features of the FFN.
+        dropout:         probability for attention weights, branches and hidden features, in training mode.
+        order:           "sa_ca", or "ca_sa" for cross-attention first.
+        layer_norm_eps:  of the three norms.
+        epilogue:        "auto", "on" or "off": GELU in the epilogue of the FFN's matmuls
+                         (`ops/epilogue.py`), unless dropout is between them.
+    Raises:
+        ValueError: D is no multiple of H, dropout is outside [0, 1), or the order or epilogue is unknown.
+    """
+
+    # The signature differs on purpose: it has the parameters of a PackedDecoderLayer, not its interface.
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        """One layer.
+
+        Args:
+            x:      (B, N, D).
+            memory: (B, M, D).
+        Returns:
+            (B, N, D) in x's dtype.
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit.
+        """
+        attention = self.multihead_attn
+        tokens("x", x, attention.in_proj_weight)
+        keys = tokens("memory", memory, attention.in_proj_weight)
+        if len(x) != len(keys):
+            raise ValueError(f"x {tuple(x.shape)} and memory {tuple(memory.shape)} must have one batch size")
+        kv = linear(keys, attention.kv_weight)
+        return super().forward(PlainRows(x, 0), kv, attention.kv_bias, masked_only=False).to(x.dtype)

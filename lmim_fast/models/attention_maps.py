@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lmim_fast.layers.block import PackedBlock
+from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 from lmim_fast.layers.decoder_rows import PlainRows
 from lmim_fast.layers.norm import norm_linear
-from lmim_fast.models.decoder import GuidedLayer
-from lmim_fast.models.encoder import PackedBlock
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops.attention import attention_weights
@@ -77,7 +77,7 @@ def decoder_cross_attention(
     try:
         ids_visible, ids_masked = select_patches(noise, model.config.num_visible)
         latent, memory, _ = model.encode_views(images, guidance, ids_visible)
-        layer = cast(GuidedLayer, model.decoder_blocks[-1])
+        layer = cast(PackedDecoderLayer, model.decoder_blocks[-1])
         x, kv, kv_bias = _first_inputs(
             layer, lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)
         )

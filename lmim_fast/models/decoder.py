@@ -17,23 +17,16 @@ from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.attention import MultiheadAttention
-from lmim_fast.layers.decoder_layer import DecoderLayer
+from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 
 
-class GuidedLayer(DecoderLayer):
-    """The decoder layer of a config, whose call is the form for rows: hooks of modules see calls alone."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(
-            config.decoder_width,
-            config.decoder_heads,
-            config.decoder_ffn,
-            config.decoder_dropout,
-            order=config.decoder_order,
-            epilogue=config.gelu_epilogue,
-        )
-
-    forward = DecoderLayer.forward_rows  # type: ignore[assignment]
+def build_layers(config: ModelConfig) -> nn.ModuleList:
+    """The decoder layers of a config."""
+    sizes = config.decoder_width, config.decoder_heads, config.decoder_ffn, config.decoder_dropout
+    return nn.ModuleList(
+        PackedDecoderLayer(*sizes, order=config.decoder_order, epilogue=config.gelu_epilogue)
+        for _ in range(config.decoder_depth)
+    )
 
 
 def memory_projection(embed: nn.Linear, layers: Sequence[MultiheadAttention]) -> tuple[Tensor, Tensor] | None:

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
-from lmim_fast.layers.block import Block
+from lmim_fast.layers.block import PackedBlock
 from lmim_fast.layers.norm import LAYER_NORM_EPS, add_norm
 from lmim_fast.ops.attention import Segment
 from lmim_fast.ops.linear import compute_dtype
 from lmim_fast.ops.patch_embed import patch_embed_packed
 
 
-class PackedBlock(Block):
-    """Block whose call is the packed form: hooks of a sharded or checkpointed module see calls alone."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, epilogue: str) -> None:
-        super().__init__(width, heads, mlp_ratio, qkv_bias=True, epilogue=epilogue)
-
-    forward = Block.forward_packed  # type: ignore[assignment]
+def build_blocks(depth: int, width: int, heads: int, config: ModelConfig) -> nn.ModuleList:
+    """`depth` blocks of this width; MLP ratio and GELU epilogue are the config's."""
+    return nn.ModuleList(
+        PackedBlock(width, heads, config.mlp_ratio, qkv_bias=True, epilogue=config.gelu_epilogue)
+        for _ in range(depth)
+    )
 
 
 def run_blocks(
@@ -51,9 +50,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(position_table(config.width, config), requires_grad=False)
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        sizes = config.width, config.heads, config.mlp_ratio
-        blocks = [PackedBlock(*sizes, config.gelu_epilogue) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = build_blocks(config.depth, config.width, config.heads, config)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def embed(self, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
+from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 from lmim_fast.layers.decoder_rows import MaskedRows, PlainRows
 from lmim_fast.layers.norm import LAYER_NORM_EPS
-from lmim_fast.models.decoder import GuidedLayer, memory_projection
+from lmim_fast.models.decoder import build_layers, memory_projection
 from lmim_fast.models.encoder import Encoder, initialise, position_table
 from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.align import split_aligned
@@ -38,7 +39,7 @@ class LMIM(nn.Module):
             self.model_maeenc_momentum = Encoder(config).requires_grad_(False)
         self.decoder_embed = nn.Linear(config.width, width)
         self.decoder_embed2 = nn.Linear(config.width, width)
-        self.decoder_blocks = nn.ModuleList([GuidedLayer(config) for _ in range(config.decoder_depth)])
+        self.decoder_blocks = build_layers(config)
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.target_width)
         self.apply(initialise)
@@ -141,7 +142,7 @@ class LMIM(nn.Module):
     def memory_keys(self, memory: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """For each layer, keys and values (B, N, 2 x decoder width) without bias, and the bias."""
         embed = self.decoder_embed2
-        layers = [cast(GuidedLayer, layer).multihead_attn for layer in self.decoder_blocks]
+        layers = [cast(PackedDecoderLayer, layer).multihead_attn for layer in self.decoder_blocks]
         folded = memory_projection(embed, layers)
         if folded is not None:
             weights, biases = (parts.chunk(len(layers)) for parts in folded)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.norm import LAYER_NORM_EPS
-from lmim_fast.models.encoder import Encoder, PackedBlock, initialise, position_table, run_blocks
+from lmim_fast.models.encoder import Encoder, build_blocks, initialise, position_table, run_blocks
 from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.tokens import decoder_tokens
@@ -29,9 +29,7 @@ class MAE(Encoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
         self.decoder_embed = nn.Linear(config.width, width)
-        sizes = width, config.decoder_heads, config.mlp_ratio
-        blocks = [PackedBlock(*sizes, config.gelu_epilogue) for _ in range(config.mae_decoder_depth)]
-        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_blocks = build_blocks(config.mae_decoder_depth, width, config.decoder_heads, config)
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.patch_pixels)
         self.apply(initialise)

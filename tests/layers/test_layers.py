@@ -21,6 +21,8 @@ from layer_pairs import (
 from torch import Tensor, nn
 
 from lmim_fast.layers import Attention, Block, DecoderLayer
+from lmim_fast.layers.block import PackedBlock
+from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 from lmim_fast.layers.decoder_rows import PlainRows
 from lmim_fast.ops.linear import linear
 
@@ -167,24 +169,28 @@ def test_attention_takes_its_place_in_torch_layers(training: bool) -> None:
                 torch.testing.assert_close(layer(*inputs), expected)
 
 
+def same_weights(module: nn.Module, source: nn.Module) -> nn.Module:
+    module.load_state_dict(source.state_dict(), strict=True)
+    return module
+
+
 def test_packed_blocks_equal_blocks_of_each_batch_apart() -> None:
-    first, second = Block(WIDTH, HEADS, proj_drop=0.1).eval(), Block(WIDTH, HEADS)
+    first, second = PackedBlock(WIDTH, HEADS, proj_drop=0.1).eval(), PackedBlock(WIDTH, HEADS)
     batches = torch.randn(3, 5, WIDTH), torch.randn(2, 4, WIDTH)
     rows = torch.cat([batch.flatten(0, 1) for batch in batches])
     segments = [batch.shape[:2] for batch in batches]
-    residual, branch, bias = second.forward_packed(
-        *first.forward_packed(rows, None, None, segments), segments
-    )
-    expected = torch.cat([second(first(batch)).flatten(0, 1) for batch in batches])
+    residual, branch, bias = second(*first(rows, None, None, segments), segments)
+    apart = [same_weights(Block(WIDTH, HEADS), block) for block in (first, second)]
+    expected = torch.cat([apart[1](apart[0](batch)).flatten(0, 1) for batch in batches])
     torch.testing.assert_close(residual + branch + bias, expected)
 
 
 def test_packed_dropout_of_the_last_branch_is_done_before_it_is_handed_on() -> None:
-    block = Block(WIDTH, HEADS, proj_drop=0.5)
+    block = PackedBlock(WIDTH, HEADS, proj_drop=0.5)
     with torch.no_grad():
         block.mlp.fc2.weight.zero_()
         block.mlp.fc2.bias.fill_(3.0)
-    _, branch, bias = block.forward_packed(torch.randn(50, WIDTH), None, None, [(10, 5)])
+    _, branch, bias = block(torch.randn(50, WIDTH), None, None, [(10, 5)])
     assert bias is None
     assert branch.unique().tolist() == [0.0, 6.0]
 
@@ -204,11 +210,12 @@ def test_a_block_does_not_keep_its_normalised_rows() -> None:
 
 @pytest.mark.parametrize("order", ["sa_ca", "ca_sa"])
 def test_decoder_rows_asked_for_alone_are_the_last_rows_of_all(order: str) -> None:
-    layer = DecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order)
+    packed = PackedDecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order)
+    layer = same_weights(DecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order), packed)
     x, memory = torch.randn(QUERIES), torch.randn(MEMORY)
-    attention = layer.multihead_attn
+    attention = packed.multihead_attn
     kv = linear(memory, attention.kv_weight)
-    last = layer.forward_rows(PlainRows(x, 2), kv, attention.kv_bias, masked_only=True)
+    last = packed(PlainRows(x, 2), kv, attention.kv_bias, masked_only=True)
     torch.testing.assert_close(last, layer(x, memory)[:, 2:])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.operation import launches
 from lmim_fast import accelerate
 from lmim_fast.layers import Block, DecoderLayer, Mlp
-from lmim_fast.models.encoder import PackedBlock
+from lmim_fast.layers.block import PackedBlock
 from lmim_fast.ops import attention, dispatch
 from lmim_fast.ops.epilogue import VARIABLE
 
@@ -216,7 +216,7 @@ def test_the_whole_layer_is_one_compiled_graph_equal_to_eager(name: str, setting
 @pytest.mark.usefixtures("kernels")
 def test_packed_blocks_take_the_setting_and_other_parts_in_its_place() -> None:
     """A replaced MLP with these names is read as it is, as without the epilogue."""
-    block, rows = PackedBlock(WIDTH, HEADS, 4.0, "on"), torch.randn(10, WIDTH)
+    block, rows = PackedBlock(WIDTH, HEADS, epilogue="on"), torch.randn(10, WIDTH)
     block.mlp = Mlp(WIDTH, HIDDEN, epilogue="off")
     with launches() as names:
         residual, branch, bias = block(rows, None, None, [(2, 5)])
