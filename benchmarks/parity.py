@@ -79,7 +79,7 @@ def check(config: ModelConfig, batch: Batch, record: Record) -> None:
     torch.manual_seed(0)
     oracle, fast = ReferenceLMIM(config).to(device), LMIM(config).to(device)
     fast.load_state_dict(oracle.state_dict())
-    fast.halve_teacher()
+    fast.teacher_to_bf16()
     truth = loss_and_gradients(oracle, batch, low=False)
     if residual == "bf16":
         halve_residual(oracle)

@@ -147,7 +147,7 @@ def _build(variant: str, setting: Setting) -> nn.Module:
         config = replace(config, gelu_epilogue="on")
     ours = LMIM(config)
     if low:
-        ours.halve_teacher()
+        ours.teacher_to_bf16()
     return ours
 
 

@@ -15,7 +15,7 @@ from lmim_fast.models.decoder import build_layers, memory_projection
 from lmim_fast.models.encoder import Encoder, initialise, position_table
 from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.align import split_aligned
-from lmim_fast.ops.linear import compute_dtype, linear, linears
+from lmim_fast.ops.linear import compute_dtype, linear, shared_input_linears
 from lmim_fast.ops.norm import layer_norm
 from lmim_fast.ops.tokens import decoder_tokens, mask_table
 
@@ -101,7 +101,7 @@ class LMIM(nn.Module):
             features = self.model_maeenc_momentum.encode(images)
         return Target(images, features, config.patch_size, config.target == "norm_pixel")
 
-    def halve_teacher(self) -> None:
+    def teacher_to_bf16(self) -> None:
         """Keep the teacher's matrices in bf16, as autocast makes them in every step: no number changes.
 
         For models that run under bf16 autocast; their state dict then holds bf16 too. Nothing happens where
@@ -146,7 +146,7 @@ class LMIM(nn.Module):
         folded = memory_projection(embed, layers)
         if folded is not None:
             weights, biases = (parts.chunk(len(layers)) for parts in folded)
-            return list(zip(linears(memory, weights), biases, strict=True))
+            return list(zip(shared_input_linears(memory, weights), biases, strict=True))
         embedded = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
-        products = linears(embedded, [layer.kv_weight for layer in layers])
+        products = shared_input_linears(embedded, [layer.kv_weight for layer in layers])
         return list(zip(products, [layer.kv_bias for layer in layers], strict=True))

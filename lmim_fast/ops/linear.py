@@ -31,12 +31,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled() and _convolves(x, weight):
-        (product,) = _Linears.apply(x, weight)  # autograd of a convolution is slower than products
+        (product,) = _SharedInputLinears.apply(x, weight)  # autograd of a convolution is slower than products
         return product
-    return product_of(x, weight)
+    return matmul(x, weight)
 
 
-def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def shared_input_linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """`linear` of x by each of several weights, whose gradients of x add up in the products that make them.
 
     Cheaper than one product by all weights: the gradients of its parts would be put together first.
@@ -49,12 +49,12 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """
     weights = [weight.to(x.dtype) for weight in weights]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return [product_of(x, weight) for weight in weights]
-    products: tuple[Tensor, ...] = _Linears.apply(x, *weights)
+        return [matmul(x, weight) for weight in weights]
+    products: tuple[Tensor, ...] = _SharedInputLinears.apply(x, *weights)
     return list(products)
 
 
-def product_of(x: Tensor, weight: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T in their own dtype, under autocast too. Differentiate `linear` instead.
 
     On a CPU large fp32 products run as convolutions of 1 x 1, which PyTorch gives to oneDNN while it gives
@@ -99,10 +99,10 @@ def linear_recomputing(
     """
     weight = weight.to(x.dtype)
     if torch.compiler.is_exporting() or not torch.is_grad_enabled():
-        return product_of(x, weight)
+        return matmul(x, weight)
     if torch.compiler.is_compiling():
         remade: Tensor = checkpoint(
-            lambda weight, *sources: product_of(recompute(*sources), weight),
+            lambda weight, *sources: matmul(recompute(*sources), weight),
             weight,
             *sources,
             use_reentrant=False,
@@ -113,12 +113,12 @@ def linear_recomputing(
     return product
 
 
-class _Linears(torch.autograd.Function):
+class _SharedInputLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights)
-        return tuple(product_of(x, weight) for weight in weights)
+        return tuple(matmul(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,7 +144,7 @@ class _RecomputingLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.recompute = recompute
         ctx.save_for_backward(weight, *sources)
-        return product_of(x, weight)
+        return matmul(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

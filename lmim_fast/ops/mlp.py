@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from lmim_fast.ops import dispatch, gelu
 from lmim_fast.ops.epilogue import in_epilogue
 from lmim_fast.ops.gelu import bias_gelu
-from lmim_fast.ops.linear import linear, linear_recomputing, product_of
+from lmim_fast.ops.linear import linear, linear_recomputing, matmul
 
 
 def mlp(
@@ -87,7 +87,7 @@ def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0)
     given = hidden.is_leaf and hidden.requires_grad  # by a caller; autograd refuses to change it
     total = hidden + bias if given else hidden.add_(bias)
     if not torch.is_grad_enabled() or not (total.requires_grad or weight.requires_grad):
-        return product_of(torch.ops.aten.gelu_(total), weight)
+        return matmul(torch.ops.aten.gelu_(total), weight)
     product: Tensor = _GeluLinear.apply(total, weight)
     return product
 
@@ -98,7 +98,7 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product_of(F.gelu(x), weight)
+        return matmul(F.gelu(x), weight)
 
     @staticmethod
     @once_differentiable

@@ -76,7 +76,7 @@ def _run(config: PretrainConfig, world: World, tell: Tell) -> Path:
 
     world.together(lambda: model.to(world.device))
     if config.precision == "bf16" and isinstance(model, LMIM):
-        model.halve_teacher()
+        model.teacher_to_bf16()
     graphed = world.device if config.cuda_graph else None
     optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
     progress = Progress(Meter())

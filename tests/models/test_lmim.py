@@ -220,12 +220,12 @@ def test_given_patches_are_those_that_the_noise_selects() -> None:
         fast(images, guidance, patches=patches[::-1])
 
 
-def test_a_halved_teacher_changes_no_bit_of_a_bf16_step() -> None:
+def test_a_teacher_in_bf16_changes_no_bit_of_a_bf16_step() -> None:
     fast = LMIM(TINY)
     batch = batch_of(TINY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = fast(*batch).loss
-        fast.halve_teacher()
+        fast.teacher_to_bf16()
         loss = fast(*batch).loss
     assert torch.equal(loss, expected)
     teacher = fast.model_maeenc_momentum

@@ -6,7 +6,7 @@ from accuracy import DEVICE
 from torch import Tensor
 
 from lmim_fast.ops.gelu import bias_gelu
-from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing, linears
+from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing, shared_input_linears
 from lmim_fast.ops.norm import layer_norm
 
 
@@ -21,7 +21,7 @@ def test_linears_equal_single_ones_whichever_of_them_are_used(
 ) -> None:
     x, weights = double(*shape), [double(4, 5), double(7, 5), double(4, 5)]
     wanted = [x, *(weights[number] for number in used)]
-    together, apart = linears(x, weights), [linear(x, weight) for weight in weights]
+    together, apart = shared_input_linears(x, weights), [linear(x, weight) for weight in weights]
     upstream = [torch.randn_like(apart[number]) for number in used]
     found = [
         torch.autograd.grad([products[number] for number in used], wanted, upstream)
@@ -33,12 +33,12 @@ def test_linears_equal_single_ones_whichever_of_them_are_used(
 
 def test_linears_take_expanded_gradients_and_frozen_weights() -> None:
     x, first, second = double(2, 3, 5), double(4, 5), double(6, 5).detach()
-    products = linears(x, [first, second])
+    products = shared_input_linears(x, [first, second])
     ours = torch.autograd.grad(products[0].sum() + products[1].sum(), (x, first))
     plain = torch.autograd.grad(linear(x, first).sum() + linear(x, second).sum(), (x, first))
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert not any(product.requires_grad for product in linears(x.detach(), [second]))
+    assert not any(product.requires_grad for product in shared_input_linears(x.detach(), [second]))
 
 
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5)])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmim_fast.ops.linear import linear, linear_recomputing, linears
+from lmim_fast.ops.linear import linear, linear_recomputing, shared_input_linears
 from lmim_fast.ops.mlp import gelu_linear
 
 ROWS, WIDTH, OUT = 320, 128, 192
@@ -47,7 +47,7 @@ def test_values_and_gradients_are_those_of_a_product(shape: tuple[int, ...], con
     expected = torch.autograd.grad(truth, high, upstream.double())
     forms = (
         lambda: linear(x, weight),
-        lambda: linears(x, [weight])[0],
+        lambda: shared_input_linears(x, [weight])[0],
         lambda: linear_recomputing(x * 1, weight, lambda x: x * 1, x),
     )
     for form in forms:

@@ -78,7 +78,7 @@ def make_step(
     torch.manual_seed(0)
     model = (LMIM if config.objective == "lmim" else MAE)(config.model).to(DEVICE).train()
     if config.precision == "bf16" and isinstance(model, LMIM):
-        model.halve_teacher()
+        model.teacher_to_bf16()
     graphed = DEVICE if config.cuda_graph else None
     optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
     step = TrainStep(model, optimizer, config, World(0, 1, DEVICE), capture=capture)
