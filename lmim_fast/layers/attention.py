@@ -20,11 +20,11 @@ class Attention(nn.Module):
     Args:
         dim:       D.
         num_heads: H.
-        qkv_bias:  give `qkv` a bias.
+        qkv_bias:  `qkv` has a bias.
         attn_drop: dropout probability of the attention weights, in training mode.
-        proj_drop: that of the result.
+        proj_drop: dropout probability of the result, in training mode.
     Raises:
-        ValueError: D is no multiple of H, or a probability outside [0, 1).
+        ValueError: D is no multiple of H, or a probability is outside [0, 1).
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
         x = tokens("x", x, self.qkv.weight)
-        product = self.forward_packed(linear(x, self.qkv.weight).flatten(0, 1), [(x.shape[0], x.shape[1])])
-        return F.dropout(product + self.proj.bias.to(product.dtype), self.dropout).view(x.shape)
+        branch = self.forward_packed(linear(x, self.qkv.weight).flatten(0, 1), [(x.shape[0], x.shape[1])])
+        return F.dropout(branch + self.proj.bias.to(branch.dtype), self.dropout).view(x.shape)
 
     def forward_packed(self, qkv: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Product of `qkv` (rows, 3D) to that of `proj` (rows, D), each without bias; no `proj_drop`."""
+        """Result of `qkv` (rows, 3D) to result of `proj` (rows, D), both without bias; no `proj_drop`."""
         p = self.attn_drop if self.training else 0.0
         return linear(self_attention(qkv, self.qkv.bias, self.num_heads, segments, p=p), self.proj.weight)
 
     @property
     def dropout(self) -> float:
-        """Dropout of the result in force: 0 in eval mode."""
+        """Dropout probability of the result: 0 in eval mode."""
         return self.proj_drop if self.training else 0.0
 
 
@@ -68,16 +68,16 @@ class MultiheadAttention(nn.Module):
         embed_dim:     D.
         num_heads:     H.
         dropout:       dropout probability of the attention weights, in training mode.
-        bias:          give the projections a bias.
+        bias:          the projections have biases.
         add_bias_kv:   not supported.
         add_zero_attn: not supported.
         kdim:          D or None.
         vdim:          D or None.
-        batch_first:   has to be given as True, since torch's default is False.
+        batch_first:   must be set to True; torch's default is False.
         device:        of the parameters.
         dtype:         of the parameters.
     Raises:
-        ValueError: D is no multiple of H, or dropout outside [0, 1).
+        ValueError: D is no multiple of H, or dropout is outside [0, 1).
         NotImplementedError: an option that is not supported.
     """
 
@@ -106,7 +106,7 @@ class MultiheadAttention(nn.Module):
         )
         if not batch_first:
             raise NotImplementedError(
-                "batch_first=False is not supported: give batch_first=True and (B, N, D)"
+                "batch_first=False is not supported: set batch_first=True and pass (B, N, D)"
             )
         self.embed_dim, self.num_heads, self.dropout, self.batch_first = embed_dim, num_heads, dropout, True
         self._qkv_same_embed_dim = True  # read by torch.nn.TransformerEncoderLayer
@@ -130,19 +130,19 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """Attention of the queries over keys and values; one product where they are the same tensor.
+        """Attention of the queries over keys and values; one matmul projects all if they are the same tensor.
 
         Args:
             query: (B, N, D).
             key:   (B, M, D).
             value: (B, M, D).
             key_padding_mask, need_weights, attn_mask, is_causal: as torch's, not supported.
-            average_attn_weights: without effect, since there are no weights.
+            average_attn_weights: ignored, since no weights are returned.
         Returns:
-            (B, N, D) and None in the place of the attention weights.
+            (B, N, D), and None instead of the attention weights.
         Raises:
             ValueError: shapes, dtypes or devices do not fit.
-            NotImplementedError: a mask, or weights, are asked for.
+            NotImplementedError: a mask is passed, or weights are requested.
         """
         _refuse(
             "leave padding out, or use torch.nn.MultiheadAttention",
@@ -151,7 +151,7 @@ class MultiheadAttention(nn.Module):
             is_causal=is_causal,
         )
         _refuse(
-            "lmim_fast.ops.attention.attention_weights makes them for pictures", need_weights=need_weights
+            "lmim_fast.ops.attention.attention_weights computes them for pictures", need_weights=need_weights
         )
         context = self._self(query) if query is key and key is value else self._cross(query, key, value)
         return self.out_proj(context), None
@@ -163,10 +163,10 @@ class MultiheadAttention(nn.Module):
         return self_attention(qkv, self.in_proj_bias, self.num_heads, segments, p=self._p).view(x.shape)
 
     def _cross(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        named = {"query": query, "key": key, "value": value}
-        q, k, v = (tokens(name, x, self.in_proj_weight) for name, x in named.items())
+        inputs = {"query": query, "key": key, "value": value}
+        q, k, v = (tokens(name, x, self.in_proj_weight) for name, x in inputs.items())
         if k.shape != v.shape or q.shape[0] != k.shape[0]:
-            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
             raise ValueError(f"need query (B, N, D), key and value (B, M, D), got {shapes}")
         if key is value:
             kv = linear(k, self.kv_weight)
@@ -177,7 +177,7 @@ class MultiheadAttention(nn.Module):
 
     @property
     def q_weight(self) -> Tensor:
-        """(D, D) part of in_proj_weight for the queries."""
+        """(D, D) rows of in_proj_weight that project the queries."""
         return self.in_proj_weight[: self.embed_dim]
 
     @property
@@ -187,7 +187,7 @@ class MultiheadAttention(nn.Module):
 
     @property
     def kv_weight(self) -> Tensor:
-        """(2D, D) part of in_proj_weight for keys and values."""
+        """(2D, D) rows of in_proj_weight that project keys and values."""
         return self.in_proj_weight[self.embed_dim :]
 
     @property

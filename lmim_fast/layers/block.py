@@ -50,11 +50,11 @@ class PackedBlock(nn.Module):
             branch_bias: (D,) bias of the branch, or None.
             segments:    (sequences, tokens) of each group of rows.
         Returns:
-            new residual, branch and branch_bias; the bias is None if dropout came after it.
+            new residual, branch and branch_bias; the bias is None if dropout needed it added first.
         """
         attn, mlp = self.attn, self.mlp
-        product, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv)
-        branch = attn.forward_packed(product, segments)
+        qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv)
+        branch = attn.forward_packed(qkv, segments)
         branch, residual = norm_mlp(
             *(residual, branch, attn.proj.bias, self.norm2, mlp.fc1, mlp.fc2),
             p=attn.dropout,

@@ -64,11 +64,11 @@ class PackedDecoderLayer(nn.Module):
             rows = self.attend_memory(PlainRows(rows, 0), kv, kv_bias)
         else:
             rows = self.attend_memory(x, kv, kv_bias)
-            rows = self.attend_self(PlainRows(rows, x.num_shown), masked_only)
+            rows = self.attend_self(PlainRows(rows, x.num_visible_rows), masked_only)
         return self.feed_forward(rows)
 
     def attend_self(self, x: PlainRows, masked_only: bool) -> Tensor:
-        """Self-attention, residual add and norm1; queries at masked rows only when asked."""
+        """Self-attention, residual add and norm1; of all rows, or with queries at masked rows only."""
         attention, p = self.self_attn, self.dropout
         if masked_only:
             q, kv = x.project(attention.q_weight, masked_only=True), x.project(attention.kv_weight)
@@ -81,26 +81,26 @@ class PackedDecoderLayer(nn.Module):
             qkv = qkv.flatten(0, 1)
             context = self_attention(qkv, attention.in_proj_bias, self.num_heads, segments, p=p)
             context = context.view_as(residual)
-        product = linear(context, attention.out_proj.weight)
-        return self.norm1(product, residual, attention.out_proj.bias)[0]
+        branch = linear(context, attention.out_proj.weight)
+        return self.norm1(branch, residual, attention.out_proj.bias)[0]
 
     def attend_memory(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None) -> Tensor:
         """Cross-attention over the memory, residual add and norm2."""
         attention = self.multihead_attn
         q = x.project(attention.q_weight)
         context = cross_attention(q, attention.q_bias, kv, kv_bias, self.num_heads, p=self.dropout)
-        product = linear(context, attention.out_proj.weight)
-        return self.norm2(product, x.rows, attention.out_proj.bias)[0]
+        branch = linear(context, attention.out_proj.weight)
+        return self.norm2(branch, x.rows, attention.out_proj.bias)[0]
 
     def feed_forward(self, rows: Tensor) -> Tensor:
         """FFN, residual add and norm3."""
         weights = self.linear1.weight, self.linear1.bias, self.linear2.weight
-        product = mlp(rows, *weights, p=self.dropout, epilogue=self.epilogue)
-        return self.norm3(product, rows, self.linear2.bias)[0]
+        branch = mlp(rows, *weights, p=self.dropout, epilogue=self.epilogue)
+        return self.norm3(branch, rows, self.linear2.bias)[0]
 
     @property
     def dropout(self) -> float:
-        """Dropout in force: 0 in eval mode."""
+        """Dropout probability: 0 in eval mode."""
         return self.p if self.training else 0.0
 
 

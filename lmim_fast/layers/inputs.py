@@ -1,4 +1,4 @@
-"""What every layer asks of its inputs, with messages that name the layer's own arguments."""
+"""Input checks that all layers share; their errors name the layer's own arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lmim_fast.ops.linear import compute_dtype
 
-_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what autocast itself converts
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that autocast converts
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -17,10 +17,10 @@ def check_heads(width: int, heads: int) -> None:
 
 
 def features(name: str, x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., D) in the dtype that it is multiplied in by a weight (F, D).
+    """Check x (..., D) against a weight (F, D), and cast it to the dtype of their matmul.
 
     Raises:
-        ValueError: another D, device, or a dtype that torch would not multiply with the weight's either.
+        ValueError: D or the device differs, or torch would not multiply the two dtypes either.
     """
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -41,7 +41,7 @@ def tokens(name: str, x: Tensor, weight: Tensor) -> Tensor:
     """As `features`, for x (B, N, D) with at least one token.
 
     Raises:
-        ValueError: as `features`, and for other dimensions, no sequence or no token.
+        ValueError: as `features`; x is not three-dimensional, or has no sequence or no token.
     """
     if x.dim() != 3:
         raise ValueError(f"{name} {tuple(x.shape)} must be (B, N, {weight.shape[1]})")

@@ -16,12 +16,12 @@ class Mlp(nn.Module):
 
     Args:
         in_features:     D.
-        hidden_features: F, D where it is left out.
-        out_features:    D of the result, D where it is left out.
+        hidden_features: F; D by default.
+        out_features:    features of the result; D by default.
         drop:            dropout probability, in training mode.
-        epilogue:        "auto", "on" or "off": GELU in the epilogue of the products (`ops/epilogue.py`).
+        epilogue:        "auto", "on" or "off": GELU in the epilogue of the matmuls (`ops/epilogue.py`).
     Raises:
-        ValueError: drop outside [0, 1), or an unknown epilogue.
+        ValueError: drop is outside [0, 1), or the epilogue is unknown.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Mlp(nn.Module):
         """(..., D) to (..., out_features)."""
         x = features("x", x, self.fc1.weight)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
-        product = mlp(x, *weights, p=self.dropout, epilogue=self.epilogue)
-        return F.dropout(product + self.fc2.bias.to(product.dtype), self.dropout)
+        branch = mlp(x, *weights, p=self.dropout, epilogue=self.epilogue)
+        return F.dropout(branch + self.fc2.bias.to(branch.dtype), self.dropout)
 
     @property
     def dropout(self) -> float:
-        """Dropout in force: 0 in eval mode."""
+        """Dropout probability: 0 in eval mode."""
         return self.drop if self.training else 0.0

@@ -25,7 +25,7 @@ class DropoutAddLayerNorm(nn.Module):
         p:     dropout probability of the branch, in training mode.
         eps:   added to the variance.
     Raises:
-        ValueError: p outside [0, 1).
+        ValueError: p is outside [0, 1).
     """
 
     def __init__(self, width: int, p: float = 0.0, eps: float = LAYER_NORM_EPS) -> None:
@@ -41,7 +41,7 @@ class DropoutAddLayerNorm(nn.Module):
         Args:
             x:        (..., D) branch, fp32 | bf16 | fp16.
             residual: (..., D) residual stream.
-            x_bias:   (D,) bias of the linear that made x, where the linear left it out.
+            x_bias:   (D,) bias of the linear in front, if it did not add it itself.
         Returns:
             normalised (..., D) in x's dtype, new residual (..., D) in the residual's dtype.
         Raises:
@@ -60,7 +60,7 @@ def norm_linear(
     *,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Add the branch, normalise, multiply by `layer`'s weight: (product without bias, new residual)."""
+    """Add the branch, normalise, apply `layer` without its bias: (result, new residual)."""
     rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(layer.weight), p=p)
     return _linear(rows, layer.weight, residual, norm), residual
 
@@ -77,11 +77,11 @@ def norm_mlp(
     drop: float = 0.0,
     epilogue: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add the branch, normalise, run an MLP: (product of fc2 without its bias and dropout, new residual).
+    """Add the branch, normalise, apply an MLP without the bias and dropout of fc2: (result, new residual).
 
     Args:
         p:        dropout probability of the branch.
-        drop:     of the hidden values.
+        drop:     dropout probability of the hidden values.
         epilogue: as for `mlp`.
     """
     rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(fc1.weight), p=p)
@@ -94,10 +94,10 @@ def norm_mlp(
 
 
 def _linear(rows: Tensor, weight: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Product of the normalised rows of a residual, without bias.
+    """rows @ weight.T, for rows that are the norm of a residual.
 
-    The rows are recomputed in the backward pass from the residual, which is kept anyway; not by kernels under
-    torch.compile, where that would take another launch in the forward pass.
+    The backward pass recomputes the rows from the residual, which is kept anyway. Under torch.compile, rows
+    that a kernel writes are kept instead: recomputing them would add a launch to the forward pass.
     """
     parameters = residual, norm.weight, norm.bias
     if torch.compiler.is_compiling() and dispatch.select("layer_norm", *parameters, rows.dtype, norm.eps):
@@ -106,7 +106,7 @@ def _linear(rows: Tensor, weight: Tensor, residual: Tensor, norm: nn.LayerNorm) 
 
 
 def _source(residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What normalised rows are recomputed from: a function and its arguments."""
+    """A function that recomputes the normalised rows, and its arguments."""
     eps = norm.eps
 
     def recompute(residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention weights for pictures: fast models never write them, so they are made again for a few crops."""
+"""Attention weights for pictures: fast models never write them, so they are recomputed for a few crops."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lmim_fast.ops.masking import select_patches
 
 
 def _first_inputs(module: nn.Module, run: Any) -> tuple[Any, ...]:
-    """Positional inputs that `module` gets while `run()` runs the model."""
-    seen: list[tuple[Any, ...]] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    """Positional inputs of the first call of `module` during `run()`."""
+    calls: list[tuple[Any, ...]] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     try:
         run()
     finally:
         handle.remove()
-    return seen[0]
+    return calls[0]
 
 
 @torch.no_grad()
 def encoder_cls_attention(model: LMIM | MAE, images: Tensor) -> Tensor:
-    """Where the cls token of the (student) encoder's last block looks.
+    """Attention of cls to all patches, in the last block of the (student) encoder.
 
     Args:
         model:  LMIM or MAE.
         images: (B, 3, height, width) float or (B, height, width, 3) uint8, unmasked.
     Returns:
-        (B, heads, rows, columns) fp32; a map sums to 1 minus what cls gives itself.
+        (B, heads, rows, columns) fp32; a map sums to 1 minus the weight of cls on itself.
     """
     encoder = model.model_maeenc if isinstance(model, LMIM) else model
     block = cast(PackedBlock, encoder.blocks[-1])
@@ -56,10 +56,10 @@ def encoder_cls_attention(model: LMIM | MAE, images: Tensor) -> Tensor:
 def decoder_cross_attention(
     model: LMIM, images: Tensor, guidance: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where the masked patches look in the guidance view, in the last decoder layer.
+    """Attention of the masked patches to the guidance view, in the last decoder layer.
 
     Args:
-        model:    LMIM with config.guidance on; run in eval mode, its mode is put back.
+        model:    LMIM with config.guidance on; it runs in eval mode, then its mode is restored.
         images:   plain views, as LMIM takes them.
         guidance: guidance views.
         noise:    (B, L) that ranks the patches for masking.

@@ -1,8 +1,8 @@
-"""LMIM's guided decoder, computing only what the loss reads; released parameter names.
+"""LMIM's guided decoder: it computes only what the loss reads, under the released parameter names.
 
 Exact savings: the last layer's queries, FFN and prediction run at masked rows only; masked rows enter as
-`mask_token + position` for every image, so the first projection of them is one table; the linear in front of
-the memory and each layer's key and value projections are one linear map, where that is cheaper.
+`mask_token + position` in every image, so their first projection is one table; the linear in front of the
+memory and each layer's key and value projections become one linear map if that is cheaper.
 Rows are ordered cls, visible, masked.
 """
 
@@ -33,7 +33,7 @@ def memory_projection(embed: nn.Linear, layers: Sequence[MultiheadAttention]) ->
     """`embed` followed by all layers' key and value projections as one linear map.
 
     Returns:
-        weight (layers * 2D, encoder width) and bias (layers * 2D,); None where two linears are cheaper.
+        weight (layers * 2D, encoder width) and bias (layers * 2D,); None if two linears are cheaper.
     """
     width, encoder_width = embed.weight.shape
     folded_cost = encoder_width * 2 * width * len(layers)
@@ -41,5 +41,5 @@ def memory_projection(embed: nn.Linear, layers: Sequence[MultiheadAttention]) ->
         return None
     weights = torch.cat([layer.kv_weight for layer in layers])
     biases = torch.cat([cast(Tensor, layer.kv_bias) for layer in layers])
-    with torch.autocast(embed.weight.device.type, enabled=False):  # a product of weights is rounded only once
+    with torch.autocast(embed.weight.device.type, enabled=False):  # rounded once, when the result is used
         return weights @ embed.weight, F.linear(embed.bias, weights, biases)

@@ -34,7 +34,7 @@ def run_blocks(
 
 
 class PatchEmbed(nn.Module):
-    """Holds the patch convolution's weights under the released name."""
+    """The weights of the patch convolution, under the released name."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.half_residual = config.residual == "bf16"
+        self.bf16_residual = config.residual == "bf16"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(position_table(config.width, config), requires_grad=False)
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
@@ -54,16 +54,16 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def embed(self, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """Tokens (rows, D) of views, one after the other: images, and patches (B, K) or None for all."""
+        """Tokens (rows, D) of the views in order; a view is images, and patches (B, K) or None for all."""
         projection = self.patch_embed.proj
         assert projection.bias is not None
         parameters = projection.weight, projection.bias, self.pos_embed, self.cls_token
         return patch_embed_packed(views, *parameters, dtype=self.residual_dtype())
 
     def residual_dtype(self) -> torch.dtype:
-        """Of the residual stream: bf16 only where the config says so and products run in it."""
-        half = self.half_residual and compute_dtype(self.patch_embed.proj.weight) == torch.bfloat16
-        return torch.bfloat16 if half else self.pos_embed.dtype
+        """Dtype of the residual stream: bf16 if the config says so and matmuls run in bf16."""
+        bf16 = self.bf16_residual and compute_dtype(self.patch_embed.proj.weight) == torch.bfloat16
+        return torch.bfloat16 if bf16 else self.pos_embed.dtype
 
     def run(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Packed tokens (rows, D) to packed features (rows, D)."""

@@ -30,7 +30,10 @@ class LMIM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_patches, self.num_visible = config.num_patches, config.num_visible  # a compiler's constants
+        self.num_patches, self.num_visible = (
+            config.num_patches,
+            config.num_visible,
+        )  # constants in a compiled graph
         width = config.decoder_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
@@ -58,7 +61,7 @@ class LMIM(nn.Module):
             images:   plain view, float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3).
             guidance: guidance view of the same crops, likewise; not read when config.guidance is off.
             noise:    (B, L) that ranks the patches for masking; None draws it.
-            patches:  ids of the visible (B, K) and of the masked patches (B, L - K), both rising, in place of
+            patches:  ids of the visible (B, K) and of the masked patches (B, L - K), both rising, instead of
                       noise.
         Returns:
             PretrainOutput; loss = loss_recon + align_weight x loss_align.
@@ -81,7 +84,7 @@ class LMIM(nn.Module):
         self, images: Tensor, guidance: Tensor | None, ids_visible: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Latent (B, 1 + K, D), memory (B, 1 + L, D), alignment loss (), from one pass over packed rows."""
-        encoder, batch, shown = self.model_maeenc, len(images), 1 + ids_visible.shape[1]
+        encoder, batch, visible = self.model_maeenc, len(images), 1 + ids_visible.shape[1]
         if not self.config.guidance:
             latent = encoder.encode(images, ids_visible)
             return latent, None, latent.new_zeros((), dtype=torch.float32)
@@ -90,22 +93,22 @@ class LMIM(nn.Module):
             raise ValueError(f"need one guidance view for each of {batch} images, got {got}")
         full = 1 + self.num_patches
         rows = encoder.embed([(images, ids_visible), (guidance, None)])
-        features = encoder.run(rows, [(batch, shown), (batch, full)])
-        return split_aligned(features, batch, shown, full, stop_gradient=self.config.align_stop_gradient)
+        features = encoder.run(rows, [(batch, visible), (batch, full)])
+        return split_aligned(features, batch, visible, full, stop_gradient=self.config.align_stop_gradient)
 
     @torch.no_grad()
     def make_target(self, images: Tensor) -> Target:
-        """What the masked patches of the images are reconstructed to."""
+        """The target that the masked patches of the images are reconstructed to."""
         config, features = self.config, None
         if config.target == "teacher":
             features = self.model_maeenc_momentum.encode(images)
         return Target(images, features, config.patch_size, config.target == "norm_pixel")
 
     def teacher_to_bf16(self) -> None:
-        """Keep the teacher's matrices in bf16, as autocast makes them in every step: no number changes.
+        """Store the teacher's matrices in bf16, for models that run under bf16 autocast.
 
-        For models that run under bf16 autocast; their state dict then holds bf16 too. Nothing happens where
-        there is no teacher.
+        Autocast would cast them in every step, so no result changes. The state dict then contains bf16
+        tensors too. Without a teacher this does nothing.
         """
         if self.config.target == "teacher":
             for module in self.model_maeenc_momentum.modules():
@@ -125,17 +128,17 @@ class LMIM(nn.Module):
         rows = x.rows
         for number, (layer, (kv, kv_bias)) in enumerate(zip(self.decoder_blocks, keys, strict=True), start=1):
             rows = layer(x, kv, kv_bias, masked_only=number == len(keys))
-            x = PlainRows(rows, x.num_shown)
+            x = PlainRows(rows, x.num_visible_rows)
         return rows
 
     def decoder_input(
         self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor
     ) -> tuple[PlainRows, list[tuple[Tensor, Tensor | None]]]:
         """Token rows of the first layer, and each layer's memory keys and values with their bias."""
-        shown = linear(latent, self.decoder_embed.weight)
+        visible = linear(latent, self.decoder_embed.weight)
         bias, position, token = self.decoder_embed.bias, self.decoder_pos_embed, self.mask_token
         dtype = compute_dtype(self.decoder_embed.weight)
-        rows = decoder_tokens(shown, bias, token, position, ids_visible, ids_masked, dtype=dtype)
+        rows = decoder_tokens(visible, bias, token, position, ids_visible, ids_masked, dtype=dtype)
         table = mask_table(token, position).to(dtype)
         return MaskedRows(rows, table, ids_masked), self.memory_keys(memory)
 
@@ -145,8 +148,8 @@ class LMIM(nn.Module):
         layers = [cast(PackedDecoderLayer, layer).multihead_attn for layer in self.decoder_blocks]
         folded = memory_projection(embed, layers)
         if folded is not None:
-            weights, biases = (parts.chunk(len(layers)) for parts in folded)
+            weights, biases = (stacked.chunk(len(layers)) for stacked in folded)
             return list(zip(shared_input_linears(memory, weights), biases, strict=True))
         embedded = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
-        products = shared_input_linears(embedded, [layer.kv_weight for layer in layers])
-        return list(zip(products, [layer.kv_bias for layer in layers], strict=True))
+        keys = shared_input_linears(embedded, [layer.kv_weight for layer in layers])
+        return list(zip(keys, [layer.kv_bias for layer in layers], strict=True))

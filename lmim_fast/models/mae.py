@@ -46,7 +46,7 @@ class MAE(Encoder):
         Args:
             images:  float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3).
             noise:   (B, L) that ranks the patches for masking; None draws it.
-            patches: ids of the visible (B, K) and of the masked patches (B, L - K), both rising, in place of
+            patches: ids of the visible (B, K) and of the masked patches (B, L - K), both rising, instead of
                      noise.
         Raises:
             ValueError: an image of another layout or size, or patches of another number.
@@ -61,13 +61,13 @@ class MAE(Encoder):
 
     def decode(self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
         """Predicted pixels (B, M, P), without their bias, of the masked patches from latent (B, 1 + K, D)."""
-        shown = linear(latent, self.decoder_embed.weight)
+        visible = linear(latent, self.decoder_embed.weight)
         bias, position = self.decoder_embed.bias, self.decoder_pos_embed
         tokens = decoder_tokens(
-            shown, bias, self.mask_token, position, ids_visible, ids_masked, dtype=self.residual_dtype()
+            visible, bias, self.mask_token, position, ids_visible, ids_masked, dtype=self.residual_dtype()
         )
         segments = [(tokens.shape[0], tokens.shape[1])]
         dtype = compute_dtype(self.decoder_pred.weight)
         rows = run_blocks(self.decoder_blocks, self.decoder_norm, tokens.flatten(0, 1), segments, dtype)
-        masked = rows.view_as(tokens)[:, shown.shape[1] :]
+        masked = rows.view_as(tokens)[:, visible.shape[1] :]
         return linear(masked, self.decoder_pred.weight)

@@ -1,4 +1,4 @@
-"""Pre-training: which patches are kept, what the others are reconstructed to, and the losses."""
+"""Pre-training: which patches stay visible, what the others are reconstructed to, and the losses."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def choose_patches(
     num_patches: int,
     num_visible: int,
 ) -> tuple[Tensor, Tensor]:
-    """ids_visible (B, K) and ids_masked (B, L - K): those given, else by the noise, else by new noise.
+    """ids_visible (B, K), ids_masked (B, L - K): `patches` if passed, else by `noise` (None draws it).
 
     Raises:
-        ValueError: the ids that are given have another shape.
+        ValueError: the ids in `patches` have another shape.
     """
     if patches is None:
         if noise is None:
@@ -45,7 +45,7 @@ def choose_patches(
 
 @dataclass
 class Target:
-    """Source of the target: the teacher's features where they are given, else the pixels."""
+    """What masked patches are reconstructed to: the teacher's features, or pixels if there are none."""
 
     images: Tensor
     """As `patch_embed` takes them."""
@@ -64,7 +64,7 @@ class Target:
         )
 
     def rows(self, ids_masked: Tensor) -> Tensor:
-        """The target of patches (B, M), written out: (B, M, D or P) fp32."""
+        """The target of patches (B, M) as a tensor (B, M, D or P), fp32; the loss never writes it."""
         if self.features is not None:
             return masked_feature_target(self.features, ids_masked)
         return masked_pixel_target(self.images, ids_masked, self.patch_size, normalise=self.normalise)
@@ -72,7 +72,7 @@ class Target:
 
 @dataclass
 class PretrainOutput:
-    """The losses a training step reads, and what pictures and tests look at: made when it is asked for."""
+    """Losses for the training step; prediction, target and mask for reports and tests, computed on access."""
 
     loss: Tensor  # ()
     loss_recon: Tensor  # ()

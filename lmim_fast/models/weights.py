@@ -1,4 +1,4 @@
-"""Released weights in and out. Nothing but tensors and argparse.Namespace is ever unpickled.
+"""Released weights in and out. Only tensors and argparse.Namespace are ever unpickled.
 
 Encoder files may be a released LMIM checkpoint (`model_maeenc.*`), a MAERec or MAE one (names without prefix,
 `decoder*` beside them) or a plain encoder safetensors file as `save_encoder` writes it.
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lmim_fast.errors import WeightsError
 
 STUDENT, TEACHER = "model_maeenc.", "model_maeenc_momentum."
-MAX_NAMED = 12  # entries of one kind that an error spells out
+MAX_NAMED = 12  # names that an error lists
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file gave: its kind, the tensors that were loaded and those of the file that were not wanted."""
+    """The kind of a file, the names of the tensors that were loaded, and of those that were ignored."""
 
     kind: str
     loaded: tuple[str, ...]
@@ -45,12 +45,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text would advise to load it unsafely
+    except pickle.UnpicklingError as error:  # torch's message advises to load it unsafely
         raise WeightsError(
             f"{path} was not read: it is no checkpoint, or holds objects other than tensors and "
             "argparse.Namespace, which could run code"
         ) from error
-    except Exception as error:  # damaged bytes are opcodes to the unpickler, which then fails in any way
+    except Exception as error:  # damaged bytes are opcodes to the unpickler: any error may follow
         raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     for key in ("model", "module", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -81,7 +81,7 @@ def load_released(source: str | os.PathLike[str] | Mapping[str, Tensor], model: 
 
     Args:
         source: checkpoint file or state dict.
-        model:  `LMIM`, `MAE` or their references; changed in place, only when everything fits.
+        model:  `LMIM`, `MAE` or their references; changed in place, only if everything fits.
     Raises:
         WeightsError: tensors are missing, left over or misshaped; the message lists names and shapes.
     """
@@ -102,7 +102,7 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
-    """Refuse to hand on weights that no model can use.
+    """Refuse weights with values that are not finite.
 
     Raises:
         WeightsError: a tensor holds a value that is not finite.
@@ -113,10 +113,10 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
-    """Kind of a state dict, its encoder tensors without prefix, and the names left aside.
+    """Kind of a state dict, its encoder tensors without prefix, and the names of all others.
 
     Raises:
-        WeightsError: no encoder is in it.
+        WeightsError: the state dict has no encoder.
     """
     if STUDENT + "cls_token" in state:
         kind, prefix = "LMIM", STUDENT
@@ -140,10 +140,10 @@ def load_encoder(
     """Load the encoder of a released LMIM, a MAERec/MAE or a plain encoder file.
 
     Args:
-        path:           checkpoint file; of an LMIM file the student is taken.
+        path:           checkpoint file; from an LMIM file the student is loaded.
         encoder:        `Encoder` (such as `model.model_maeenc_momentum`) or `MAE`, without its decoder.
-        keep_positions: refuse a file whose position table is not the encoder's own. A teacher takes the
-                        table it was trained with; a student must have that of its decoder.
+        keep_positions: refuse a file whose position table differs from the encoder's. A teacher keeps the
+                        table it was trained with; a student must have the table of its decoder.
     Raises:
         WeightsError: unreadable file, or missing, extra or misshaped tensors, with names and shapes.
     """
@@ -164,7 +164,7 @@ def encoder_safetensors(state: Mapping[str, Tensor]) -> bytes:
     """The (student) encoder in a state dict as the bytes of a plain safetensors file.
 
     Raises:
-        WeightsError: no encoder is in it.
+        WeightsError: the state dict has no encoder.
     """
     from safetensors.torch import save
 
@@ -192,19 +192,19 @@ def _encoder_names(encoder: nn.Module) -> list[str]:
 
 
 def _load(state: dict[str, Tensor], module: nn.Module, source: str, only: set[str] | None = None) -> None:
-    """Copy `state` into `module` if, and only if, names and shapes are exactly those wanted."""
-    wanted = {name: value for name, value in module.state_dict().items() if only is None or name in only}
-    missing = [f"{name} {list(value.shape)}" for name, value in wanted.items() if name not in state]
-    extra = [f"{name} {list(value.shape)}" for name, value in state.items() if name not in wanted]
+    """Copy `state` into `module`, only if all names and shapes match."""
+    expected = {name: value for name, value in module.state_dict().items() if only is None or name in only}
+    missing = [f"{name} {list(value.shape)}" for name, value in expected.items() if name not in state]
+    extra = [f"{name} {list(value.shape)}" for name, value in state.items() if name not in expected]
     misshaped = [
         f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
     problems = [
-        f"{len(found)} {word}: {_names(found)}"
-        for word, found in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
-        if found
+        f"{len(names)} {word}: {_names(names)}"
+        for word, names in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+        if names
     ]
     if problems:
         raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
@@ -216,5 +216,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMED])
-    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED} more"
+    listed = ", ".join(names[:MAX_NAMED])
+    return listed if len(names) <= MAX_NAMED else f"{listed} and {len(names) - MAX_NAMED} more"

@@ -66,11 +66,11 @@ def test_inputs_in_any_layout_and_expanded_gradients_are_taken(name: str) -> Non
     inputs = pair.inputs()
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
     assert not strided[0].is_contiguous()
-    found = []
+    results = []
     for variant in (inputs, strided):
         outputs = pair.run(ours, variant)
-        found.append([*outputs, *torch.autograd.grad(sum(output.sum() for output in outputs), variant)])
-    for mine, expected in zip(*found, strict=True):
+        results.append([*outputs, *torch.autograd.grad(sum(output.sum() for output in outputs), variant)])
+    for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected)
 
 
@@ -93,12 +93,12 @@ def errors_in_half_precision(name: str, device: str) -> None:
             [*pair.run(module, inputs), *gradients(pair, module, inputs, upstream)]
             for module in (truth, ours)
         )
-    for number, (low, found, right) in enumerate(zip(plain, mine, exact, strict=True)):
+    for number, (low, fast, right) in enumerate(zip(plain, mine, exact, strict=True)):
         by_mean = number >= len(upstream)
         rounding = torch.finfo(torch.bfloat16).eps / 2 * size(right, by_mean)
         allowed = 3 * torch.maximum(size(low.float() - right, by_mean), rounding)
-        assert size(found.float() - right, by_mean) <= allowed, f"tensor {number}"
-        assert found.dtype == low.dtype, f"tensor {number}"
+        assert size(fast.float() - right, by_mean) <= allowed, f"tensor {number}"
+        assert fast.dtype == low.dtype, f"tensor {number}"
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -185,7 +185,7 @@ def test_packed_blocks_equal_blocks_of_each_batch_apart() -> None:
     torch.testing.assert_close(residual + branch + bias, expected)
 
 
-def test_packed_dropout_of_the_last_branch_is_done_before_it_is_handed_on() -> None:
+def test_a_packed_block_returns_its_last_branch_with_bias_and_dropout_applied() -> None:
     block = PackedBlock(WIDTH, HEADS, proj_drop=0.5)
     with torch.no_grad():
         block.mlp.fc2.weight.zero_()
@@ -209,7 +209,7 @@ def test_a_block_does_not_keep_its_normalised_rows() -> None:
 
 
 @pytest.mark.parametrize("order", ["sa_ca", "ca_sa"])
-def test_decoder_rows_asked_for_alone_are_the_last_rows_of_all(order: str) -> None:
+def test_masked_rows_alone_equal_the_last_rows_of_the_whole_layer(order: str) -> None:
     packed = PackedDecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order)
     layer = same_weights(DecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order), packed)
     x, memory = torch.randn(QUERIES), torch.randn(MEMORY)
@@ -234,12 +234,12 @@ COMPILED = {
 def test_the_whole_layer_is_one_compiled_graph_equal_to_eager(name: str, backend: str, low: bool) -> None:
     torch.compiler.reset()
     layer, inputs = COMPILED[name]()
-    found = []
+    results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
             output = run(*inputs)
         sources = [*inputs, *layer.parameters()]
-        found.append([output, *torch.autograd.grad(output, sources, torch.ones_like(output))])
+        results.append([output, *torch.autograd.grad(output, sources, torch.ones_like(output))])
     rtol, atol = (2**-6, 2**-5) if low else (1e-4, 1e-5)
-    for compiled, eager in zip(*reversed(found), strict=True):
+    for compiled, eager in zip(*reversed(results), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=rtol, atol=atol)

@@ -80,12 +80,12 @@ def step(layer: nn.Module, inputs: list[Tensor]) -> tuple[list[Tensor], dict[str
     with launches() as names:
         output = layer(*inputs)
         sources = [*inputs, *layer.parameters()]
-        found = [output, *torch.autograd.grad(output, sources, torch.ones_like(output))]
-    return found, {name: names.count(name) for name in (FORWARD, BACKWARD, *POINTWISE) if name in names}
+        results = [output, *torch.autograd.grad(output, sources, torch.ones_like(output))]
+    return results, {name: names.count(name) for name in (FORWARD, BACKWARD, *POINTWISE) if name in names}
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for mine, theirs in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, theirs in zip(actual, expected, strict=True):
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -112,8 +112,8 @@ def test_accelerated_layers_follow_the_environment(name: str, monkeypatch: pytes
     for setting, of in (("on", {FORWARD, BACKWARD}), ("off", set(POINTWISE))):
         monkeypatch.setenv(VARIABLE, setting)
         with as_kernels():
-            found, counted = step(layer, inputs)
-        assert_close(found, expected)
+            results, counted = step(layer, inputs)
+        assert_close(results, expected)
         assert counted.keys() == of
 
 
@@ -179,7 +179,7 @@ def test_gradients_of_single_parameters_of_a_block_are_those_of_all(trained: str
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["Mlp", "Block", "DecoderLayer"])
-def test_dropout_between_the_products_leaves_the_gelu_a_pass_of_its_own(name: str) -> None:
+def test_dropout_between_the_matmuls_runs_the_gelu_in_a_separate_pass(name: str) -> None:
     layer = {
         "Mlp": lambda: Mlp(WIDTH, HIDDEN, drop=0.25, epilogue="on"),
         "Block": lambda: Block(WIDTH, HEADS, proj_drop=0.25, epilogue="on"),
@@ -197,17 +197,17 @@ def test_dropout_between_the_products_leaves_the_gelu_a_pass_of_its_own(name: st
 def test_the_whole_layer_is_one_compiled_graph_equal_to_eager(name: str, setting: str, low: bool) -> None:
     torch.compiler.reset()
     layer, inputs = LAYERS[name].make(setting), LAYERS[name].inputs()
-    found, counted = [], []
+    results, counted = [], []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         with torch.autocast("cpu", dtype=torch.float16, enabled=low):
             output = run(*inputs)
         sources = [*inputs, *layer.parameters()]
         with launches() as names:
             gradients = torch.autograd.grad(output, sources, torch.ones_like(output))
-        found.append([output, *gradients])
+        results.append([output, *gradients])
         counted.append([name for name in names if "gelu" in name])
     rtol, atol = (2**-9, 2**-8) if low else (1e-4, 1e-5)
-    for compiled, eager in zip(*reversed(found), strict=True):
+    for compiled, eager in zip(*reversed(results), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=rtol, atol=atol)
     if setting == "on":
         assert counted == [[BACKWARD]] * 2, "no launch recomputes the GELU"
@@ -224,7 +224,7 @@ def test_packed_blocks_take_the_setting_and_other_parts_in_its_place() -> None:
     assert FORWARD not in names
     block.mlp.epilogue = "on"
     with launches() as names:
-        again = block(rows, None, None, [(2, 5)])
+        second = block(rows, None, None, [(2, 5)])
     assert FORWARD in names
-    for mine, theirs in zip(again, (residual, branch, bias), strict=True):
+    for mine, theirs in zip(second, (residual, branch, bias), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -101,7 +101,7 @@ def test_options_of_timm_that_are_not_supported_are_not_swallowed() -> None:
 def test_options_of_torch_attention_that_are_not_supported_say_what_to_use(option: dict[str, object]) -> None:
     name = next(iter(option))
     with pytest.raises(
-        NotImplementedError, match=rf"{name}.*(use torch.nn.MultiheadAttention|give batch_first=True)"
+        NotImplementedError, match=rf"{name}.*(use torch.nn.MultiheadAttention|set batch_first=True)"
     ):
         MultiheadAttention(WIDTH, HEADS, **{"batch_first": True} | option)
     our_multihead(kdim=WIDTH, vdim=WIDTH)

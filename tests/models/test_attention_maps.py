@@ -36,7 +36,7 @@ def test_cross_attention_maps_are_the_softmax_of_the_oracle(order: str, depth: i
     images, guidance = torch.rand(2, 2, 3, 32, 128).unbind(0)
     noise = torch.rand(2, 256)
     ids_masked, maps = decoder_cross_attention(model, images, guidance, noise)
-    assert model.training, "the mode is put back"
+    assert model.training, "the mode is restored"
     assert maps.shape == (2, 3, 205, 8, 32)
 
     oracle = ReferenceLMIM(model.config).eval()

@@ -210,7 +210,7 @@ def test_two_hundred_steps_follow_the_oracle() -> None:
     assert curves[0][-20:].mean() < 0.3 * curves[0][0]
 
 
-def test_given_patches_are_those_that_the_noise_selects() -> None:
+def test_patches_selected_by_noise_give_the_same_loss_as_that_noise() -> None:
     fast = LMIM(TINY)
     images, guidance, noise = batch_of(TINY)
     expected = fast(images, guidance, noise)

@@ -83,9 +83,9 @@ def test_every_mlp_at_the_released_sizes_has_its_gelu_in_the_epilogue() -> None:
         with dispatch.backend("triton"), runtime.recording((9, 0)) as recording:
             model(*([images] * (2 if kind is LMIM else 1))).loss.backward()
         launched = [one for one in recording.launches if "gelu" in kernel_name(one.kernel)]
-        found = [(kernel_name(one.kernel), one.arguments[-3:]) for one in launched]
+        sizes_seen = [(kernel_name(one.kernel), one.arguments[-3:]) for one in launched]
         forward, backward = "linear_gelu.linear_gelu_kernel", "linear_gelu.linear_gelu_backward_kernel"
-        assert found == [(forward, size) for size in sizes[0]] + [(backward, size) for size in sizes[1]]
+        assert sizes_seen == [(forward, size) for size in sizes[0]] + [(backward, size) for size in sizes[1]]
         kept = [one.arguments[3] is not None for one in launched[: len(sizes[0])]]
         assert kept == [size != teacher for size in sizes[0]], "the teacher keeps nothing"
 
@@ -144,17 +144,17 @@ def exported_masks(config: ModelConfig, seeds: list[Tensor], batch: int) -> Iter
     """
     tokens, masked = config.num_patches + 1, config.num_patches - config.num_visible
     heads, width, hidden = config.decoder_heads, config.decoder_width, config.decoder_ffn
-    found = iter(seeds)
+    drawn = iter(seeds)
 
     def whole(keep: Tensor) -> Tensor:
         return F.pad(keep, (0, 0, tokens - keep.shape[-2], 0), value=True)
 
     def attention(rows: int) -> Tensor:
-        keep = dropout.keep_mask(next(found), torch.arange(batch * heads), rows, tokens, 0.25)
+        keep = dropout.keep_mask(next(drawn), torch.arange(batch * heads), rows, tokens, 0.25)
         return whole(keep.unflatten(0, (batch, heads)))
 
     def features(rows: int, columns: int) -> Tensor:
-        keep = dropout.keep_mask(next(found), torch.zeros(1, dtype=torch.int64), batch * rows, columns, 0.25)
+        keep = dropout.keep_mask(next(drawn), torch.zeros(1, dtype=torch.int64), batch * rows, columns, 0.25)
         return whole(keep.view(batch, rows, columns))
 
     for layer in range(config.decoder_depth):
@@ -164,7 +164,7 @@ def exported_masks(config: ModelConfig, seeds: list[Tensor], batch: int) -> Iter
             yield features(rows, width)
         yield features(rows, hidden)
         yield features(rows, width)
-    assert next(found, None) is None
+    assert next(drawn, None) is None
 
 
 def oracle_loss(

@@ -47,9 +47,9 @@ def test_export_and_import_are_inverse(tmp_path: Path) -> None:
     source, target = LMIM(CONFIG), LMIM(CONFIG)
     load_released(to_released(source), target)
     torch.save({"model": to_released(target)}, tmp_path / "export.pth")
-    again = read_state_dict(tmp_path / "export.pth")
-    assert list(again) == list(source.state_dict())
-    assert all(torch.equal(again[name], value) for name, value in source.state_dict().items())
+    exported = read_state_dict(tmp_path / "export.pth")
+    assert list(exported) == list(source.state_dict())
+    assert all(torch.equal(exported[name], value) for name, value in source.state_dict().items())
 
 
 def test_encoder_loads_from_every_kind_of_file(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_saved_encoder_holds_the_student_without_prefix(tmp_path: Path) -> None:
     for model in (LMIM(CONFIG), MAE(CONFIG)):
         tensors = load_file(save_encoder(model, tmp_path / "encoder.safetensors"))
         encoder = model.model_maeenc if isinstance(model, LMIM) else model
-        wanted = Encoder(CONFIG).state_dict()
-        assert set(tensors) == set(wanted)
+        expected = Encoder(CONFIG).state_dict()
+        assert set(tensors) == set(expected)
         assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in tensors.items())
     assert os.listdir(tmp_path) == ["encoder.safetensors"]
 
