@@ -1,4 +1,4 @@
-"""Somebody else's models (a torch Transformer, a ViT in timm's structure, the public MAE), and their runs."""
+"""Third-party models (a torch Transformer, a ViT in timm's structure, the public MAE), and their runs."""
 
 from __future__ import annotations
 
@@ -8,76 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm_like import Block
 from torch import Tensor, nn
 
 from lmim_fast import accelerate
 
 WIDTH, HEADS, DEPTH = 64, 2, 2
-
-
-class Attention(nn.Module):
-    """timm's vision_transformer.Attention."""
-
-    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.qkv = nn.Linear(dim, dim * 3)
-        self.q_norm = nn.Identity()
-        self.k_norm = nn.Identity()
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        weights = (self.q_norm(q) * self.scale) @ self.k_norm(k).transpose(-2, -1)
-        if attn_mask is not None:
-            weights = weights + attn_mask
-        weights = self.attn_drop(weights.softmax(dim=-1))
-        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, width)))
-
-
-class Mlp(nn.Module):
-    """timm's Mlp."""
-
-    def __init__(
-        self, dim: int, hidden: int, act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
-        self.norm = nn.Identity()
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
-
-
-class Block(nn.Module):
-    """timm's vision_transformer.Block."""
-
-    def __init__(
-        self, dim: int, num_heads: int, act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, drop, drop)
-        self.ls1 = nn.Identity()
-        self.drop_path1 = nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim, act_layer, drop)
-        self.ls2 = nn.Identity()
-        self.drop_path2 = nn.Identity()
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchEmbed(nn.Module):
@@ -101,7 +37,9 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.randn(1, patches + 1, dim) * 0.02)
-        self.blocks = nn.Sequential(*(Block(dim, heads, drop=drop) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(dim, heads, proj_drop=drop, attn_drop=drop) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, 10)
 

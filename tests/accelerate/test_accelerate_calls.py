@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate_models import FEATURES, HEADS, WIDTH, Block, FurtherLinear, Mlp, attention, encoder_layer
+from accelerate_models import FEATURES, HEADS, WIDTH, FurtherLinear, attention, encoder_layer
+from timm_like import Block, Mlp
 from torch import Tensor, nn
 
 from lmim_fast import accelerate

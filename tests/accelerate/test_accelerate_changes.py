@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_models import FEATURES, HEADS, WIDTH, Block, MaskedAutoencoder, Mlp, attention, encoder_layer
+from accelerate_models import FEATURES, HEADS, WIDTH, MaskedAutoencoder, attention, encoder_layer
+from timm_like import Block, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -165,7 +166,7 @@ def test_attributes_that_mean_the_same_or_nothing_keep_the_fast_form() -> None:
 
 
 def test_dropout_in_another_mode_than_its_layer_takes_the_original_forward() -> None:
-    layer = Block(WIDTH, HEADS, drop=0.5).eval()
+    layer = Block(WIDTH, HEADS, proj_drop=0.5, attn_drop=0.5).eval()
     report = accelerate(layer, only="")
     layer.attn.proj_drop.train()
     assert not torch.equal(layer(X), layer(X))

@@ -12,15 +12,13 @@ from accelerate_models import (
     FEATURES,
     HEADS,
     WIDTH,
-    Attention,
-    Block,
     FurtherLinear,
     MaskedAutoencoder,
-    Mlp,
     VisionTransformer,
     attention,
     encoder_layer,
 )
+from timm_like import Attention, Block, Mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -165,14 +163,17 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "torch's layer with a patched method": (with_patched_method, "_sa_block"),
     "torch's layer of two layouts": (with_mixed_layouts, "batch_first"),
     "a class that cannot be extended": (lambda: RegisteredMlp(WIDTH, 40), "RegisteredMlp is final"),
-    "tanh GELU in an MLP": (lambda: Mlp(WIDTH, 40, lambda: nn.GELU("tanh")), "gives other results"),
+    "tanh GELU in an MLP": (lambda: Mlp(WIDTH, 40, act_layer=lambda: nn.GELU("tanh")), "gives other results"),
     "MLP with dropout in its function": (lambda: DroppingMlp(WIDTH, 40), "random numbers of its own"),
     "MLP with another gradient": (lambda: DetachedMlp(WIDTH, 40), "gives other results"),
     "MLP with a parameter more": (lambda: ScaledMlp(WIDTH, 40), "gamma"),
     "block of another wiring": (lambda: ParallelBlock(WIDTH, HEADS), "gives other results"),
     "block with a LoRA linear": (with_lora, "qkv is a FurtherLinear"),
     "block with stochastic depth": (with_stochastic_depth, "drop_path1 is a Dropout1d"),
-    "block with a tanh GELU": (lambda: Block(WIDTH, HEADS, lambda: nn.GELU("tanh")), "gives other results"),
+    "block with a tanh GELU": (
+        lambda: Block(WIDTH, HEADS, act_layer=lambda: nn.GELU("tanh")),
+        "gives other results",
+    ),
     "attention in a window": (lambda: LocalAttention(WIDTH, HEADS), "gives other results"),
     "attention that stores its result": (lambda: RememberingAttention(WIDTH, HEADS), "stores seen"),
     "attention with sizes": (lambda: SpatialAttention(WIDTH, HEADS), "cannot be tried: TypeError"),

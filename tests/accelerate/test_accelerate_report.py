@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate_models import FAMILIES, WIDTH, Block, Mlp, VisionTransformer
+from accelerate_models import FAMILIES, WIDTH, VisionTransformer
+from timm_like import Block, Mlp
 from torch import nn
 
 from lmim_fast import accelerate

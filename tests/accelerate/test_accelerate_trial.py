@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate_models import FEATURES, HEADS, WIDTH, Attention, Block, Mlp
+from accelerate_models import FEATURES, HEADS, WIDTH
+from timm_like import Attention, Block, Mlp
 from torch import Tensor, nn
 
 from lmim_fast import accelerate
@@ -58,7 +59,7 @@ class ForgetfulAttention(FusedAttention):
 
 
 def attention(cls: type[Attention], p: float) -> Attention:
-    return cls(WIDTH, HEADS, p, p)
+    return cls(WIDTH, HEADS, attn_drop=p, proj_drop=p)
 
 
 MISPLACED: dict[str, Callable[[float], nn.Module]] = {
@@ -92,7 +93,7 @@ def test_dropout_in_other_places_leaves_a_layer_alone_unless_it_is_and_stays_0(c
         lambda: attention(Attention, 0.25),
         lambda: attention(FusedAttention, 0.25),
         lambda: Mlp(WIDTH, 40, drop=0.25),
-        lambda: Block(WIDTH, HEADS, drop=0.25),
+        lambda: Block(WIDTH, HEADS, proj_drop=0.25, attn_drop=0.25),
     ],
 )
 def test_dropout_in_the_places_that_timm_has_it_in_is_swapped_and_its_probability_may_change(
@@ -203,7 +204,10 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "MLP without autocast": (lambda: PreciseMlp(WIDTH, 40), "bfloat16"),
     "block in its parameters' type": (lambda: ParameterTypeBlock(WIDTH, HEADS), "gives torch.float32 where"),
     "block that clamps": (lambda: ClampedBlock(WIDTH, HEADS), "gives other results"),
-    "activation with a buffer": (lambda: Mlp(WIDTH, 40, ScaledGelu), "act has parameters or buffers"),
+    "activation with a buffer": (
+        lambda: Mlp(WIDTH, 40, act_layer=ScaledGelu),
+        "act has parameters or buffers",
+    ),
 }
 
 

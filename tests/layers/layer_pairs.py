@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timm_like
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,46 +18,16 @@ WIDTH, HEADS, HIDDEN = 24, 3, 40
 QUERIES, MEMORY = (2, 5, WIDTH), (2, 7, WIDTH)
 
 
-class TimmAttention(nn.Module):
-    """What timm's vision_transformer.Attention computes."""
-
-    def __init__(self, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(WIDTH, WIDTH)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        weights = self.attn_drop((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1))
-        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+def timm_attention(**options: object) -> nn.Module:
+    return timm_like.Attention(WIDTH, HEADS, **options)
 
 
-class TimmMlp(nn.Module):
-    """What timm's Mlp computes."""
-
-    def __init__(self, hidden: int = HIDDEN, out: int = WIDTH, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.drop = nn.Linear(WIDTH, hidden), nn.Linear(hidden, out), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+def timm_mlp(**options: object) -> nn.Module:
+    return timm_like.Mlp(WIDTH, HIDDEN, **options)
 
 
-class TimmBlock(nn.Module):
-    """What timm's vision_transformer.Block computes."""
-
-    def __init__(self, qkv_bias: bool = True, proj_drop: float = 0.0, attn_drop: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.attn = TimmAttention(qkv_bias, attn_drop, proj_drop)
-        self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.mlp = TimmMlp(int(WIDTH * 2.5), drop=proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+def timm_block(**options: object) -> nn.Module:
+    return timm_like.Block(WIDTH, HEADS, 2.5, **options)
 
 
 class PlainAddNorm(nn.LayerNorm):
@@ -137,13 +108,15 @@ def decoder_pair(order: str) -> Pair:
 
 
 PAIRS = {
-    "Attention": Pair(lambda: Attention(WIDTH, HEADS, True), TimmAttention),
-    "Attention without qkv bias": Pair(lambda: Attention(WIDTH, HEADS), lambda: TimmAttention(False)),
-    "Mlp": Pair(lambda: Mlp(WIDTH, HIDDEN), TimmMlp),
-    "Mlp of rows": Pair(lambda: Mlp(WIDTH, HIDDEN), TimmMlp, ((7, WIDTH),)),
-    "Mlp of other sizes": Pair(lambda: Mlp(WIDTH, out_features=9), lambda: TimmMlp(WIDTH, 9)),
-    "Block": Pair(lambda: Block(WIDTH, HEADS, 2.5, True), TimmBlock),
-    "Block without qkv bias": Pair(lambda: Block(WIDTH, HEADS, 2.5), lambda: TimmBlock(False)),
+    "Attention": Pair(lambda: Attention(WIDTH, HEADS, True), timm_attention),
+    "Attention without qkv bias": Pair(
+        lambda: Attention(WIDTH, HEADS), lambda: timm_attention(qkv_bias=False)
+    ),
+    "Mlp": Pair(lambda: Mlp(WIDTH, HIDDEN), timm_mlp),
+    "Mlp of rows": Pair(lambda: Mlp(WIDTH, HIDDEN), timm_mlp, ((7, WIDTH),)),
+    "Mlp of other sizes": Pair(lambda: Mlp(WIDTH, out_features=9), lambda: timm_like.Mlp(WIDTH, WIDTH, 9)),
+    "Block": Pair(lambda: Block(WIDTH, HEADS, 2.5, True), timm_block),
+    "Block without qkv bias": Pair(lambda: Block(WIDTH, HEADS, 2.5), lambda: timm_block(qkv_bias=False)),
     "DropoutAddLayerNorm": Pair(lambda: DropoutAddLayerNorm(WIDTH), PlainAddNorm, (QUERIES, QUERIES)),
     "self-attention": Pair(lambda: our_multihead(), torch_attention, call=to_itself),
     "self-attention without bias": Pair(
@@ -178,15 +151,15 @@ PAIRS = {
 }
 DROPPING = {
     "attn_drop": Pair(
-        lambda: Attention(WIDTH, HEADS, True, attn_drop=0.25), lambda: TimmAttention(True, 0.25)
+        lambda: Attention(WIDTH, HEADS, True, attn_drop=0.25), lambda: timm_attention(attn_drop=0.25)
     ),
     "proj_drop": Pair(
-        lambda: Attention(WIDTH, HEADS, True, proj_drop=0.25), lambda: TimmAttention(True, 0, 0.25)
+        lambda: Attention(WIDTH, HEADS, True, proj_drop=0.25), lambda: timm_attention(proj_drop=0.25)
     ),
-    "Mlp": Pair(lambda: Mlp(WIDTH, HIDDEN, drop=0.25), lambda: TimmMlp(drop=0.25)),
+    "Mlp": Pair(lambda: Mlp(WIDTH, HIDDEN, drop=0.25), lambda: timm_mlp(drop=0.25)),
     "Block": Pair(
         lambda: Block(WIDTH, HEADS, 2.5, True, proj_drop=0.25, attn_drop=0.5),
-        lambda: TimmBlock(True, 0.25, 0.5),
+        lambda: timm_block(proj_drop=0.25, attn_drop=0.5),
     ),
     "DropoutAddLayerNorm": Pair(
         lambda: DropoutAddLayerNorm(WIDTH, 0.25), lambda: PlainAddNorm(0.25), (QUERIES, QUERIES)

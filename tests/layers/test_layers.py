@@ -13,9 +13,9 @@ from layer_pairs import (
     QUERIES,
     WIDTH,
     Pair,
-    TimmAttention,
-    TimmBlock,
     our_multihead,
+    timm_attention,
+    timm_block,
     torch_attention,
 )
 from torch import Tensor, nn
@@ -142,8 +142,8 @@ def test_dropout_acts_in_training_as_in_the_known_module_and_not_in_evaluation(n
 def test_fresh_weights_are_drawn_as_torch_draws_them() -> None:
     for ours, truth in (
         (our_multihead, torch_attention),
-        (lambda: Attention(WIDTH, HEADS, True), TimmAttention),
-        (lambda: Block(WIDTH, HEADS, 2.5, True), TimmBlock),
+        (lambda: Attention(WIDTH, HEADS, True), timm_attention),
+        (lambda: Block(WIDTH, HEADS, 2.5, True), timm_block),
     ):
         torch.manual_seed(1)
         mine = ours()

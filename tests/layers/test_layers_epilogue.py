@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_pairs import HEADS, HIDDEN, MEMORY, QUERIES, WIDTH, TimmBlock, TimmMlp, released_decoder
+from layer_pairs import HEADS, HIDDEN, MEMORY, QUERIES, WIDTH, released_decoder, timm_block, timm_mlp
 from lmim_fast.kernels import linear_gelu
 from torch import Tensor, nn
 
@@ -46,8 +46,8 @@ LAYERS = {
     ),
 }
 FOREIGN = {
-    "timm's Mlp": Layer(lambda _: TimmMlp()),
-    "timm's Block": Layer(lambda _: TimmBlock()),
+    "timm's Mlp": Layer(lambda _: timm_mlp()),
+    "timm's Block": Layer(lambda _: timm_block()),
     "released decoder": Layer(lambda _: released_decoder("sa_ca"), (QUERIES, MEMORY)),
     "torch's encoder": Layer(
         lambda _: nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.0, F.gelu, batch_first=True)
