@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "default")  # a warning ends a test, but no measurement
     harness.settings.compiled_batches = config.option.compiled_batches or config.option.batches
     harness.settings.budget = config.option.budget
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="JSON file")
     args, rest = parser.parse_known_args(argv)
     record = Record(args.results, "tests", harness.DEVICE)
-    options = rest or ["-m", "gpu", "-v", "--durations=10", "--tb=short", *files()]
+    options = rest or ["-m", "gpu", "-v", "--durations=10", "--tb=short", "-W", "default", *files()]
     if not rest and find_spec("xdist") is not None:
         options += ["-n", str(_PROCESSES)]
     code = pytest.main(options, plugins=[Reporter(record)])

@@ -66,6 +66,7 @@ def test_a_call_that_is_not_covered_runs_the_original_and_the_table_says_so(case
     assert note.endswith(expected) or expected in note
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_padded_batches_through_torchs_encoder_are_as_before(training: bool) -> None:
     """In evaluation the stack turns them into nested tensors and reads the weights of its first layer."""
@@ -174,6 +175,7 @@ def test_parts_that_are_replaced_or_hooked_later_are_obeyed() -> None:
         assert report.swapped[0].note == f"runs its own forward: {expected}"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?` is deprecated:DeprecationWarning")
 def test_tracing_takes_the_original_forward() -> None:
     block = Block(WIDTH, HEADS)
     expected = block(X)

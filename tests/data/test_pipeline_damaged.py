@@ -43,6 +43,7 @@ BROKEN = {
     12: broken_png(12),
     16: by_opencv(".png")[:100],
 }
+pytestmark = pytest.mark.filterwarnings("ignore:.*some lack image or label:UserWarning")
 TOLERANT = DataConfig(threads=2, max_bad_fraction=0.5)
 
 

@@ -134,7 +134,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(witness),)
 
     torch.save({"model": LMIM(CONFIG).state_dict(), "args": Trap()}, tmp_path / "trap.pth")
-    (tmp_path / "trap.pkl").write_bytes(pickle.dumps({"model": Trap()}))
+    (tmp_path / "trap.pkl").write_bytes(pickle.dumps({"model": Trap()}, protocol=2))
     for name in ("trap.pth", "trap.pkl"):
         with pytest.raises(WeightsError, match=r"was not read: it is no checkpoint, or holds objects"):
             read_state_dict(tmp_path / name)
@@ -150,6 +150,7 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str) -> None:
         read_state_dict(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_any_damaged_bytes_are_refused_alike(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     path = tmp_path / "damaged.pth"

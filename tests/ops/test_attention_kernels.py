@@ -155,6 +155,8 @@ def test_large_scores_stay_finite_and_right(tokens: int, dtype: torch.dtype) -> 
     assert_kernel_is_accurate(form, [qkv * 30, bias])
 
 
+# The interpreter casts rows that it then does not store.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning:triton")
 @pytest.mark.parametrize(("dim", "keys", "size"), [(64, 100, 1000), (64, 200, 1000), (32, 100, 1500)])
 def test_missing_keys_do_not_overflow_where_all_scores_are_low(dim: int, keys: int, size: int) -> None:
     """Their score of 0 is far above those of the keys there are."""

@@ -111,7 +111,7 @@ def test_other_products_are_linears(x: Tensor, out: int, convolution: mock.Mock)
 
 def test_without_threads_or_onednn_products_are_linears(convolution: mock.Mock) -> None:
     x, weight, _ = inputs(ROWS)
-    with torch.backends.mkldnn.flags(enabled=False):
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         linear(x, weight)
     torch.set_num_threads(1)
     linear(x, weight)

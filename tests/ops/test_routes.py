@@ -186,6 +186,8 @@ def test_a_whole_call_on_a_library_compiles_into_one_graph(
     torch.testing.assert_close(compiled(qkv, bias), form(qkv, bias))
 
 
+# AOTAutograd traces the backward pass in anomaly mode, which warns of every error.
+@pytest.mark.filterwarnings("ignore:Error detected in .*Backward:UserWarning")
 def test_compilation_would_lose_a_deterministic_rule_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMIM_FAST_ROUTES", "attention.backward=sdpa:deterministic")
     form, inputs = packed(1, 32, [(2, 9)], DTYPE)
