@@ -4,15 +4,18 @@ import os
 from pathlib import Path
 
 import pytest
+
+# OpenMP threads sleep while they wait, here and in the processes that tests start: workers of pytest-xdist
+# share the cores, and a thread that spins takes the time of the one it waits for. Torch reads it on import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # kernels run in Triton's interpreter, which is chosen before Triton is imported
+# Kernels run in Triton's interpreter, which is chosen before Triton is imported.
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread: OpenMP threads that share their cores with other processes wait for each other far too long.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # workers of pytest-xdist are a process a core
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
