@@ -1,22 +1,24 @@
-"""Rendering in several processes: each renders every P-th chunk and sends its records through a pipe.
+"""Rendering in several processes, a bounded number of crops ahead of the reader.
 
-Plain child processes (`python -m lmim_fast.data.render.pool`), not `multiprocessing`: the caller's main
-module is not imported again, nothing is forked from a process with threads, and a child whose parent is gone
-ends at its next write.
+The processes are spawned: nothing is forked from a process with threads. They do not import the caller's main
+module, so a script needs no `if __name__ == "__main__"` and may come from standard input.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import multiprocessing
 import os
-import struct
-import subprocess
+import signal
 import sys
-import tempfile
-from collections.abc import Generator
-from pathlib import Path
-from typing import IO
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 import cv2
 
@@ -24,107 +26,112 @@ from lmim_fast.data.render.crop import render_crop
 from lmim_fast.data.render.words import Vocabulary
 from lmim_fast.errors import LmimError
 
-CHUNK = (
-    32  # crops a process renders in a row: ~0.1 s, and small against the pipe of 64 KiB plus what waits in it
-)
-_SIZES = struct.Struct("<II")  # bytes of the label, bytes of the image
+Record = tuple[str, bytes]
+
+CHUNK = 8  # crops of one task: ~20 ms; their ~40 KB fit the pipe, so a killed worker leaves no half message
+_CHUNKS_AHEAD = 8  # tasks in flight per process: enough to go on while the reader commits to disk
+
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}  # of the workers
+
+_render: Callable[[int], Record]  # a worker's renderer of a crop index, set by _start_worker
 
 
 def render_records(
     vocabulary: Vocabulary, seed: int, count: int, processes: int
-) -> Generator[tuple[str, bytes], None, None]:
+) -> Generator[Record, None, None]:
     """Labels and encoded images of crops 0 .. count-1, in order, equal for any number of processes.
 
-    Closing the iterator ends the child processes.
+    Closing the iterator ends the processes.
 
     Raises:
-        LmimError: a child process died.
+        LmimError: a process cannot be started, died, or could not read a font.
     """
     processes = min(processes, -(-count // CHUNK))
     if processes == 1:
         for index in range(count):
             yield render_crop(vocabulary, seed, index)
         return
-    with contextlib.ExitStack() as stack:
-        children = [
-            stack.enter_context(_Child(vocabulary, seed, count, first, processes))
-            for first in range(processes)
-        ]
-        for index in range(count):
-            yield children[index // CHUNK % processes].read()
+    try:
+        yield from _render_in_processes(vocabulary, seed, count, processes)
+    except BrokenProcessPool as error:
+        raise LmimError("a rendering process died: it crashed or was killed (out of memory?)") from error
+    except OSError as error:
+        raise LmimError(f"rendering in {processes} processes failed: {error}") from error
 
 
-class _Child:
-    """One rendering process: renders the chunks first, first + processes, ..."""
+def _render_in_processes(
+    vocabulary: Vocabulary, seed: int, count: int, processes: int
+) -> Generator[Record, None, None]:
+    executor = _make_executor(vocabulary, seed, processes)
+    # A thread starts the processes: Ctrl-C is raised in the main thread and interrupts no start. The thread
+    # blocks the signal, and the processes inherit that: they wait for this one to end them.
+    block = (signal.SIG_BLOCK, {signal.SIGINT})
+    with ThreadPoolExecutor(1, "lmim-start", signal.pthread_sigmask, block) as starter:
+        pending: deque[Future[Future[list[Record]]]] = deque()
+        try:
+            for start in range(0, count, CHUNK):
+                if len(pending) == _CHUNKS_AHEAD * processes:
+                    yield from pending.popleft().result().result()
+                pending.append(starter.submit(_submit, executor, range(start, min(start + CHUNK, count))))
+            while pending:
+                yield from pending.popleft().result().result()
+        finally:
+            starter.shutdown(cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
 
-    def __init__(self, vocabulary: Vocabulary, seed: int, count: int, first: int, processes: int) -> None:
-        self._job = json.dumps(
-            dict(vocabulary=vocabulary.to_json(), seed=seed, count=count, first=first, processes=processes)
+
+def _make_executor(vocabulary: Vocabulary, seed: int, processes: int) -> ProcessPoolExecutor:
+    initial = (
+        dataclasses.replace(vocabulary),
+        seed,
+    )  # a copy: what `vocabulary` has cached cannot be pickled
+    with _inherited_environment():  # for the resource tracker, a process that comes with the queues
+        return ProcessPoolExecutor(
+            processes, multiprocessing.get_context("spawn"), _start_worker, initargs=initial
         )
 
-    def __enter__(self) -> _Child:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        try:
-            self._errors: IO[bytes] = tempfile.TemporaryFile()
-            with tempfile.TemporaryFile() as job:  # not a pipe: nothing to wait for while the child starts
-                job.write(self._job.encode())
-                job.seek(0)
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "lmim_fast.data.render.pool"],
-                    stdin=job,
-                    stdout=subprocess.PIPE,
-                    stderr=self._errors,
-                    pipesize=2**20,  # a few chunks, so that a child seldom waits for its turn
-                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                    start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends its children
-                )
-        except OSError as error:
-            raise LmimError(f"cannot start a rendering process: {error}") from error
-        return self
 
-    def read(self) -> tuple[str, bytes]:
-        """The next record."""
-        label_size, image_size = _SIZES.unpack(self._read(_SIZES.size))
-        return self._read(label_size).decode(), self._read(image_size)
-
-    def _read(self, size: int) -> bytes:
-        assert self._process.stdout is not None
-        data = self._process.stdout.read(size)
-        if len(data) == size:
-            return data
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise LmimError(f"a rendering process ended early ({cause}): {lines[-1] if lines else 'no message'}")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()  # it owns nothing that needs an orderly end
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._errors.close()
+def _submit(executor: ProcessPoolExecutor, indices: range) -> Future[list[Record]]:
+    with _inherited_environment():  # `submit` starts a process if none is idle
+        return executor.submit(_render_chunk, indices)
 
 
-def _main() -> None:
-    """Render what the job on standard input asks for, and write it to standard output."""
-    job = json.load(sys.stdin)
-    output = os.fdopen(os.dup(1), "wb", buffering=2**20)
-    os.dup2(2, 1)  # a library that prints must not end up between the records
-    cv2.setNumThreads(1)
-    vocabulary = Vocabulary.from_json(job["vocabulary"])
+@contextlib.contextmanager
+def _inherited_environment() -> Iterator[None]:
+    """Set what a process that is started here sees.
+
+    BLAS starts one thread, not one per core. Python does not look for modules in the working directory. The
+    main module is an empty one, so that spawn does not import the caller's again.
+    """
+    main = sys.modules["__main__"]
+    environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
     try:
-        for start in range(job["first"] * CHUNK, job["count"], job["processes"] * CHUNK):
-            for index in range(start, min(start + CHUNK, job["count"])):
-                label, image = render_crop(vocabulary, job["seed"], index)
-                text = label.encode()
-                output.write(_SIZES.pack(len(text), len(image)) + text + image)
-            output.flush()
-        output.close()
-    except BrokenPipeError:
-        os._exit(0)  # the parent has gone; there is nobody to tell, and a flush at exit would fail again
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        os.environ.update(_ENVIRONMENT)
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-if __name__ == "__main__":
-    _main()
+def _start_worker(vocabulary: Vocabulary, seed: int) -> None:
+    global _render
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    cv2.setNumThreads(1)
+    _render = partial(render_crop, vocabulary, seed)
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed: it holds both ends of its queues and would wait forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _render_chunk(indices: range) -> list[Record]:
+    return [_render(index) for index in indices]

@@ -103,18 +103,6 @@ class Vocabulary:
         share = rng.random() if rng.random() < 0.2 else rng.beta(1.1, 2.2)
         return _characters(rng, characters, 1 + min(int(share * self.max_length), self.max_length - 1))
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready form for the rendering processes."""
-        fonts = [{"path": font.path, "characters": "".join(sorted(font.characters))} for font in self.fonts]
-        fields = ("words", "alphabet", "max_length", "random_share", "english")
-        return {**{name: getattr(self, name) for name in fields}, "fonts": fonts}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Vocabulary:
-        """The vocabulary that `to_json` described."""
-        fonts = tuple(Font(font["path"], frozenset(font["characters"])) for font in values["fonts"])
-        return cls(**{**values, "words": tuple(values["words"]), "fonts": fonts})
-
 
 def load_vocabulary(
     words_file: str | None, fonts_folder: str | None, max_length: int, random_share: float

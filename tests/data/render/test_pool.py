@@ -1,5 +1,6 @@
-"""Rendering in processes: ended, interrupted or killed, it leaves no process and no half database."""
+"""Rendering in processes: in order, a bounded number ahead; however it ends, nothing half-done is left."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,39 +12,58 @@ import psutil
 import pytest
 
 from lmim_fast.config import RenderConfig
+from lmim_fast.data.render import pool
+from lmim_fast.data.render.crop import render_crop
 from lmim_fast.data.render.database import render
+from lmim_fast.data.render.fonts import Font
+from lmim_fast.data.render.pool import CHUNK, render_records
+from lmim_fast.data.render.words import Vocabulary, load_vocabulary
 from lmim_fast.data.store.records import RecordStore
-from lmim_fast.errors import DataError
+from lmim_fast.errors import DataError, LmimError
 
 ROOT = Path(__file__).parents[3]
+SCRIPT = """
+import sys
+from lmim_fast.config import RenderConfig
+from lmim_fast.data.render.database import render
+print("the script runs", flush=True)
+render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2))
+"""
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return load_vocabulary(None, None, 25, 0.25)
+
+
+def worker_processes(process):
+    return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 class Rendering:
-    """A render of many crops in a process of its own, caught with records on disk and two children."""
+    """A render of many crops in a process of its own with two workers; `busy`: with records on disk."""
 
-    def __init__(self, output):
-        code = (
-            "import sys; from lmim_fast.config import RenderConfig;"
-            "from lmim_fast.data.render.database import render;"
-            "render(RenderConfig(output=sys.argv[1], count=100_000, processes=2))"
-        )
+    def __init__(self, output, *, busy):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, output],
+            [sys.executable, "-c", SCRIPT, output, "100000"],
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            start_new_session=True,  # a group of its own for Ctrl-C, which a terminal sends to all of it
             # A shell's background jobs ignore Ctrl-C, and so would this child of theirs.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        self.children = []
+        self.workers = []
         partial = output.with_name(output.name + ".partial") / "records.partial"
         deadline = time.monotonic() + 60
         # 8 KiB are the two meta pages of an empty database.
-        while not (len(self.children) == 2 and partial.exists() and partial.stat().st_size > 8192):
+        while len(self.workers) < 2 or (busy and not (partial.exists() and partial.stat().st_size > 8192)):
             assert self.process.poll() is None, self.process.stderr.read()
             assert time.monotonic() < deadline
-            self.children = psutil.Process(self.process.pid).children()
-            time.sleep(0.05)
+            self.workers = worker_processes(psutil.Process(self.process.pid))
+            time.sleep(0.05 if busy else 0.001)
+        self.children = psutil.Process(self.process.pid).children()
 
     def end(self):
         """Exit code and standard error, once the process and its children are gone."""
@@ -53,32 +73,136 @@ class Rendering:
         return self.process.returncode, errors
 
 
-def test_a_killed_render_leaves_no_database_and_no_process_and_can_be_repeated(tmp_path):
-    rendering = Rendering(tmp_path / "words")
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_killed_render_leaves_no_database_and_no_process_and_can_be_repeated(tmp_path, busy):
+    rendering = Rendering(tmp_path / "words", busy=busy)
     rendering.process.kill()
-    assert rendering.end() == (-signal.SIGKILL, "")
+    code, errors = rendering.end()
+    assert code == -signal.SIGKILL
+    # Python's resource tracker names the semaphores that it removes; workers print nothing.
+    assert not busy or "Traceback" not in errors
     with pytest.raises(DataError, match="no LMDB"):
         RecordStore([tmp_path])
     assert len(RecordStore([render(RenderConfig(output=str(tmp_path / "words"), count=5))])) == 5
     assert os.listdir(tmp_path) == ["words"]
 
 
-def test_an_interrupted_render_leaves_no_file_and_no_process(tmp_path):
-    rendering = Rendering(tmp_path / "words")
-    rendering.process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("busy", [False, True])
+def test_ctrl_c_leaves_no_file_and_no_process_and_prints_one_traceback(tmp_path, busy):
+    rendering = Rendering(tmp_path / "words", busy=busy)
+    os.killpg(rendering.process.pid, signal.SIGINT)
     code, errors = rendering.end()
     assert code != 0
     assert errors.strip().endswith("KeyboardInterrupt")
+    assert errors.count("Traceback") == 1
     assert os.listdir(tmp_path) == []
 
 
 def test_the_death_of_a_rendering_process_is_an_error_not_a_hang(tmp_path):
-    rendering = Rendering(tmp_path / "words")
-    rendering.children[1].kill()
+    rendering = Rendering(tmp_path / "words", busy=True)
+    rendering.workers[1].kill()
     code, errors = rendering.end()
     assert code == 1
-    assert "LmimError: a rendering process ended early (signal 9)" in errors
+    assert (
+        errors.strip()
+        .splitlines()[-1]
+        .endswith("LmimError: a rendering process died: it crashed or was killed (out of memory?)")
+    )
     assert os.listdir(tmp_path) == []
+
+
+def test_a_process_computes_in_one_thread(vocabulary):
+    records = render_records(vocabulary, 0, 10**6, 2)
+    next(records)
+    workers = worker_processes(psutil.Process())
+    # The second one waits for the end of the parent; there is none of OpenCV's or BLAS's.
+    assert [worker.num_threads() for worker in workers] == [2, 2]
+    records.close()
+
+
+def test_records_come_in_order_and_the_vocabulary_is_sent_once_to_each_process(vocabulary, monkeypatch):
+    count = 3 * CHUNK * 4 + 1
+    expected = [render_crop(vocabulary, 5, index) for index in range(count)]  # and fills the caches
+    sent = []
+
+    def counted(self):
+        sent.append(self)
+        return self.__dict__
+
+    monkeypatch.setattr(Vocabulary, "__getstate__", counted)
+    assert list(render_records(vocabulary, 5, count, 3)) == expected
+    assert len(sent) == 3
+
+
+def test_few_crops_are_rendered_ahead_of_the_reader_and_closing_ends_the_processes(vocabulary, monkeypatch):
+    submitted, main = [], sys.modules["__main__"]
+    submit = pool.ProcessPoolExecutor.submit
+
+    def counted(self, *args):
+        submitted.append(args)
+        return submit(self, *args)
+
+    monkeypatch.setattr(pool.ProcessPoolExecutor, "submit", counted)
+    records = render_records(vocabulary, 0, 10**9, 2)
+    assert next(records) == render_crop(vocabulary, 0, 0)
+    assert len(submitted) <= 20
+    workers = worker_processes(psutil.Process())
+    assert len(workers) == 2
+    records.close()
+    assert not any(worker.is_running() for worker in workers)
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert sys.modules["__main__"] is main
+
+
+@pytest.mark.parametrize(("count", "processes"), [(CHUNK, 8), (3 * CHUNK, 1)])
+def test_one_process_or_one_chunk_renders_in_the_callers_process(vocabulary, monkeypatch, count, processes):
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", None)
+    assert len(list(render_records(vocabulary, 0, count, processes))) == count
+
+
+def test_a_font_that_a_process_cannot_read_is_an_error(vocabulary):
+    letters = frozenset().union(*(font.characters for font in vocabulary.fonts))
+    gone = dataclasses.replace(vocabulary, fonts=(Font("/no/such/font.ttf", letters),))
+    with pytest.raises(LmimError, match="rendering in 2 processes failed: cannot open resource"):
+        list(render_records(gone, 0, 2 * CHUNK, 2))
+
+
+@pytest.mark.parametrize("form", ["script", "standard input", "module", "command"])
+def test_a_program_without_a_main_guard_runs_once(tmp_path, form):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "unguarded.py").write_text(SCRIPT)
+    start = {
+        "script": [str(programs / "unguarded.py")],
+        "standard input": ["-"],
+        "module": ["-m", "unguarded"],
+        "command": ["-c", SCRIPT],
+    }[form]
+    done = subprocess.run(
+        [sys.executable, *start, tmp_path / "words", str(4 * CHUNK)],
+        input=SCRIPT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=programs if form == "module" else ROOT,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
+    assert len(RecordStore([tmp_path / "words"])) == 4 * CHUNK
+
+
+def test_a_file_in_the_working_directory_does_not_replace_a_standard_module(tmp_path):
+    (tmp_path / "program.py").write_text(SCRIPT)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "socket.py").write_text("raise AssertionError('imported')")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), "words", str(4 * CHUNK)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=elsewhere,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
