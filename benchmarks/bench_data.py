@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.machine import describe
 from lmim_fast.config import DataConfig, GuidanceConfig
-from lmim_fast.data.dali import Stage, ViewGraph, build_pipeline, feed
+from lmim_fast.data.dali import DaliViews, Stage, build_pipeline, feed
 from lmim_fast.data.guidance.parameters import sample_parameters
 from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
@@ -131,17 +131,17 @@ def stages(store: RecordStore, args: argparse.Namespace) -> Iterator[Row]:
     batches = inputs_in_memory(store, args.batch)
     for stage in Stage:
         yield dali_stage(stage, args, itertools.cycle(batches))
-    graph = ViewGraph(
+    views = DaliViews(
         batch_size=args.batch,
         threads=args.threads,
         device=torch.device("cuda" if args.device == "gpu" else "cpu"),
         image_size=_IMAGE_SIZE,
         guidance=True,
     )
-    plain, warped = graph(*batches[0])
+    plain, warped = views(*batches[0])
     color = batches[0].program.color.to(plain.device)
     yield measure("photometric alone", args.batch, args.seconds, lambda: photometric(plain, warped, color))
-    graph.close()
+    views.close()
     yield whole("whole pipeline, plain view alone", store, args, guidance=False, views=True)
     yield whole("whole pipeline, both views as bytes", store, args, guidance=True, views=False)
     yield whole("whole pipeline, both views normalised", store, args, guidance=True, views=True)

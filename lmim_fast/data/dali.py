@@ -55,8 +55,8 @@ class BrokenImages(Exception):
         self.rows = rows
 
 
-class ViewGraph:
-    """The built pipeline, called with one batch at a time.
+class DaliViews:
+    """Makes the views of one batch per call with a DALI pipeline.
 
     Args:
         batch_size: most samples of a call.
@@ -95,21 +95,20 @@ class ViewGraph:
 
         Args:
             encoded: B encoded images.
-            program: for these images; None exactly where there is no guidance view.
+            program: for these images; None exactly if there is no guidance view.
         Returns:
-            plain and warped views, (B, H, W, 3) uint8 on the graph's device, in torch's current stream.
+            plain and warped views, (B, H, W, 3) uint8 on `device`, in torch's current stream.
         Raises:
-            BrokenImages: some cannot be decoded; the graph can be called again.
+            BrokenImages: some cannot be decoded; the next batch can follow.
         """
         if self._pipeline is None:
-            raise RuntimeError("the view graph is closed")
+            raise RuntimeError("the DALI views are closed")
         feed(self._pipeline, self._options["stage"], encoded, program)
         try:
             outputs = self._pipeline.run()
         except RuntimeError:
-            self._pipeline = build_pipeline(
-                **self._options
-            )  # a failed DALI pipeline is not to be run again; 5 ms
+            # A failed DALI pipeline must not run again; a new one takes 5 ms.
+            self._pipeline = build_pipeline(**self._options)
             broken = _broken_rows(encoded)
             if not broken:
                 raise
@@ -159,7 +158,7 @@ def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: Gu
 
 
 def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[Any, ...]:
-    # Decoded on the CPU even for views made on the GPU: no GPU decoder was found faster on tiny crops.
+    # Decoded on the CPU even for views made on the GPU: no GPU decoder is faster on tiny crops.
     image: Any = fn.decoders.image(
         _source("encoded"), device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
     )

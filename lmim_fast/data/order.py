@@ -1,4 +1,4 @@
-"""Who sees what, when: the endless stream of samples, with random access by step.
+"""The order of samples: an endless stream with random access by step.
 
 The stream is one permutation of all samples after another; step s takes its places s * batch_size and on.
 Every number is a function of (seed, epoch, index), so a resume needs the step and nothing else.

@@ -18,7 +18,7 @@ import torch
 from lmim_fast.config import DataConfig, GuidanceConfig
 from lmim_fast.data.background import Background
 from lmim_fast.data.batch import Batch
-from lmim_fast.data.dali import BrokenImages, ViewGraph
+from lmim_fast.data.dali import BrokenImages, DaliViews
 from lmim_fast.data.guidance.parameters import GuidanceParameters, sample_parameters
 from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
@@ -44,7 +44,7 @@ class ViewPipeline:
 
     Args:
         store:        records.
-        order:        who sees what.
+        order:        of the samples.
         guidance:     strength of the guidance view; None: plain views only.
         loader:       threads, prefetch, device of the views, tolerance for broken records.
         seed:         the run's.
@@ -52,7 +52,7 @@ class ViewPipeline:
         rank:         this process of `world_size`.
         accumulation: micro-batches of a step.
         device:       where the batches end up.
-        end_step:     first step that is not made.
+        end_step:     the step after the last one.
     Raises:
         UsageError: loader.device "gpu" without a CUDA device, or a batch size that does not divide.
         DataError:  (from `next`) too many broken records.
@@ -82,7 +82,7 @@ class ViewPipeline:
         batch_size = order.share_size(world_size, accumulation)
         self.bad = BadRecords(store, loader.max_bad_fraction)
         self._reader = SampleReader(store, order, self.bad, loader.max_pixels)
-        self._graph = ViewGraph(
+        self._dali = DaliViews(
             batch_size=batch_size,
             threads=loader.threads or _default_threads(world_size),
             device=self._device if loader.device != "cpu" else torch.device("cpu"),
@@ -122,7 +122,7 @@ class ViewPipeline:
         self._shares.close()
         self._prepared.close()
         self._batches.close()
-        self._graph.close()
+        self._dali.close()
 
     def _prepare(self) -> Iterator[_Prepared]:
         for step, micro, share in self._shares:
@@ -147,7 +147,7 @@ class ViewPipeline:
         with torch.cuda.stream(self._stream):  # no effect without CUDA
             while True:
                 try:
-                    plain, warped = self._graph(samples.encoded, program)
+                    plain, warped = self._dali(samples.encoded, program)
                     break
                 except BrokenImages as broken:
                     for row in broken.rows:
@@ -168,7 +168,7 @@ class ViewPipeline:
 
 
 def _hand_over(batch: Batch) -> None:
-    """Tell CUDA's allocator that tensors made on the pipeline's stream are used on the consumer's."""
+    """Record with CUDA's allocator that the consumer's stream uses tensors of the pipeline's stream."""
     tensors = [batch.plain, batch.warped]
     if batch.program is not None:
         tensors += [getattr(batch.program, item.name) for item in fields(batch.program)]

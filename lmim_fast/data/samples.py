@@ -1,4 +1,4 @@
-"""Broken records: found, named, counted, and replaced by others that depend on the asked-for sample alone."""
+"""Reads samples; replaces a broken record by a substitute, a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Samples:
     indices: NDArray[np.int64]
     """(B,) the samples asked for."""
     sources: list[int]
-    """The records that stand for them: themselves, or substitutes."""
+    """The records that are read for them: their own, or substitutes."""
     attempts: list[int]
     """Substitutes tried so far."""
     encoded: list[bytes]
@@ -106,7 +106,7 @@ class Samples:
 
 
 class SampleReader:
-    """Reads samples from a store and puts substitutes in place of broken records."""
+    """Reads samples from a store and substitutes broken records."""
 
     def __init__(self, store: RecordStore, order: SampleOrder, bad: BadRecords, max_pixels: int) -> None:
         self._store, self._order, self._max_pixels = store, order, max_pixels
@@ -169,7 +169,7 @@ def _reason(status: int) -> str:
 
 
 def _plain_bmp(image: bytes) -> tuple[bytes, tuple[int, int]]:
-    """The first frame of a GIF or BMP as a BMP of 24 bits a pixel; empty where OpenCV cannot decode it.
+    """The first frame of a GIF or BMP as a BMP of 24 bits a pixel; empty if OpenCV cannot decode it.
 
     DALI does not read GIFs, and a BMP whose palette is damaged can crash it.
     """

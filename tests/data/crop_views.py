@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 
-from lmim_fast.data.dali import ViewGraph
+from lmim_fast.data.dali import DaliViews
 from lmim_fast.data.guidance.parameters import GuidanceParameters
 from lmim_fast.data.guidance.program import GuidanceProgram
 from lmim_fast.data.store.records import RecordStore
@@ -42,15 +42,15 @@ def only(parameters: GuidanceParameters, operations=(), *, jitter=False) -> Guid
 
 
 @functools.cache
-def _graph(image_size):
-    return ViewGraph(
+def _dali_views(image_size):
+    return DaliViews(
         batch_size=512, threads=2, device=torch.device("cpu"), image_size=image_size, guidance=True
     )
 
 
 def run_programs(encoded, program: GuidanceProgram):
     """Plain and guidance views, (B, 3, H, W) in [-1, 1], through DALI and the photometric op."""
-    plain, warped = _graph(program.map_x.shape[1:])(encoded, program)
+    plain, warped = _dali_views(program.map_x.shape[1:])(encoded, program)
     return photometric(plain, warped, program.color)
 
 

@@ -44,16 +44,16 @@ def pipeline(folder, *, batch_size=8, loader=None, seed=3, **options):
 
 def samples(folder, **options):
     """Every sample of a run by (epoch, index): its plain, warped and finished views."""
-    found = {}
+    views_of = {}
     with pipeline(folder, **options) as batches:
         for batch in batches:
-            views = batch.views()
+            finished = batch.views()
             for row, key in enumerate(zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)):
-                found[key] = [batch.plain[row], batch.warped[row], views[0][row], views[1][row]]
-    return found
+                views_of[key] = [batch.plain[row], batch.warped[row], finished[0][row], finished[1][row]]
+    return views_of
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for key, views in found.items():
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, views in actual.items():
         assert all(torch.equal(a, b) for a, b in zip(views, expected[key], strict=True)), key

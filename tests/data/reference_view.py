@@ -1,4 +1,4 @@
-"""The guidance view, literally: one operation after the other on bytes, the truth that programs are held to.
+"""The guidance view, literally: one operation after the other on bytes, which programs are checked against.
 
 The ten operations follow imgaug, the end of the chain PIL and torchvision's ColorJitter on PIL images.
 """

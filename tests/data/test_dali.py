@@ -9,8 +9,8 @@ import torch
 from crop_views import png
 from encoded_images import mutations, variants
 
-from lmim_fast.data import dali as view_graph
-from lmim_fast.data.dali import BrokenImages, Stage, ViewGraph
+from lmim_fast.data import dali
+from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
 from lmim_fast.data.store.probe import Status, probe
 
 GOOD = png(np.full((8, 20, 3), 120, np.uint8))
@@ -27,14 +27,14 @@ def undecodable():
 def decode_runs(monkeypatch):
     """Sizes of the batches given to pipelines that only decode."""
     runs = []
-    feed = view_graph.feed
+    feed = dali.feed
 
     def counted(pipeline, stage, encoded, program):
         if stage == Stage.DECODE:
             runs.append(len(encoded))
         feed(pipeline, stage, encoded, program)
 
-    monkeypatch.setattr(view_graph, "feed", counted)
+    monkeypatch.setattr(dali, "feed", counted)
     return runs
 
 
@@ -42,30 +42,30 @@ def decode_runs(monkeypatch):
 def test_one_broken_image_is_found_in_few_runs(row, decode_runs):
     images = [GOOD] * 64
     images[row] = undecodable()
-    graph = ViewGraph(
+    views = DaliViews(
         batch_size=64, threads=1, device=torch.device("cpu"), image_size=(32, 128), guidance=False
     )
     with pytest.raises(BrokenImages) as caught:
-        graph(images, None)
+        views(images, None)
     assert caught.value.rows == [row]
     assert len(decode_runs) == 64 // 8 + 2 * 3  # eights, then one of them in halves
     assert max(decode_runs) == 8  # larger ones can crash in DALI
     images[row] = GOOD
-    plain, _ = graph(images, None)  # the graph can be called again
+    plain, _ = views(images, None)  # they can be made again
     assert plain.shape == (64, 32, 128, 3)
-    graph.close()
+    views.close()
 
 
 def test_the_broken_images_of_any_batch_are_those_found_one_by_one():
     rng = random.Random(1)
     images = [data for data in mutations(rng, 12) if data] + [GOOD] * 37
     rng.shuffle(images)
-    one_by_one = [row for row, image in enumerate(images) if view_graph._broken_rows([image])]
+    one_by_one = [row for row, image in enumerate(images) if dali._broken_rows([image])]
     assert 5 < len(one_by_one) < 15
-    assert view_graph._broken_rows(images) == one_by_one
+    assert dali._broken_rows(images) == one_by_one
     bad = [images[row] for row in one_by_one]
-    assert view_graph._broken_rows(bad) == list(range(len(bad)))
-    assert view_graph._broken_rows([GOOD] * 5) == []
+    assert dali._broken_rows(bad) == list(range(len(bad)))
+    assert dali._broken_rows([GOOD] * 5) == []
 
 
 def test_fill_bytes_before_markers_pass_the_probe_and_are_decoded():
@@ -74,4 +74,4 @@ def test_fill_bytes_before_markers_pass_the_probe_and_are_decoded():
         jpeg[:at] + b"\xff\xff" + jpeg[at:] for at in (2, jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xda"))
     ]
     assert set(probe(filled).status) == {Status.OK}
-    assert view_graph._broken_rows(filled) == []
+    assert dali._broken_rows(filled) == []

@@ -182,9 +182,9 @@ def test_substitutes_depend_on_epoch_index_attempt_and_seed():
 
 def test_attempts_reach_every_other_sample_equally_often():
     order = SampleOrder(5, 1, 9)
-    found = np.bincount([order.substitute(0, 2, attempt) for attempt in range(400)], minlength=5)
-    assert found[2] == 0
-    assert ((found[[0, 1, 3, 4]] - 100) ** 2 / 100).sum() < 16.3  # 3 degrees of freedom, p = 0.001
+    draws = np.bincount([order.substitute(0, 2, attempt) for attempt in range(400)], minlength=5)
+    assert draws[2] == 0
+    assert ((draws[[0, 1, 3, 4]] - 100) ** 2 / 100).sum() < 16.3  # 3 degrees of freedom, p = 0.001
 
 
 def test_the_only_sample_is_its_own_substitute():

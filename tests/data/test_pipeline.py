@@ -49,10 +49,10 @@ def test_views_are_bit_equal_for_any_batch_size_prefetch_and_thread_count(folder
 
 
 def test_views_are_bit_equal_for_any_world_size_and_accumulation(folder, expected):
-    found = {}
+    actual = {}
     for rank in range(2):
-        found |= samples(folder, rank=rank, world_size=2, accumulation=2)
-    assert_same(found, expected)
+        actual |= samples(folder, rank=rank, world_size=2, accumulation=2)
+    assert_same(actual, expected)
 
 
 def test_a_run_started_in_the_middle_continues_the_same_views(folder, expected):

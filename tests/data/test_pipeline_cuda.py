@@ -88,8 +88,8 @@ def test_strong_blurs_on_the_gpu_are_those_of_the_cpu(words):
 
 
 def test_views_made_on_the_cpu_for_a_cuda_run_are_bit_equal_to_a_cpu_run(words, on_cpu):
-    found = batches_of(words, "cuda", loader=DataConfig(threads=2, device="cpu"))
-    for ours, expected in zip(found, on_cpu, strict=True):
+    actual = batches_of(words, "cuda", loader=DataConfig(threads=2, device="cpu"))
+    for ours, expected in zip(actual, on_cpu, strict=True):
         assert ours.plain.is_cuda
         assert ours.warped.is_cuda
         assert torch.equal(ours.plain.cpu(), expected.plain)
@@ -98,16 +98,16 @@ def test_views_made_on_the_cpu_for_a_cuda_run_are_bit_equal_to_a_cpu_run(words, 
 
 def test_two_cuda_runs_are_bit_equal_while_the_consumer_uses_its_own_stream(words, on_cuda):
     """A batch that is handed over too early, or whose memory is reused too soon, differs."""
-    found = []
+    actual = []
     with torch.cuda.stream(torch.cuda.Stream()), pipeline(words, "cuda") as batches:
         weights = torch.rand(2048, 2048, device="cuda")
         for batch in batches:
             for _ in range(20):  # the views are read late, when the batch is gone and later ones are made
                 weights = (weights @ weights).clamp_(0.0, 1.0)
-            found.append(batch.views())
+            actual.append(batch.views())
             del batch
     torch.cuda.synchronize()
-    for views, expected in zip(found, on_cuda, strict=True):
+    for views, expected in zip(actual, on_cuda, strict=True):
         for ours, theirs in zip(views, expected.views(), strict=True):
             assert torch.equal(ours, theirs)
 

@@ -53,9 +53,9 @@ def damaged(tmp_path_factory):
 
 
 def test_broken_records_leave_the_views_of_the_others_bit_equal(damaged, expected):
-    found = samples(damaged, loader=TOLERANT)
-    assert found.keys() == expected.keys()
-    for key, views in found.items():
+    actual = samples(damaged, loader=TOLERANT)
+    assert actual.keys() == expected.keys()
+    for key, views in actual.items():
         if key[1] not in BROKEN:
             assert all(torch.equal(a, b) for a, b in zip(views, expected[key], strict=True)), key
 

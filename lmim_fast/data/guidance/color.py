@@ -54,7 +54,7 @@ def color_program(parameters: GuidanceParameters, coverage: NDArray[np.uint8]) -
     """Compose what is drawn for B samples into their colour programs.
 
     The filter runs first, whatever its place. The gain of a sharpening (its kernel does not sum to 1) is
-    taken out before all colour operations and put back at its place, where it scales their offsets too.
+    taken out before all colour operations and put back at its place; there it scales their offsets too.
 
     Args:
         parameters: of B samples.

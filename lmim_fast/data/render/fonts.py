@@ -48,7 +48,7 @@ def font_files(folder: str | None) -> list[Path]:
     """Font files under `folder` at any depth, or those that come with matplotlib for None, in a fixed order.
 
     Raises:
-        UsageError: the folder is missing or holds no font file.
+        UsageError: the folder is missing or has no font file.
         LmimError: `folder` is None and matplotlib's fonts are not installed.
     """
     root = _matplotlib_fonts() if folder is None else Path(folder)
@@ -64,14 +64,14 @@ def font_files(folder: str | None) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def load_fonts(files: Iterable[Path], wanted: Iterable[str]) -> list[Font]:
-    """Find out which of the `wanted` characters each file draws; files that draw none are left out.
+def load_fonts(files: Iterable[Path], characters: Iterable[str]) -> list[Font]:
+    """Find out which of the `characters` each file draws; files that draw none are left out.
 
     Raises:
         UsageError: a file is not a font that FreeType can draw with.
     """
-    characters = frozenset(wanted)
-    fonts = (Font(str(path), _drawn_characters(path, characters)) for path in files)
+    candidates = frozenset(characters)
+    fonts = (Font(str(path), _drawn_characters(path, candidates)) for path in files)
     return [font for font in fonts if font.characters]
 
 
@@ -85,7 +85,7 @@ def needs_shaping(label: str) -> bool:
 
 
 def check_shaping(labels: Sequence[str]) -> None:
-    """Refuse labels that need text shaping where Pillow was built without it.
+    """Refuse labels that need text shaping if Pillow was built without it.
 
     Raises:
         UsageError: Pillow lacks libraqm and a label needs it.
@@ -110,11 +110,11 @@ def _matplotlib_fonts() -> Path:
     return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
 
 
-def _drawn_characters(path: Path, wanted: frozenset[str]) -> frozenset[str]:
-    """The wanted characters that are in the file's character map and leave ink when drawn."""
+def _drawn_characters(path: Path, candidates: frozenset[str]) -> frozenset[str]:
+    """The candidates that are in the file's character map and leave ink when drawn."""
     try:
         with TTFont(path, fontNumber=0, lazy=True) as tables:
-            mapped = wanted.intersection(map(chr, tables.getBestCmap() or {}))
+            mapped = candidates.intersection(map(chr, tables.getBestCmap() or {}))
         font = ImageFont.truetype(str(path), CHECK_SIZE, layout_engine=ImageFont.Layout.BASIC)
         family = str(font.getname()[0])
         if family.startswith("Last Resort"):  # draws a box with the script's name for every character

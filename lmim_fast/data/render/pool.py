@@ -30,7 +30,6 @@ Record = tuple[str, bytes]
 
 CHUNK = 8  # crops of one task: ~20 ms; their ~40 KB fit the pipe, so a killed worker leaves no half message
 _CHUNKS_AHEAD = 8  # tasks in flight per process: enough to go on while the reader commits to disk
-
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}  # of the workers
 
 _render: Callable[[int], Record]  # a worker's renderer of a crop index, set by _start_worker
@@ -81,10 +80,7 @@ def _render_in_processes(
 
 
 def _make_executor(vocabulary: Vocabulary, seed: int, processes: int) -> ProcessPoolExecutor:
-    initial = (
-        dataclasses.replace(vocabulary),
-        seed,
-    )  # a copy: what `vocabulary` has cached cannot be pickled
+    initial = dataclasses.replace(vocabulary), seed  # a copy: a vocabulary's caches cannot be pickled
     with _inherited_environment():  # for the resource tracker, a process that comes with the queues
         return ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), _start_worker, initargs=initial
@@ -126,7 +122,7 @@ def _start_worker(vocabulary: Vocabulary, seed: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed: it holds both ends of its queues and would wait forever."""
+    """End this worker if its parent is killed: its queue would never end, for it has both ends open."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

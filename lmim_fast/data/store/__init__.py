@@ -1,1 +1,1 @@
-"""Records in LMDB folders: found, checked, read, and written."""
+"""Find, check, read and write records in LMDB folders."""

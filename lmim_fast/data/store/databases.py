@@ -1,4 +1,4 @@
-"""LMDB folders in the field's layout: finding them, opening them once per process, checking what they claim.
+"""Find LMDB folders in the field's layout, open each once per process, check `num-samples`.
 
 Layout: `num-samples`, and 1-based `image-%09d` (encoded bytes) and `label-%09d` (UTF-8; all may be absent).
 """
@@ -52,7 +52,7 @@ def find_databases(paths: Sequence[str | Path]) -> list[str]:
     """
     if not paths:
         raise DataError("no data path was given; name at least one LMDB folder")
-    found: dict[str, str] = {}  # real path -> path as reached
+    databases: dict[str, str] = {}  # real path -> path as reached
     for path in paths:
         folders = _folders_with_data(os.path.abspath(path))
         if not folders:
@@ -60,11 +60,11 @@ def find_databases(paths: Sequence[str | Path]) -> list[str]:
                 f"{path}: no LMDB here; give a folder with a data.mdb in it or in its sub-folders"
             )
         for folder in folders:
-            earlier = found.setdefault(os.path.realpath(folder), folder)
+            earlier = databases.setdefault(os.path.realpath(folder), folder)
             if earlier is not folder:
                 same = "" if earlier == folder else f" (the same as {earlier})"
                 raise DataError(f"{folder}: the database is given twice{same}; name each one once")
-    return list(found.values())
+    return list(databases.values())
 
 
 def _folders_with_data(root: str) -> list[str]:
@@ -91,7 +91,7 @@ def _folders_with_data(root: str) -> list[str]:
 
 
 # LMDB forbids opening one file twice in a process, and using an environment across a fork. Environments live
-# as long as somebody holds them; a forked child closes its copies, so that it can open its own.
+# as long as they are referenced; a forked child closes its copies, so that it can open its own.
 _environments: weakref.WeakValueDictionary[str, lmdb.Environment] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -110,7 +110,7 @@ os.register_at_fork(
 
 
 def open_environment(path: str, *, readahead: bool = True) -> lmdb.Environment:
-    """This process's read-only environment of an LMDB folder; it closes when its last holder drops it.
+    """This process's read-only environment of an LMDB folder; it closes with its last reference.
 
     Args:
         readahead: False for random reads of data that does not fit in memory.
@@ -150,14 +150,14 @@ def _open(path: str, readahead: bool) -> lmdb.Environment:
     if size < needed:
         environment.close()
         raise DataError(
-            f"{file}: cut short, {size} bytes where its header needs {needed}; copy it again"
+            f"{file}: cut short, {size} bytes, its header needs {needed}; copy it again"
             " (if the original has this size too, `mdb_copy -c` rewrites it)"
         )
     return environment
 
 
 def check_database(path: str, first_index: int) -> Database:
-    """Open an LMDB folder and hold `num-samples` against what is there, without reading through it.
+    """Open an LMDB folder and check `num-samples` against its keys, without reading all of them.
 
     A wrong `num-samples` is one whose last image is absent or has a successor. Holes in between are broken
     records when they are read; here they give a warning.
@@ -200,15 +200,15 @@ def _count(transaction: lmdb.Transaction, path: str) -> int:
         raise DataError(
             f"{path}: num-samples is {value[:32]!r}, not a number; write the number of images there"
         )
-    claimed, found = int(text), _last_image(transaction)
-    if found == 0:
+    claimed, last = int(text), _last_image(transaction)
+    if last == 0:
         raise DataError(
             f"{path}: num-samples says {claimed}, but there is no image; write records or leave it out"
         )
-    if claimed != found:
+    if claimed != last:
         raise DataError(
-            f"{path}: num-samples says {claimed}, but the last image is {image_key(found).decode()}"
-            f" ({found} found); write {found} there, or write the database again"
+            f"{path}: num-samples says {claimed}, but the last image is {image_key(last).decode()}"
+            f" ({last} found); write {last} there, or write the database again"
         )
     return claimed
 

@@ -95,9 +95,9 @@ class RecordStore:
         for position, index in enumerate(indices):
             which, number = self._place(index)
             places.setdefault(which, []).append((position, number))
-        for which, wanted in places.items():
-            keys = [image_key(number) for _, number in wanted]
-            for (position, _), value in zip(wanted, self._read(which, keys), strict=True):
+        for which, parts in places.items():
+            keys = [image_key(number) for _, number in parts]
+            for (position, _), value in zip(parts, self._read(which, keys), strict=True):
                 images[position] = value or b""
         return images
 
@@ -131,7 +131,7 @@ class RecordStore:
         return {"count": len(self), "databases": databases}
 
     def close(self) -> None:
-        """Let go of this process's databases; a later read opens them again."""
+        """Close this process's databases; a later read opens them again."""
         self._environments = []
         self._process = -1
 
@@ -178,6 +178,6 @@ class RecordStore:
 
 
 def _fits_in_memory(paths: Sequence[str]) -> bool:
-    """Whether reading ahead helps: beyond half of the memory it only evicts pages that were wanted."""
+    """Whether reading ahead helps: beyond half of the memory it only evicts pages that are still needed."""
     size = sum(os.path.getsize(os.path.join(path, "data.mdb")) for path in paths)
     return size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -93,7 +93,7 @@ class LmdbWriter:
         self._cleanup.close()
 
     def _lock_folder(self) -> None:
-        """Hold the partial folder, so that two writers of one output cannot mix."""
+        """Lock the partial folder, so that two writers of one output cannot mix."""
         handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         self._cleanup.callback(os.close, handle)
         try:
@@ -157,7 +157,7 @@ class LmdbWriter:
 
 
 def check_output_is_free(output: Path) -> None:
-    """Refuse a path that holds anything.
+    """Refuse a path that is not free.
 
     Raises:
         UsageError: `output` is a file or a folder with something in it.

@@ -150,9 +150,9 @@ def sources(real_crops):
 
 
 def assert_floors(decibels, median, fifth_percentile):
-    found = np.median(decibels), np.percentile(decibels, 5)
-    assert found[0] >= median, found
-    assert found[1] >= fifth_percentile, found
+    quality = np.median(decibels), np.percentile(decibels, 5)
+    assert quality[0] >= median, quality
+    assert quality[1] >= fifth_percentile, quality
 
 
 GEOMETRY = {  # operation -> floor of the worst of 24 smooth crops, dB

@@ -101,7 +101,7 @@ def test_damaged_files_are_data_errors_and_never_kill_the_process(tmp_path):
         (b"", "the file is empty"),
         (b"not a database " * 1000, "not a usable LMDB"),
         (whole[:100], "not a usable LMDB"),
-        (whole[: len(whole) // 2], f"cut short, {len(whole) // 2} bytes where its header needs"),
+        (whole[: len(whole) // 2], f"cut short, {len(whole) // 2} bytes, its header needs"),
         (whole[:8192], "cut short, 8192 bytes"),
     ):
         (folder / "data.mdb").write_bytes(content)

@@ -299,13 +299,13 @@ def test_without_the_native_form_python_gives_the_same_and_warns_once(monkeypatc
     probe_module._form.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"lmim_fast._C is not built .* `pip install -e .` build it"):
-            found = probe(images)
+            actual = probe(images)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             probe(images[:1])
     finally:
         probe_module._form.cache_clear()
-    for ours, theirs in zip(expected, found, strict=True):
+    for ours, theirs in zip(expected, actual, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
