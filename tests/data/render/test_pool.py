@@ -44,12 +44,15 @@ class Rendering:
     """A render of many crops in a process of its own with two workers; `busy`: with records on disk."""
 
     def __init__(self, output, *, busy):
+        self.temporary = output.parent / "temporary"
+        self.temporary.mkdir()
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, output, "100000"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(self.temporary)},
             start_new_session=True,  # a group of its own for Ctrl-C, which a terminal sends to all of it
             # A shell's background jobs ignore Ctrl-C, and so would this child of theirs.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -66,10 +69,11 @@ class Rendering:
         self.children = psutil.Process(self.process.pid).children()
 
     def end(self):
-        """Exit code and standard error, once the process and its children are gone."""
+        """Exit code and standard error, once the process, its children and their files are gone."""
         _, errors = self.process.communicate(timeout=30)
         _, alive = psutil.wait_procs(self.children, timeout=30)
         assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+        self.temporary.rmdir()  # an error unless empty
         return self.process.returncode, errors
 
 
@@ -109,6 +113,18 @@ def test_the_death_of_a_rendering_process_is_an_error_not_a_hang(tmp_path):
         .endswith("LmimError: a rendering process died: it crashed or was killed (out of memory?)")
     )
     assert os.listdir(tmp_path) == []
+
+
+def test_no_death_of_a_process_leaves_half_a_message_to_wait_for(tmp_path):
+    rendering = Rendering(tmp_path / "words", busy=True)
+    rendering.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)  # the workers finish what they have been sent, and nothing reads their results
+    for worker in rendering.workers:
+        worker.kill()
+    rendering.process.send_signal(signal.SIGCONT)
+    code, errors = rendering.end()
+    assert code == 1
+    assert "LmimError: a rendering process died" in errors
 
 
 def test_a_process_computes_in_one_thread(vocabulary):
