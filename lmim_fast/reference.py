@@ -48,18 +48,15 @@ def sincos_table(width: int, config: ModelConfig) -> Tensor:
     columns = int(config.num_patches**0.5) if config.pos_grid == "released" else config.grid[1]
     patch = torch.arange(config.num_patches)
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    halves = []
-    for place in (patch % columns, patch // columns):
-        angle = place.double()[:, None] * frequency
-        halves += [angle.sin(), angle.cos()]
+    angles = [place.double()[:, None] * frequency for place in (patch % columns, patch // columns)]
+    halves = [half for angle in angles for half in (angle.sin(), angle.cos())]
     return F.pad(torch.cat(halves, dim=1).float(), (0, 0, 1, 0))[None]
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """(B, 3, height, width) to (B, L, P), P = patch row, patch column, colour."""
-    batch, colours, height, width = images.shape
-    x = images.reshape(batch, colours, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * colours)
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, rows, patch, columns, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def normalise_patches(pixels: Tensor) -> Tensor:
@@ -67,12 +64,13 @@ def normalise_patches(pixels: Tensor) -> Tensor:
     return (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def random_masking(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_masking(images: Tensor, noise: Tensor | None, patches: int, visible: int) -> tuple[Tensor, ...]:
     """The patches with the smallest noise stay: ids_keep (B, visible), ids_restore (B, L), mask (B, L)."""
+    if noise is None:
+        noise = torch.rand(len(images), patches, device=images.device)
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
-    mask = (ids_restore >= num_visible).float()
-    return ids_shuffle[:, :num_visible], ids_restore, mask
+    return ids_shuffle[:, :visible], ids_restore, (ids_restore >= visible).float()
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -94,12 +92,10 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
     """Scaled dot-product attention, q (B, N, D), k and v (B, M, D), with the weights written out."""
     batch, queries, width = q.shape
-    q, k, v = (
-        t.reshape(batch, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v)
-    )  # (B, H, N, D/H)
+    # (B, H, N, D / H) each
+    q, k, v = (t.reshape(batch, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
     weights = (q @ k.transpose(-2, -1) / math.sqrt(width // heads)).softmax(dim=-1)  # (B, H, N, M)
-    weights = F.dropout(weights, dropout)
-    return (weights @ v).transpose(1, 2).reshape(batch, queries, width)
+    return (F.dropout(weights, dropout) @ v).transpose(1, 2).reshape(batch, queries, width)
 
 
 class Attention(nn.Module):
@@ -166,8 +162,8 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(sincos_table(config.width, config), requires_grad=False)
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        blocks = [Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        sizes = config.width, config.heads, config.mlp_ratio
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def forward_encoder(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
@@ -210,9 +206,8 @@ class DecoderLayer(nn.Module):
         self.multihead_attn = MultiheadAttention(width, config.decoder_heads, dropout)
         self.linear1 = nn.Linear(width, config.decoder_ffn)
         self.linear2 = nn.Linear(config.decoder_ffn, width)
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)  # after self-attention
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)  # after cross-attention
-        self.norm3 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)  # after the FFN
+        # After self-attention, cross-attention and FFN.
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=LAYER_NORM_EPS) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
         self.order = config.decoder_order
 
@@ -233,10 +228,9 @@ def initialise(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    for name in ("cls_token", "mask_token"):
-        token = getattr(module, name, None)
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in ("cls_token", "mask_token"):
+            nn.init.normal_(parameter, std=0.02)
 
 
 class ReferenceLMIM(nn.Module):
@@ -253,7 +247,7 @@ class ReferenceLMIM(nn.Module):
             self.model_maeenc_momentum = Encoder(config).requires_grad_(False)
         self.decoder_embed = nn.Linear(config.width, width)
         self.decoder_embed2 = nn.Linear(config.width, width)
-        self.decoder_blocks = nn.ModuleList([DecoderLayer(config) for _ in range(config.decoder_depth)])
+        self.decoder_blocks = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.target_width)
         self.apply(initialise)
@@ -292,17 +286,15 @@ class ReferenceLMIM(nn.Module):
             noise:    (B, L) that ranks the patches for masking; None draws it.
         """
         images = to_float(images)
-        if noise is None:
-            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
-        ids_keep, ids_restore, mask = random_masking(noise, self.config.num_visible)
+        patches, visible = self.config.num_patches, self.config.num_visible
+        ids_keep, ids_restore, mask = random_masking(images, noise, patches, visible)
         latent = self.model_maeenc.forward_encoder(images, ids_keep)
         memory = self.model_maeenc.forward_encoder(to_float(guidance)) if self.config.guidance else None
         target = self.make_target(images)
         pred = self.decode(latent, latent if memory is None else memory, ids_restore)
         loss_recon = masked_mean((pred - target).square(), mask)
         loss_align = loss_recon.new_zeros(()) if memory is None else self.align(latent[:, 0], memory[:, 0])
-        loss = loss_recon + self.config.align_weight * loss_align
-        losses = (loss, loss_recon, loss_align)
+        losses = loss_recon + self.config.align_weight * loss_align, loss_recon, loss_align
         return ReferenceOutput(*losses, pred, target, mask, latent, memory, ids_keep, ids_restore)
 
 
@@ -316,10 +308,8 @@ class ReferenceMAE(Encoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_table(width, config), requires_grad=False)
         self.decoder_embed = nn.Linear(config.width, width)
-        blocks = [
-            Block(width, config.decoder_heads, config.mlp_ratio) for _ in range(config.mae_decoder_depth)
-        ]
-        self.decoder_blocks = nn.ModuleList(blocks)
+        sizes = width, config.decoder_heads, config.mlp_ratio
+        self.decoder_blocks = nn.ModuleList(Block(*sizes) for _ in range(config.mae_decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, config.patch_pixels)
         self.apply(initialise)
@@ -327,10 +317,8 @@ class ReferenceMAE(Encoder):
     def forward(self, images: Tensor, noise: Tensor | None = None) -> ReferenceOutput:
         """Losses of a batch: as ReferenceLMIM.forward, without guidance; the target is normalised pixels."""
         images = to_float(images)
-        if noise is None:
-            noise = torch.rand(images.shape[0], self.config.num_patches, device=images.device)
-        num_visible = int(self.config.num_patches * (1 - self.config.mae_mask_ratio))
-        ids_keep, ids_restore, mask = random_masking(noise, num_visible)
+        patches, visible = self.config.num_patches, self.config.mae_num_visible
+        ids_keep, ids_restore, mask = random_masking(images, noise, patches, visible)
         latent = self.forward_encoder(images, ids_keep)
         x = decoder_tokens(self.decoder_embed(latent), self.mask_token, ids_restore) + self.decoder_pos_embed
         for block in self.decoder_blocks:

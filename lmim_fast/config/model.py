@@ -132,6 +132,11 @@ class ModelConfig:
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @property
+    def mae_num_visible(self) -> int:
+        """K: patches the MAE stage keeps."""
+        return int(self.num_patches * (1 - self.mae_mask_ratio))
+
+    @property
     def target_width(self) -> int:
         """Features of one reconstructed patch."""
         return self.width if self.target == "teacher" else self.patch_pixels

@@ -24,7 +24,7 @@ class MAE(Encoder):
         super().__init__(config)
         self.config = config
         self.num_patches = config.num_patches
-        self.num_visible = int(config.num_patches * (1 - config.mae_mask_ratio))
+        self.num_visible = config.mae_num_visible
         width = config.decoder_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)

@@ -12,7 +12,7 @@ from lmim_fast.reference import random_masking
 def test_kept_patches_are_those_of_the_oracle(num_visible: int) -> None:
     noise = torch.rand(7, 256)
     ids_visible, ids_masked = select_patches(noise, num_visible)
-    ids_keep, _, mask = random_masking(noise, num_visible)
+    ids_keep, _, mask = random_masking(noise, noise, noise.shape[1], num_visible)
     assert torch.equal(ids_visible, ids_keep.sort(dim=1).values)
     assert torch.equal(torch.zeros(7, 256).scatter(1, ids_masked, 1.0), mask)
     everything = torch.cat([ids_visible, ids_masked], dim=1).sort(dim=1).values
