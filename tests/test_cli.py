@@ -10,11 +10,17 @@ from safetensors.torch import load_file, save_file
 
 import lmim_fast
 from lmim_fast import cli
+from lmim_fast.cli_options import parse
+from lmim_fast.config import PretrainConfig
 from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.models import weights
-from lmim_fast.train import run as runs
 from lmim_fast.train.export import load_model
+from lmim_fast.train.run import resolve
 from lmim_fast.train.world import World
+
+
+def parse_pretrain(arguments):
+    return parse(PretrainConfig, arguments, "lmim pretrain", "about")
 
 
 def error_of(capsys, arguments, code=2):
@@ -57,6 +63,25 @@ def test_a_missing_option_is_named(capsys):
     assert "missing: SOURCE TARGET" in error_of(capsys, ["convert"])
     assert "missing: RUN" in error_of(capsys, ["report"])
     assert "at least one LMDB folder" in error_of(capsys, ["data", "inspect"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["pretrain"], "missing: --data"),
+        (["pretrain", "--data", "x", "--batch-size", "q"], "--batch-size: invalid literal"),
+        (["pretrain", "--data", "x", "--seed", "-1"], "seed must be in"),
+        (["convert"], "'source'"),
+        (["convert", "run"], "'target'"),
+        (["report"], "'run'"),
+        (["data", "inspect"], "at least one LMDB folder"),
+        (["data", "render", "--count", "0"], "count must be >= 1"),
+    ],
+)
+def test_an_unknown_option_and_another_problem_are_both_named(capsys, arguments, problem):
+    error = error_of(capsys, [*arguments, "--frob=3"])
+    assert problem in error
+    assert "Unrecognized options: --frob" in error
 
 
 def test_an_unknown_command_is_named(capsys):
@@ -106,9 +131,9 @@ def test_an_output_that_cannot_be_made_is_one_line(capsys, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    config = cli.parse_pretrain(["--data", "x", "--batch-size", "12", "--accumulation", "2"])
+    config = parse_pretrain(["--data", "x", "--batch-size", "12", "--accumulation", "2"])
     with pytest.raises(UsageError, match="12 must be a multiple of 4 processes x 2 accumulation passes"):
-        runs._resolved(config, World(0, 4, torch.device("cpu")))
+        resolve(config, World(0, 4, torch.device("cpu")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -133,7 +158,7 @@ def test_another_rank_prints_a_failure_that_the_first_one_does_not_know(capsys, 
         raise failure
 
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(cli, "_run", fail)
     failure = kind(13, "broken")
     assert cli.main([]) == 1
     told = capsys.readouterr().err
@@ -148,7 +173,7 @@ def test_a_full_disk_outside_a_checkpoint_is_one_line_too(capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "run/tensorboard")
 
-    monkeypatch.setattr(cli, "_dispatch", full)
+    monkeypatch.setattr(cli, "_run", full)
     assert "No space left" in error_of(capsys, ["pretrain"], code=1)
 
 
@@ -157,7 +182,7 @@ def test_a_missing_permission_is_one_line(capsys, monkeypatch, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number), "run/metrics.jsonl")
 
-    monkeypatch.setattr(cli, "_dispatch", refuse)
+    monkeypatch.setattr(cli, "_run", refuse)
     told = error_of(capsys, ["pretrain"], code=1)
     assert "no permission: " in told
     assert "run/metrics.jsonl" in told
@@ -174,13 +199,13 @@ def test_a_file_where_a_folder_of_the_run_should_be_is_noticed_before_training(t
 
 
 def test_the_preset_is_chosen_first_and_single_values_override_it():
-    config = cli.parse_pretrain(
+    config = parse_pretrain(
         ["--data", "a", "b", "--model.depth", "2", "--preset", "tiny", "--optim.lr", "1e-3"]
     )
     assert config.data == ("a", "b")
     assert (config.model.width, config.model.depth, config.optim.lr) == (96, 2, 1e-3)
-    assert cli.parse_pretrain(["--data", "a", "--preset=base"]).model.width == 768
-    assert cli.parse_pretrain(["--data", "a", "--no-resume"]).resume is False
+    assert parse_pretrain(["--data", "a", "--preset=base"]).model.width == 768
+    assert parse_pretrain(["--data", "a", "--no-resume"]).resume is False
 
 
 def test_help_lists_commands_and_options_and_the_version_is_the_packages(capsys):

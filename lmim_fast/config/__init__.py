@@ -2,14 +2,16 @@
 
 from lmim_fast.config.model import ModelConfig, PresetName, preset
 from lmim_fast.config.run import MAX_PIXELS_LIMIT, DataConfig, Objective, OptimConfig, PretrainConfig
-from lmim_fast.config.tools import RenderConfig, ReportConfig
+from lmim_fast.config.tools import ConvertConfig, InspectConfig, RenderConfig, ReportConfig
 from lmim_fast.config.view import MAX_BLUR_SIGMA, GuidanceConfig
 
 __all__ = [
     "MAX_BLUR_SIGMA",
     "MAX_PIXELS_LIMIT",
+    "ConvertConfig",
     "DataConfig",
     "GuidanceConfig",
+    "InspectConfig",
     "ModelConfig",
     "Objective",
     "OptimConfig",

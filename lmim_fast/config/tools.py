@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lmim_fast.config.checks import require, require_seed
 
@@ -52,3 +53,29 @@ class ReportConfig:
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"samples must be >= 1, got {self.samples}")
         require(self.maps >= 0, f"maps must be >= 0, got {self.maps}")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `lmim data inspect` reads."""
+
+    paths: tuple[str, ...]
+    """LMDB folders, or folders that hold LMDB folders at any depth."""
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0, "name at least one LMDB folder")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What `lmim convert` reads and writes."""
+
+    source: str
+    """Run folder, or a released or MAERec .pth, or an encoder .safetensors."""
+    target: str
+    """File to write."""
+    to: Literal["released", "encoder"] | None = None
+    """released: a .pth that the released code loads; encoder: the plain encoder as .safetensors; None: by the
+    target's suffix."""
+    step: int | None = None
+    """Checkpoint of the run folder; None: the newest."""

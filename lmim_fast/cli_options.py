@@ -1,0 +1,148 @@
+"""Options of a command from its config dataclass, with tyro; a wrong one is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from lmim_fast.config import ModelConfig, PretrainConfig, preset
+from lmim_fast.errors import UsageError, shared
+
+Config = TypeVar("Config")
+
+
+def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str) -> Config:
+    """A config from the arguments of its command.
+
+    A `PretrainConfig` takes its model from `--preset`; `--model.*` overrides single values of it.
+
+    Raises:
+        UsageError: missing and unknown options, or a wrong value.
+        SystemExit: after `--help`.
+    """
+    import tyro
+
+    options: dict[str, Any] = dict(prog=program, description=about)
+    if kind is PretrainConfig:
+        # With a default no required field becomes positional.
+        default: Any = PretrainConfig(data=("",), model=_preset_model(arguments))
+        object.__setattr__(default, "data", tyro.MISSING)
+        options["default"] = default
+    else:
+        options["config"] = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
+    try:
+        config: Config = _tyro(kind, arguments, **options)
+    except UsageError as error:
+        message = _all_problems(kind, arguments, str(error), options)
+        raise shared(UsageError(f"{message}; see `{program} --help`")) from None
+    return config
+
+
+def _all_problems(kind: type[Any], arguments: Sequence[str], first: str, options: dict[str, Any]) -> str:
+    """Unknown options, and what else is wrong: tyro names one of the two, `first`."""
+    try:
+        _tyro(kind, arguments, return_unknown_args=True, **options)
+    except UsageError as error:
+        if first.startswith("Unrecognized"):
+            return f"{error}; {first}"
+        unknown = ", ".join(_unknown_options(kind, arguments))
+        return f"{error}; Unrecognized options: {unknown}" if unknown else first
+    return first
+
+
+def _preset_model(arguments: Sequence[str]) -> ModelConfig:
+    name = "small"
+    for option, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if option == "--preset":
+            name = value
+        elif option.startswith("--preset="):
+            name = option.removeprefix("--preset=")
+    try:
+        return preset(name)
+    except ValueError as error:
+        raise shared(UsageError(f"--preset: {error}")) from error
+
+
+def _unknown_options(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """Options that a config does not have, whether or not required ones are missing."""
+    hints = typing.get_type_hints(kind)
+    complete = kind(
+        **{
+            field.name: "x" if hints[field.name] is str else ("x",)
+            for field in dataclasses.fields(kind)
+            if field.default is field.default_factory is dataclasses.MISSING
+        }
+    )
+    try:
+        _, rest = _tyro(kind, arguments, default=complete, return_unknown_args=True)
+    except UsageError:  # of a wrong value, which is named already
+        return []
+    return [argument for argument in rest if argument.startswith("-")]
+
+
+def _tyro(kind: type[Any], arguments: Sequence[str], **options: Any) -> Any:
+    """`tyro.cli`, its error box as a UsageError of one line."""
+    import tyro
+
+    asks_help = any(argument in ("-h", "--help") for argument in arguments)
+    # tyro draws ASCII for streams without encoding
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    try:
+        with contextlib.nullcontext() if asks_help else _captured(printed):
+            return tyro.cli(kind, args=list(arguments), **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        printed.seek(0)
+        raise UsageError(_first_message(printed.read())) from None
+
+
+@contextlib.contextmanager
+def _captured(printed: io.TextIOWrapper) -> Iterator[None]:
+    """Catch tyro's error box, drawn wide enough that no line of it is wrapped."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "2000"
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _first_message(box: str) -> str:
+    """The sentence of tyro's error box, with the options it suggests."""
+    sections: list[list[str]] = [[]]
+    for raw in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        line = raw.strip("│").rstrip()
+        if line.strip().startswith(("─", "╭", "╰")):
+            sections.append([])
+        elif line:
+            sections[-1].append(line.removeprefix(" "))
+    sections = [section for section in sections if section]
+    if not sections:
+        return "wrong options"
+    first = sections[0]
+    if first[0].startswith("Missing from"):  # the options are indented by four, their help by more
+        first = ["missing:", *(line for line in first[1:] if not line.startswith("     "))]
+    if "Got errors:" in first:
+        first = first[: first.index("Got errors:")]
+    text = " ".join(" ".join(first).split())
+    text = re.sub(r"^Error parsing (\w+(Config|Options): )?", "", text).rstrip(". ")
+    guesses = [
+        line.split()[0]
+        for section in sections[1:]
+        if section[0].startswith("Perhaps")
+        for line in section
+        if line.strip().startswith("--")
+    ]
+    return text + (f" (did you mean {' or '.join(guesses)}?)" if guesses else "")
