@@ -24,6 +24,7 @@ from benchmarks.step_plain import halve_residual
 from lmim_fast.config import ModelConfig, preset
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.reference import ReferenceLMIM
+from lmim_fast.train.parallel import frozen_to_bf16
 
 LOSS_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 _ROUNDING = 1e-3  # relative error that is allowed however exact the oracle happens to be
@@ -79,7 +80,7 @@ def check(config: ModelConfig, batch: Batch, record: Record) -> None:
     torch.manual_seed(0)
     oracle, fast = ReferenceLMIM(config).to(device), LMIM(config).to(device)
     fast.load_state_dict(oracle.state_dict())
-    fast.teacher_to_bf16()
+    frozen_to_bf16(fast)
     truth = loss_and_gradients(oracle, batch, low=False)
     if residual == "bf16":
         halve_residual(oracle)

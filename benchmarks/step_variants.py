@@ -29,6 +29,7 @@ from lmim_fast.config import ModelConfig
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.reference import ReferenceLMIM
 from lmim_fast.train.graph import GraphedStep
+from lmim_fast.train.parallel import frozen_to_bf16
 
 VARIANTS = ("released", "sdpa", "compiled", "ours", "ours+epilogue", "ours+compile", "ours+graph")
 CUDA_ONLY = ("ours+epilogue", "ours+graph")
@@ -147,7 +148,7 @@ def _build(variant: str, setting: Setting) -> nn.Module:
         config = replace(config, gelu_epilogue="on")
     ours = LMIM(config)
     if low:
-        ours.teacher_to_bf16()
+        frozen_to_bf16(ours)
     return ours
 
 

@@ -31,11 +31,11 @@ _SHARED = "_lmim_shared"  # any exception can carry it, also those of other pack
 
 
 def shared(failure: Failure) -> Failure:
-    """The same failure, marked as one that another rank tells too: `raise shared(error)`."""
+    """The same failure, marked as one that another rank reports too: `raise shared(error)`."""
     setattr(failure, _SHARED, True)
     return failure
 
 
 def is_shared(failure: Exception) -> bool:
-    """Whether rank 0 (or the first process of this machine) tells the user of it, so that others need not."""
+    """Whether rank 0 (or the first process of this machine) reports it, so that others need not."""
     return getattr(failure, _SHARED, False)

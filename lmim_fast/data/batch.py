@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,3 +35,33 @@ class Batch:
     def views(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """Plain and guidance views, (B, 3, H, W) in [-1, 1] on the batch's device."""
         return photometric(self.plain, self.warped, self.program, dtype=dtype)
+
+    @classmethod
+    def blank(cls, size: int, image_size: tuple[int, int], device: torch.device, *, guided: bool) -> Self:
+        """Zeros in the shapes of `size` samples with views of `image_size`."""
+        numbers, pixels = torch.zeros(size, dtype=torch.int64), (size, *image_size)
+        plain = torch.zeros((*pixels, 3), dtype=torch.uint8, device=device)
+        if not guided:
+            return cls(0, 0, numbers, numbers, plain, None, None)
+        affine, value = torch.zeros((size, 3, 4), device=device), torch.zeros(size, device=device)
+        coverage = torch.zeros(pixels, dtype=torch.uint8, device=device)
+        border = torch.zeros((size, 3), device=device)
+        colors = ColorProgram(affine, value, value > 0, affine, coverage, border, value, affine)
+        return cls(0, 0, numbers, numbers, plain, plain, colors)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads of the batch."""
+        views = [self.epochs, self.indices, self.plain]
+        if self.warped is not None:
+            views.append(self.warped)
+        return views + ([] if self.program is None else self.program.tensors())
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The batch with other tensors in the places of `tensors()`."""
+        rest = iter(tensors)
+        batch = dataclasses.replace(self, epochs=next(rest), indices=next(rest), plain=next(rest))
+        if self.warped is not None:
+            batch.warped = next(rest)
+        if self.program is not None:
+            batch.program = ColorProgram(*rest)
+        return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,10 +12,44 @@ from lmim_fast.layers.block import PackedBlock
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 from lmim_fast.layers.decoder_rows import PlainRows
 from lmim_fast.layers.norm import norm_linear
+from lmim_fast.models.encoder import Encoder
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops.attention import attention_weights
-from lmim_fast.ops.masking import select_patches
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What a model looks at in B crops; None for what it lacks."""
+
+    encoder: Tensor
+    """(B, heads, rows, columns) fp32: cls over patches, last block."""
+    ids_masked: Tensor | None
+    """(B, M) masked patches."""
+    decoder: Tensor | None = None
+    """(B, heads, M, rows, columns) fp32: masked patches over the guidance view, last layer."""
+    pred: Tensor | None = None
+    """(B, M, P) predicted pixels of the masked patches, normalised per patch."""
+
+
+@torch.no_grad()
+def lmim_maps(
+    model: LMIM, images: Tensor, guidance: Tensor | None, patches: tuple[Tensor, Tensor]
+) -> AttentionMaps:
+    """Attention of LMIM in views (B, 3, height, width), under the ids of visible and masked patches."""
+    encoder = encoder_cls_attention(model.model_maeenc, images)
+    if guidance is None:
+        return AttentionMaps(encoder, None)
+    return AttentionMaps(
+        encoder, patches[1], decoder=decoder_cross_attention(model, images, guidance, patches)
+    )
+
+
+@torch.no_grad()
+def mae_maps(model: MAE, images: Tensor, patches: tuple[Tensor, Tensor]) -> AttentionMaps:
+    """Attention and prediction of MAE in images (B, 3, height, width)."""
+    pred = model(images, patches=patches).pred
+    return AttentionMaps(encoder_cls_attention(model, images), patches[1], pred=pred.float())
 
 
 def _first_inputs(module: nn.Module, run: Any) -> tuple[Any, ...]:
@@ -29,16 +64,15 @@ def _first_inputs(module: nn.Module, run: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def encoder_cls_attention(model: LMIM | MAE, images: Tensor) -> Tensor:
-    """Attention of cls to all patches, in the last block of the (student) encoder.
+def encoder_cls_attention(encoder: Encoder, images: Tensor) -> Tensor:
+    """Attention of cls to all patches, in the last block.
 
     Args:
-        model:  LMIM or MAE.
-        images: (B, 3, height, width) float or (B, height, width, 3) uint8, unmasked.
+        encoder: LMIM's student (`model_maeenc`) or MAE.
+        images:  (B, 3, height, width) float or (B, height, width, 3) uint8, unmasked.
     Returns:
         (B, heads, rows, columns) fp32; a map sums to 1 minus the weight of cls on itself.
     """
-    encoder = model.model_maeenc if isinstance(model, LMIM) else model
     block = cast(PackedBlock, encoder.blocks[-1])
     residual, branch, branch_bias, _ = _first_inputs(block, lambda: encoder.encode(images))
     qkv = norm_linear(residual, branch, branch_bias, block.norm1, block.attn.qkv)[0]
@@ -49,22 +83,22 @@ def encoder_cls_attention(model: LMIM | MAE, images: Tensor) -> Tensor:
         .unbind(2)
     )
     weights = attention_weights(q[:, :1], k)[:, :, 0, 1:]
-    return weights.unflatten(2, model.config.grid)
+    return weights.unflatten(2, encoder.grid)
 
 
 @torch.no_grad()
 def decoder_cross_attention(
-    model: LMIM, images: Tensor, guidance: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
+    model: LMIM, images: Tensor, guidance: Tensor, patches: tuple[Tensor, Tensor]
+) -> Tensor:
     """Attention of the masked patches to the guidance view, in the last decoder layer.
 
     Args:
         model:    LMIM with config.guidance on; it runs in eval mode, then its mode is restored.
         images:   plain views, as LMIM takes them.
         guidance: guidance views.
-        noise:    (B, L) that ranks the patches for masking.
+        patches:  ids of the visible (B, K) and of the masked patches (B, M).
     Returns:
-        ids_masked (B, M) and weights (B, heads, M, rows, columns) fp32, without the guidance cls.
+        (B, heads, M, rows, columns) fp32, without the guidance cls.
     Raises:
         ValueError: the model was built without guidance.
     """
@@ -75,7 +109,7 @@ def decoder_cross_attention(
     training = model.training
     model.eval()
     try:
-        ids_visible, ids_masked = select_patches(noise, model.config.num_visible)
+        ids_visible, ids_masked = patches
         latent, memory, _ = model.encode_views(images, guidance, ids_visible)
         layer = cast(PackedDecoderLayer, model.decoder_blocks[-1])
         x, kv, kv_bias = _first_inputs(
@@ -89,4 +123,4 @@ def decoder_cross_attention(
         weights = attention_weights(q[:, -ids_masked.shape[1] :].unflatten(2, heads), k.unflatten(2, heads))
     finally:
         model.train(training)
-    return ids_masked, weights[..., 1:].unflatten(3, model.config.grid)
+    return weights[..., 1:].unflatten(3, model.config.grid)

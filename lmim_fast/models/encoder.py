@@ -46,6 +46,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.grid = config.grid
         self.bf16_residual = config.residual == "bf16"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(position_table(config.width, config), requires_grad=False)

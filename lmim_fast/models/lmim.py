@@ -30,10 +30,8 @@ class LMIM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_patches, self.num_visible = (
-            config.num_patches,
-            config.num_visible,
-        )  # constants in a compiled graph
+        # Numbers of its own are constants in a compiled graph.
+        self.num_patches, self.num_visible = config.num_patches, config.num_visible
         width = config.decoder_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(position_table(width, config), requires_grad=False)
@@ -103,17 +101,6 @@ class LMIM(nn.Module):
         if config.target == "teacher":
             features = self.model_maeenc_momentum.encode(images)
         return Target(images, features, config.patch_size, config.target == "norm_pixel")
-
-    def teacher_to_bf16(self) -> None:
-        """Store the teacher's matrices in bf16, for models that run under bf16 autocast.
-
-        Autocast would cast them in every step, so no result changes. The state dict then contains bf16
-        tensors too. Without a teacher this does nothing.
-        """
-        if self.config.target == "teacher":
-            for module in self.model_maeenc_momentum.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    module.weight.data = module.weight.data.bfloat16()
 
     def decode(self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
         """Predictions (B, M, D or P), without their bias, from latent (B, 1 + K, D) and memory (B, N, D)."""

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 _LOG_RANGE = 20.0  # largest over smallest value from which a log axis is offered
 SMOOTH_FROM = 24  # points; fewer are drawn as they are
 _HOVER_POINTS = 400  # what the read-out under the pointer can tell apart on a screen
+COLOURS = ("a", "b", "c")  # of the page's palette, in the order that series take them
 # matplotlib wants numbers for colours: these stand for the page's variables until the SVG is written.
 _VARIABLES = {
     "ink": "#000001",

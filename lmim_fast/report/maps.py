@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from lmim_fast.config import PretrainConfig
-from lmim_fast.models.attention_maps import decoder_cross_attention, encoder_cls_attention
-from lmim_fast.models.lmim import LMIM
-from lmim_fast.models.mae import MAE
-from lmim_fast.ops.masking import mask_noise
-from lmim_fast.ops.philox import Stream
 from lmim_fast.report.images import boxed_html, crop_html, crop_pixels, heat_html, masked_pixels
 from lmim_fast.report.views import Crops, label_html
+from lmim_fast.train.task import Task
 
 _HEADS_SHOWN = 3
 _QUERIES = 4
@@ -35,31 +29,20 @@ class Maps:
     """(B, H, W, 3) uint8: the crop with its masked patches as predicted."""
 
 
-@torch.no_grad()
-def compute_maps(model: nn.Module, config: PretrainConfig, crops: Crops, count: int) -> Maps:
-    """Run the model over the first `count` crops with the masks that the run used for them.
-
-    Args:
-        model: LMIM or MAE, in eval mode on the CPU.
-    Raises:
-        TypeError: another model.
-    """
-    if not isinstance(model, LMIM | MAE):
-        raise TypeError(f"the report draws LMIM and MAE, got {type(model).__name__}")
-    plain = crops.plain[:count]
-    stream = Stream.MAE_MASK if isinstance(model, MAE) else Stream.MASK
-    noise = mask_noise(
-        config.seed, crops.epochs[:count], crops.indices[:count], config.model.num_patches, stream=stream
+def compute_maps(task: Task, model: nn.Module, crops: Crops, count: int) -> Maps:
+    """Run the task's model, on the CPU, over the first `count` crops with the masks of the run."""
+    plain, guidance = crops.plain[:count], None if crops.guidance is None else crops.guidance[:count]
+    maps = task.maps(model, plain, guidance, crops.epochs[:count], crops.indices[:count])
+    painted = None
+    if maps.pred is not None and maps.ids_masked is not None:
+        patch_size = task.config.model.patch_size
+        painted = crop_pixels(reconstruct(plain, maps.ids_masked, maps.pred, patch_size))
+    return Maps(
+        maps.encoder.numpy(),
+        None if maps.ids_masked is None else maps.ids_masked.numpy(),
+        None if maps.decoder is None else maps.decoder.numpy(),
+        painted,
     )
-    encoder = encoder_cls_attention(model, plain).float().cpu().numpy()
-    if isinstance(model, MAE):
-        output = model(plain, noise=noise)
-        painted = reconstruct(plain, output.ids_masked, output.pred, config.model.patch_size)
-        return Maps(encoder, output.ids_masked.cpu().numpy(), None, crop_pixels(painted))
-    if crops.guidance is None:
-        return Maps(encoder, None, None, None)
-    ids_masked, weights = decoder_cross_attention(model, plain, crops.guidance[:count], noise)
-    return Maps(encoder, ids_masked.cpu().numpy(), weights.float().cpu().numpy(), None)
 
 
 def reconstruct(images: Tensor, ids_masked: Tensor, pred: Tensor, patch_size: int) -> Tensor:
@@ -71,7 +54,7 @@ def reconstruct(images: Tensor, ids_masked: Tensor, pred: Tensor, patch_size: in
         pred:       (B, M, 3 * patch_size**2) per-patch normalised, values in the order (row, column, colour).
     Returns:
         (B, 3, H, W); visible patches are the image's own.
-    Source: MAE's normalised pixel target (He et al. 2022), turned round.
+    Source: MAE's normalised pixel target (He et al. 2022), inverted.
     """
     batch, _, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size

@@ -14,6 +14,7 @@ from lmim_fast.config import PretrainConfig
 from lmim_fast.config.io import from_dict
 from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.train.optim import total_steps
+from lmim_fast.train.task import Task, make_task
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Run:
     def name(self) -> str:
         """The run folder's own name."""
         return self.folder.resolve().name
+
+    @property
+    def task(self) -> Task:
+        """What the run trained."""
+        return make_task(self.config)
 
     @property
     def done(self) -> int:
@@ -112,8 +118,8 @@ def read_metrics(path: Path) -> Metrics:
             replayed += 1
         rows.append(row)
     if not rows:
-        found = f"{malformed} malformed lines and nothing else" if malformed else "no line"
-        raise LmimError(f"{path} holds {found}: the run has logged no step yet")
+        content = f"{malformed} malformed lines and nothing else" if malformed else "no line"
+        raise LmimError(f"{path} holds {content}: the run has logged no step yet")
     names = sorted({name for row in rows for name in row} - {"step"})
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
     return Metrics(np.array([row["step"] for row in rows], dtype=np.int64), columns, malformed, replayed)

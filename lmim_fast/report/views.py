@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.report.images import crop_html, crop_pixels
 from lmim_fast.report.run import Run
+from lmim_fast.train.task import make_task
+from lmim_fast.train.world import World
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,13 @@ def load_crops(run: Run, count: int) -> Crops:
         DataError: the data is not where config.json says, or cannot be used.
     """
     config = run.config
-    guided = config.objective == "lmim" and config.model.guidance
     # Substitutes are shown and named here: no share of broken records stops a report.
     loader = dataclasses.replace(config.loader, device="cpu", prefetch=1, threads=0, max_bad_fraction=1.0)
     store = RecordStore(config.data, max_pixels=config.loader.max_pixels)
     try:
         order = SampleOrder(len(store), min(count, len(store)), config.seed)
-        with ViewPipeline(
-            store,
-            order,
-            guidance=config.view if guided else None,
-            loader=loader,
-            seed=config.seed,
-            image_size=config.model.image_size,
-            end_step=1,
-        ) as pipeline:
+        task = make_task(dataclasses.replace(config, loader=loader, accumulation=1))
+        with task.pipeline(store, order, World(0, 1, torch.device("cpu")), 0, 1) as pipeline:
             batch = next(iter(pipeline))
             plain, guidance = batch.views(torch.float32)
             reasons = {(database, key): reason for database, key, reason in pipeline.bad.entries}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import os
 from datetime import timedelta
@@ -12,7 +13,7 @@ import numpy as np
 
 from lmim_fast.config import ReportConfig
 from lmim_fast.errors import DataError, LmimError, UsageError
-from lmim_fast.report.charts import SMOOTH_FROM, Chart, Series, chart_html, short
+from lmim_fast.report.charts import COLOURS, SMOOTH_FROM, Chart, Series, chart_html, short
 from lmim_fast.report.page import definitions, folded, page, warning
 from lmim_fast.report.run import Run, read_run
 from lmim_fast.train.optim import peak_learning_rate
@@ -46,8 +47,9 @@ def write_report(config: ReportConfig) -> Path:
 def _head(run: Run) -> str:
     """Name, status, and the figures a reader looks for first."""
     badge = '<span class="badge {}">{}</span>'.format(*_status(run))
-    objective = {"lmim": "LMIM pre-training", "mae": "MAE pre-training"}[run.config.objective]
-    title = f'<header><h1>{html.escape(run.name)}</h1><span class="badge">{objective}</span>{badge}</header>'
+    title = (
+        f'<header><h1>{html.escape(run.name)}</h1><span class="badge">{run.task.title}</span>{badge}</header>'
+    )
     metrics = run.metrics
     remarks = ""
     if metrics.malformed:
@@ -82,9 +84,7 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
             return title, "not logged", ""
         return title, short(float(values[-1])), f"from {short(float(values[0]))}"
 
-    tiles = [change("loss", "loss")]
-    if run.config.objective == "lmim":
-        tiles += [change("reconstruction loss", "loss_recon"), change("cls alignment loss", "loss_align")]
+    tiles = [change(title, name) for name, title in run.task.loss_titles.items()]
     rate, wait = metrics.finite("images_per_second"), metrics.finite("data_wait_fraction")
     bad, epochs = metrics.finite("bad_records"), metrics.finite("epoch")
     seconds = metrics.finite("elapsed_seconds")
@@ -105,18 +105,15 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
 
 def _facts(run: Run) -> list[tuple[str, str, str]]:
     config, model = run.config, run.config.model
-    ratio = model.mask_ratio if config.objective == "lmim" else model.mae_mask_ratio
     passes = f" in {config.accumulation} passes" if config.accumulation > 1 else ""
     facts = [
         ("model", f"{config.preset}: {model.depth} blocks of {model.width}, {model.heads} heads", ""),
         ("batch", f"{config.batch_size}{passes}", ""),
         ("peak learning rate", short(peak_learning_rate(config)), ""),
         ("precision", config.precision, ""),
-        ("masked", f"{ratio:.0%} of {model.num_patches} patches", ""),
+        *((name, value, "") for name, value in run.task.facts().items()),
         ("seed", str(config.seed), ""),
     ]
-    if config.objective == "lmim" and model.target == "teacher":
-        facts.append(("teacher", str(config.teacher), ""))
     memory = run.metrics.finite("memory_bytes")
     if len(memory):
         facts.append(("peak memory", f"{memory.max() / 1e9:.2f} GB", ""))
@@ -129,10 +126,10 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
 
 def _curves(run: Run) -> str:
     metrics = run.metrics
-    losses = [Series("total", metrics.column("loss"))]
-    if run.config.objective == "lmim":
-        losses.append(Series("reconstruction", metrics.column("loss_recon"), "b"))
-        losses.append(Series("cls alignment", metrics.column("loss_align"), "c"))
+    losses = [
+        Series(title.removesuffix(" loss"), metrics.column(name), colour)
+        for (name, title), colour in zip(run.task.loss_titles.items(), itertools.cycle(COLOURS), strict=False)
+    ]
     rate = Series("images/s", metrics.column("images_per_second"), "c")
     wait = Series("share", metrics.column("data_wait_fraction"), "b")
     charts = [
@@ -155,9 +152,7 @@ def _curves(run: Run) -> str:
 
 def _pictures(run: Run, config: ReportConfig) -> list[str]:
     """The sections that need the data, and the one that needs the model too; or why there are none."""
-    views, maps = "<h2>Views</h2>", "<h2>Attention</h2>"
-    if run.config.objective == "mae":
-        maps = "<h2>Attention and prediction</h2>"
+    views, maps = "<h2>Views</h2>", f"<h2>{run.task.maps_title}</h2>"
     try:
         # Imported here: a machine that lacks DALI still gets the rest of the page.
         from lmim_fast.report.views import load_crops, sheet_html
@@ -175,8 +170,8 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
             model, _ = load_model(run.folder)
         except (LmimError, ImportError, OSError) as error:
             return [*sections, maps + warning(f"No attention maps: {error}")]
-        found = compute_maps(model, run.config, crops, config.maps)
-        sections.append(maps + maps_html(found, crops, run.config.model.patch_size))
+        drawn = compute_maps(run.task, model, crops, config.maps)
+        sections.append(maps + maps_html(drawn, crops, run.config.model.patch_size))
     return sections
 
 

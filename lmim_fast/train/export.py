@@ -15,7 +15,7 @@ from lmim_fast.errors import CheckpointError, UsageError
 from lmim_fast.models import weights
 from lmim_fast.train.checkpoint import content, folders
 from lmim_fast.train.checkpoint.files import write_file
-from lmim_fast.train.start import build_model
+from lmim_fast.train.task import make_task
 
 Layout = Literal["released", "encoder"]
 _LAYOUT_OF_SUFFIX: dict[str, Layout] = {".pth": "released", ".pt": "released", ".safetensors": "encoder"}
@@ -82,8 +82,8 @@ def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:
     if not steps:
         raise UsageError(f"{source} has no checkpoint: it is not the folder of a run")
     if step is not None and step not in steps:
-        there = ", ".join(map(str, sorted(steps)))
-        raise UsageError(f"{source} has no checkpoint of step {step}; --step may be {there}")
+        choices = ", ".join(map(str, sorted(steps)))
+        raise UsageError(f"{source} has no checkpoint of step {step}; --step may be {choices}")
     model, _ = load_model(source, step)
     return weights.to_released(model)
 
@@ -112,7 +112,7 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Modu
     if checkpoint is None:
         raise CheckpointError("; ".join([f"{run} has no usable checkpoint", *problems]))
     config = from_dict(PretrainConfig, checkpoint.state["config"])
-    model = build_model(config)
+    model = make_task(config).build()
     content.restore(checkpoint, model)
     content.load_teacher(run, checkpoint.state["teacher"], model)
     return model.eval(), config

@@ -52,7 +52,7 @@ class GraphedStep:
         step:           a function of tensors that reads nothing back to the host; it may update parameters.
                         An optimiser in it has to be made with `capturable=True`.
         example_inputs: CUDA tensors that fix shapes and dtypes; the warm-up runs on them.
-        warmup:         runs before the capture. They are real: `step` has to tell them apart from training.
+        warmup:         runs before the capture. They are real: `step` must know that they are not training.
         capture:        what captures; another one may stand in for CUDA.
     Raises:
         ValueError: (on a call) a tensor of another shape or dtype.
@@ -71,12 +71,12 @@ class GraphedStep:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The result of a step on `inputs`, which may be on the host; a tensor of its own."""
-        for number, (fixed, given) in enumerate(zip(self._inputs, inputs, strict=True)):
-            if (fixed.shape, fixed.dtype) != (given.shape, given.dtype):
+        for number, (fixed, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
+            if (fixed.shape, fixed.dtype) != (tensor.shape, tensor.dtype):
                 raise ValueError(
                     f"input {number} must be {fixed.dtype} {tuple(fixed.shape)} as captured, "
-                    f"got {given.dtype} {tuple(given.shape)}"
+                    f"got {tensor.dtype} {tuple(tensor.shape)}"
                 )
-            fixed.copy_(given, non_blocking=True)
+            fixed.copy_(tensor, non_blocking=True)
         self._captured.replay()
         return self._captured.output.clone()

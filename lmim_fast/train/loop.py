@@ -40,9 +40,9 @@ class Progress:
     """Training time of the sittings before this one."""
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> Progress:
+    def from_state(cls, state: dict[str, Any], loss_names: tuple[str, ...], device: torch.device) -> Progress:
         """What a checkpoint's state.json says."""
-        meter = Meter.from_state(state["meter"], device)
+        meter = Meter.from_state(state["meter"], loss_names, device)
         return cls(meter, state["step"], state["seconds"])
 
 
@@ -61,7 +61,7 @@ class Session:
     telemetry: Telemetry
     identity: dict[str, Any]
     """What every checkpoint of this run says of it: config, versions, data, seed, teacher."""
-    bad_told: int = 0
+    bad_named: int = 0
     """Broken records of this process that are in bad_records.jsonl."""
     bad_records: int = 0
     """Distinct broken records that the run met; counted on rank 0."""
@@ -112,10 +112,11 @@ def train(session: Session, batches: ViewPipeline) -> int:
 def _next_batch(session: Session, batches: ViewPipeline) -> Batch:
     """The next batch; where there is none on some rank, all raise, after the broken records are named."""
     try:
-        return session.world.together(lambda: next(batches))
+        with session.world.together():
+            return next(batches)
     except Exception:
         try:
-            _tell_bad_records(session, batches)
+            _name_bad_records(session, batches)
         except LmimError as problem:  # not worth hiding the failure for
             session.telemetry.say(f"warning: {problem}")
         raise
@@ -123,7 +124,7 @@ def _next_batch(session: Session, batches: ViewPipeline) -> Batch:
 
 @dataclass
 class _Clock:
-    """Times of this sitting and of the window that the next line of metrics tells of."""
+    """Times of this sitting and of the window that the next line of metrics covers."""
 
     before: float
     steps: int = 0
@@ -150,7 +151,7 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
     config, world, progress = session.config, session.world, session.progress
     means, skipped = progress.meter.close_window()
     steps_per_second, data_wait = clock.close_window()
-    _tell_bad_records(session, batches)
+    _name_bad_records(session, batches)
     line: dict[str, Value] = {
         "step": progress.step,
         "epoch": progress.step * config.batch_size / session.order.num_samples,
@@ -163,7 +164,9 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         "memory_bytes": memory_bytes(world.device),
         "elapsed_seconds": clock.elapsed(),
     }
-    world.main_only(lambda: _write(session, line, skipped))
+    with world.together():
+        if world.is_main:
+            _write(session, line, skipped)
     in_a_row = progress.meter.skipped_in_a_row
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise LmimError(
@@ -173,18 +176,16 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         )
 
 
-def _tell_bad_records(session: Session, batches: ViewPipeline) -> None:
+def _name_bad_records(session: Session, batches: ViewPipeline) -> None:
     """Name and count the broken records that the ranks have met since the last time; all ranks call it."""
     known = list(batches.bad.entries)  # it grows meanwhile
-    new, session.bad_told = known[session.bad_told :], len(known)
-    found = session.world.gather((batches.bad.count, new))
-
-    def write() -> None:
-        entries = [entry._asdict() for _, entries in found for entry in entries]
-        named = add_new_lines(session.run / "bad_records.jsonl", entries)
-        session.bad_records = max(named, *(count for count, _ in found))
-
-    session.world.main_only(write)
+    new, session.bad_named = known[session.bad_named :], len(known)
+    ranks = session.world.gather((batches.bad.count, new))
+    with session.world.together():
+        if session.world.is_main:
+            entries = [entry._asdict() for _, entries in ranks for entry in entries]
+            named = add_new_lines(session.run / "bad_records.jsonl", entries)
+            session.bad_records = max(named, *(count for count, _ in ranks))
 
 
 def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None:
@@ -206,7 +207,7 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
 
 def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
     """Write a checkpoint, and what is known of broken records by then; every rank waits for it."""
-    _tell_bad_records(session, batches)
+    _name_bad_records(session, batches)
     progress = session.progress
     state = {
         **session.identity,
@@ -214,13 +215,11 @@ def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
         "meter": progress.meter.state(),
         "seconds": clock.elapsed(),
     }
-
-    def write() -> None:
-        keep = session.config.keep_checkpoints
-        path = content.save(session.run, state, session.model, session.optimizer, keep=keep)
-        session.telemetry.say(f"checkpoint {path}")
-
-    session.world.main_only(write)
+    with session.world.together():
+        if session.world.is_main:
+            keep = session.config.keep_checkpoints
+            path = content.save(session.run, state, session.model, session.optimizer, keep=keep)
+            session.telemetry.say(f"checkpoint {path}")
 
 
 class _StopSignals:

@@ -24,7 +24,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
 
 
 class SkippingAdamW(torch.optim.AdamW):
-    """Fused AdamW whose step can be called off by a number on the device, without asking the host."""
+    """Fused AdamW whose step can be skipped by a device flag, without asking the host."""
 
     found_inf: Tensor | None
 

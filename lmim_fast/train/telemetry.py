@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar. The device is read once per line of it."""
+"""What a run logs: metrics.jsonl, TensorBoard, a progress bar. The device is read once per logged line."""
 
 from __future__ import annotations
 
@@ -29,13 +29,19 @@ class Meter:
     It is part of a checkpoint, so that a line's mean is the same after a resume.
     """
 
+    loss_names: tuple[str, ...]
     steps: list[int] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
-    """Per step (4,): loss, loss_recon, loss_align, gradient norm; in a skipped step some are not finite."""
+    """Per step (k + 1,): the losses and the gradient norm; in a skipped step some are not finite."""
     skipped: int = 0
     """Steps without an update so far."""
     skipped_in_a_row: int = 0
     """Of them, the latest ones without a good step between."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of a row's numbers."""
+        return (*self.loss_names, "grad_norm")
 
     def add(self, step: int, row: Tensor) -> None:
         """Keep the numbers of one step; nothing is read."""
@@ -56,10 +62,9 @@ class Meter:
             self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
         kept = [row for row, good in zip(rows, finite, strict=True) if good]
         lost = [step for step, good in zip(self.steps, finite, strict=True) if not good]
-        names = ("loss", "loss_recon", "loss_align", "grad_norm")
         means: dict[str, Value] = {
             name: math.fsum(row[i] for row in kept) / len(kept) if kept else None
-            for i, name in enumerate(names)
+            for i, name in enumerate(self.names)
         }
         self.steps, self.rows = [], []
         return means, lost
@@ -68,6 +73,7 @@ class Meter:
         """JSON-ready content; numbers that JSON lacks are None."""
         rows = [[value if math.isfinite(value) else None for value in row] for row in self.read()]
         return {
+            "names": list(self.names),
             "steps": list(self.steps),
             "rows": rows,
             "skipped": self.skipped,
@@ -75,11 +81,15 @@ class Meter:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> Meter:
-        """Inverse of `state`."""
+    def from_state(cls, state: dict[str, Any], loss_names: tuple[str, ...], device: torch.device) -> Meter:
+        """Inverse of `state`, for the losses that the task has."""
+        meter = cls(loss_names, list(state["steps"]), [], state["skipped"], state["skipped_in_a_row"])
+        # Older checkpoints have no names: these four, for every objective.
+        stored = state.get("names", ["loss", "loss_recon", "loss_align", "grad_norm"])
+        places = [stored.index(name) for name in meter.names]
         rows = [[math.nan if value is None else value for value in row] for row in state["rows"]]
-        tensors = [torch.tensor(row, device=device) for row in rows]
-        return cls(list(state["steps"]), tensors, state["skipped"], state["skipped_in_a_row"])
+        meter.rows = [torch.tensor([row[place] for place in places], device=device) for row in rows]
+        return meter
 
 
 class Telemetry:
@@ -87,14 +97,16 @@ class Telemetry:
 
     Args:
         run:        run folder, or None to write and show nothing.
+        loss_names: names in the lines to log, the total first.
         total:      optimiser steps of the run.
         start_step: steps done before; metrics past them are dropped, so that the file is one clean curve.
     Raises:
         LmimError: the disk is full or a file of the run folder cannot be written.
     """
 
-    def __init__(self, run: Path | None, *, total: int, start_step: int) -> None:
+    def __init__(self, run: Path | None, loss_names: tuple[str, ...], *, total: int, start_step: int) -> None:
         self.run = run
+        self.loss_names = loss_names
         self.total = total
         self.started = time.monotonic()
         self.start_step = start_step
@@ -144,10 +156,10 @@ class Telemetry:
         step = int(line["step"] or 0)
         self._add_to_board(line, step)
         if self._bar is not None:
-            self._bar.update(self._task, description=describe(line))
+            self._bar.update(self._task, description=describe(line, self.loss_names))
         else:
             rate = f"lr {line['lr']:.2e}  ETA {self._remaining(step)}"
-            self.say(f"step {step}/{self.total}  {describe(line)}  {rate}")
+            self.say(f"step {step}/{self.total}  {describe(line, self.loss_names)}  {rate}")
 
     def _add_to_board(self, line: dict[str, Value], step: int) -> None:
         if self._board is None or self.run is None:
@@ -179,7 +191,7 @@ class Telemetry:
                 self.say(f"warning: TensorBoard files are incomplete ({problem})")
 
 
-def describe(line: dict[str, Value]) -> str:
+def describe(line: dict[str, Value], loss_names: Sequence[str]) -> str:
     """A line of metrics.jsonl for the eye."""
 
     def number(name: str) -> str:
@@ -187,7 +199,7 @@ def describe(line: dict[str, Value]) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     wait = line["data_wait_fraction"] or 0.0
-    text = f"loss {number('loss')} recon {number('loss_recon')} align {number('loss_align')}"
+    text = " ".join(f"{name.removeprefix('loss_')} {number(name)}" for name in loss_names)
     text += f"  {line['images_per_second']:.0f} images/s  data wait {100 * wait:.0f}%"
     extras = [f"{line[name]} {word}" for name, word in _COUNTS if line[name]]
     return "  ".join([text, *extras])
@@ -197,16 +209,16 @@ _COUNTS = (("bad_records", "bad records"), ("skipped_steps", "skipped steps"))
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of a .jsonl file that tell of `step` or before (a torn last line goes too)."""
+    """Keep the lines of a .jsonl file of `step` or before (a torn last line goes too)."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _tells_of(line, step)]
+    kept = [line for line in lines if _is_of(line, step)]
     if kept != lines:
         write_file(path, "".join(kept).encode())
 
 
-def _tells_of(line: str, step: int) -> bool:
+def _is_of(line: str, step: int) -> bool:
     if not line.endswith("\n"):
         return False
     try:
@@ -217,11 +229,11 @@ def _tells_of(line: str, step: int) -> bool:
 
 def add_new_lines(path: Path, lines: Sequence[dict[str, Any]]) -> int:
     """Append the JSON lines that a file does not have yet; how many it has then."""
-    there = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-    new = [text for text in dict.fromkeys(json.dumps(line) for line in lines) if text not in there]
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    new = [text for text in dict.fromkeys(json.dumps(line) for line in lines) if text not in known]
     if new:
         append(path, new)
-    return len(there) + len(new)
+    return len(known) + len(new)
 
 
 def append(path: Path, lines: Sequence[str]) -> None:

@@ -6,17 +6,15 @@ import contextlib
 import datetime
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lmim_fast.errors import LmimError, UsageError, shared
-
-Result = TypeVar("Result")
 
 # Long enough for a slow checkpoint or a cold data disk, short enough that a hung rank is noticed.
 _TIMEOUT = datetime.timedelta(minutes=10)
@@ -30,7 +28,7 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """gloo group for what the hosts tell one another; None in a world of one. It never waits for the GPU."""
+    """gloo group for messages between hosts; None in a world of one. It never waits for the GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -59,35 +57,35 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on every rank; when it fails on one, every rank raises and none waits for ever.
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every rank runs: if it fails on one, every rank raises and none waits for ever.
+
+        A block ends on no rank before all have reached its end. What only one rank has to do is
+        `with world.together():` around `if world.is_main:`.
 
         Raises:
-            LmimError: on the ranks where it did not fail, with the message of the one where it did. Marked
-                as `shared`, as the failure itself is: rank 0 tells of it.
+            LmimError: on the ranks where the block did not fail, with the message of the one where it did.
+                Marked as `shared`, as the failure itself is: rank 0 reports it.
         """
         if self.control is None:
-            return action()
+            yield
+            return
         failure: Exception | None = None
-        result: Result
         try:
-            result = action()
-        except Exception as error:  # told to the peers first, raised again below
+            yield
+        except Exception as error:  # the peers hear of it first, it is raised again below
             failure = error
         if self.largest(0 if failure is None else 1) == 0:
-            return result
-        messages = self.gather(None if failure is None else _told(failure))
+            return
+        messages = self.gather(None if failure is None else _message(failure))
         if failure is not None:
             raise shared(failure)
-        rank, message = next((rank, found) for rank, found in enumerate(messages) if found is not None)
+        rank, message = next((rank, text) for rank, text in enumerate(messages) if text is not None)
         raise shared(LmimError(f"{message} (rank {rank})"))
 
-    def main_only(self, action: Callable[[], object]) -> None:
-        """Run `action` on the main process; the others wait for it, and fail when it does."""
-        self.together(lambda: action() if self.is_main else None)
 
-
-def _told(failure: Exception) -> str:
+def _message(failure: Exception) -> str:
     """What the peers of a failed rank say about it."""
     return str(failure) if isinstance(failure, LmimError) else f"{type(failure).__name__}: {failure}"
 
@@ -107,7 +105,7 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def _warn_about_restarts() -> None:
-    # Read by the torchrun agent, which has started by now: a worker can only tell the user.
+    # Read by the torchrun agent, which has started by now: a worker can only warn.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts > 0 and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         warnings.warn(
@@ -130,7 +128,7 @@ def join(device: str = "auto") -> Iterator[World]:
     try:
         place = _device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
     except UsageError as error:
-        if local_rank > 0:  # the first of each machine tells: rank 0 may be on a healthy one
+        if local_rank > 0:  # the first of each machine reports it: rank 0 may be on a healthy one
             shared(error)
         raise
     if place.type == "cuda":

@@ -8,6 +8,7 @@ from lmim_fast.config import preset
 from lmim_fast.models.attention_maps import decoder_cross_attention, encoder_cls_attention
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
+from lmim_fast.ops.masking import select_patches
 from lmim_fast.reference import ReferenceLMIM
 
 
@@ -15,10 +16,10 @@ from lmim_fast.reference import ReferenceLMIM
 def test_cls_map_is_the_softmax_of_the_last_block(kind: type) -> None:
     model = kind(preset("tiny", depth=2, decoder_depth=1)).eval()
     images = torch.rand(2, 3, 32, 128) * 2 - 1
-    maps = encoder_cls_attention(model, images)
+    encoder = model.model_maeenc if kind is LMIM else model
+    maps = encoder_cls_attention(encoder, images)
     assert maps.shape == (2, 3, 8, 32)
     oracle = ReferenceLMIM(model.config).model_maeenc
-    encoder = model.model_maeenc if kind is LMIM else model
     oracle.load_state_dict({name: encoder.state_dict()[name] for name in oracle.state_dict()})
     with torch.no_grad():
         x = oracle.patch_embed(images) + oracle.pos_embed[:, 1:]
@@ -35,7 +36,9 @@ def test_cross_attention_maps_are_the_softmax_of_the_oracle(order: str, depth: i
     model = LMIM(preset("tiny", depth=1, decoder_depth=depth, decoder_order=order))
     images, guidance = torch.rand(2, 2, 3, 32, 128).unbind(0)
     noise = torch.rand(2, 256)
-    ids_masked, maps = decoder_cross_attention(model, images, guidance, noise)
+    patches = select_patches(noise, model.num_visible)
+    ids_masked = patches[1]
+    maps = decoder_cross_attention(model, images, guidance, patches)
     assert model.training, "the mode is restored"
     assert maps.shape == (2, 3, 205, 8, 32)
 
@@ -59,4 +62,4 @@ def test_a_model_without_guidance_has_no_cross_attention_map() -> None:
     model = LMIM(preset("tiny", depth=1, decoder_depth=1, guidance=False))
     images = torch.rand(1, 3, 32, 128)
     with pytest.raises(ValueError, match="guidance off"):
-        decoder_cross_attention(model, images, images, torch.rand(1, 256))
+        decoder_cross_attention(model, images, images, select_patches(torch.rand(1, 256), 51))

@@ -11,6 +11,7 @@ from lmim_fast.config import ModelConfig, preset
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.reference import ReferenceLMIM, ReferenceMAE
+from lmim_fast.train.parallel import frozen_to_bf16
 
 TINY = preset("tiny", decoder_dropout=0.0)
 ODD = ModelConfig(
@@ -229,7 +230,7 @@ def test_a_teacher_in_bf16_changes_no_bit_of_a_bf16_step() -> None:
     batch = batch_of(TINY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = fast(*batch).loss
-        fast.teacher_to_bf16()
+        frozen_to_bf16(fast)
         loss = fast(*batch).loss
     assert torch.equal(loss, expected)
     teacher = fast.model_maeenc_momentum

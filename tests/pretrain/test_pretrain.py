@@ -1,5 +1,6 @@
 """Whole runs in this process, on a real LMDB through the real pipeline."""
 
+import contextlib
 import errno
 import json
 import os
@@ -48,7 +49,7 @@ def test_the_mae_stage_lowers_its_loss_and_leaves_a_complete_run_folder(mae):
     found = lines(mae)
     assert [line["step"] for line in found] == list(range(1, 31))
     assert found[-1]["loss"] < 0.9 * found[0]["loss"]
-    assert all(line["loss"] == line["loss_recon"] and line["loss_align"] == 0 for line in found)
+    assert {name for line in found for name in line if "loss" in name} == {"loss"}
     assert found[-1]["epoch"] == pytest.approx(30 * 8 / 30)
     assert found[-1]["images_per_second"] > 0
     assert all(0 <= line["data_wait_fraction"] <= 1 for line in found)
@@ -152,12 +153,14 @@ def test_broken_records_are_named_with_each_checkpoint(tmp_path, monkeypatch):
 def test_what_can_fail_on_one_rank_before_training_is_done_together(data, mae, tmp_path, monkeypatch):
     depth, seen, together = [0], [], World.together
 
-    def entered(self, action):
-        depth[0] += 1
-        try:
-            return together(self, action)
-        finally:
-            depth[0] -= 1
+    @contextlib.contextmanager
+    def entered(self):
+        with together(self):
+            depth[0] += 1
+            try:
+                yield
+            finally:
+                depth[0] -= 1
 
     def watch(owner, name):
         function = getattr(owner, name)

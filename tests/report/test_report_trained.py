@@ -178,7 +178,7 @@ def test_pointing_at_a_chart_reads_its_values(pages: Pages, tmp_path: Path) -> N
     page = tmp_path / "probed.html"
     page.write_text(pages.lmim.read_text(encoding="utf-8") + probe, encoding="utf-8")
     (console,) = visit(page, tmp_path / "browser").console
-    assert re.search(r'"step 3; total\s+\d\S*; reconstruction\s+\d\S*; cls alignment\s+\d\S*"', console)
+    assert re.search(r'"step 3; loss\s+\d\S*; reconstruction\s+\d\S*; cls alignment\s+\d\S*"', console)
 
 
 @pytest.mark.slow

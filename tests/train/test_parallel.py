@@ -1,141 +1,40 @@
-"""Real processes on gloo; each test starts its own."""
-
-import multiprocessing
-import os
-import socket
+"""What is done to a model before it is trained."""
 
 import pytest
 import torch
 
-from lmim_fast.errors import DataError, LmimError, UsageError, is_shared
+from lmim_fast.config import ModelConfig, PretrainConfig
+from lmim_fast.models.lmim import LMIM
+from lmim_fast.models.mae import MAE
 from lmim_fast.train import parallel
-from lmim_fast.train import world as worlds
+from lmim_fast.train.world import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+MODEL = ModelConfig(
+    **dict(width=32, depth=1, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2, decoder_ffn=64)
+)
 
 
-def _talk(world):
-    values = torch.tensor([1.0, 2.0]) * (world.rank + 1)
-    world.mean_(values)
-    return values.tolist(), world.largest(10 * world.rank), world.gather(f"rank {world.rank}")
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_teachers_matrices_and_no_others_are_bf16_in_a_bf16_run(precision, dtype):
+    model = LMIM(MODEL)
+    parallel.place(model, PretrainConfig(data=("x",), model=MODEL, precision=precision), WORLD)
+    matrices = {
+        name
+        for name, module in model.model_maeenc_momentum.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.weight.dtype == dtype
+    }
+    assert len(matrices) == 5  # patches, qkv, proj, fc1, fc2
+    rest = [p for name, p in model.named_parameters() if "momentum" not in name]
+    assert {p.dtype for p in rest} == {torch.float32}
 
 
-def _fail(world, kind, on):
-    def action():
-        if world.rank == on:
-            raise kind("record 7 is broken")
-        return "fine"
-
-    try:
-        return world.together(action)
-    except Exception as error:
-        said = world.together(lambda: "still talking")
-        return type(error).__name__, str(error), said, is_shared(error)
+def test_a_model_without_frozen_matrices_stays_as_it_is():
+    model = MAE(MODEL)
+    parallel.frozen_to_bf16(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def _average_gradients(world):
-    torch.manual_seed(0)
-    model = torch.nn.Linear(2, 1, bias=False)
-    wrapped = parallel.wrap(model, world)
-    images = torch.tensor([[1.0, 0.0]]) if world.rank == 0 else torch.tensor([[0.0, 4.0]])
-    with parallel.gradient_sync(wrapped, enabled=False):
-        wrapped(images).sum().backward()
-    local = model.weight.grad.tolist()
-    with parallel.gradient_sync(wrapped, enabled=True):
-        wrapped(images).sum().backward()
-    return local, model.weight.grad.tolist()
-
-
-def _worker(rank, port, results):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    with worlds.join("cpu") as world:
-        found = {
-            "talk": _talk(world),
-            "fail on 0": _fail(world, DataError, on=0),
-            "fail on 1": _fail(world, DataError, on=1),
-            "unexpected": _fail(world, KeyError, on=1),
-            "gradients": _average_gradients(world),
-        }
-    results.put((rank, found, torch.distributed.is_initialized()))
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """What two real processes found, rank 0 first."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_worker, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    found = sorted(results.get() for _ in processes)
-    assert [still_initialized for _, _, still_initialized in found] == [False, False]
-    return [answers for _, answers, _ in found]
-
-
-def test_ranks_average_agree_and_gather(ranks):
-    assert ranks[0]["talk"] == ranks[1]["talk"] == ([1.5, 3.0], 10, ["rank 0", "rank 1"])
-
-
-@pytest.mark.parametrize("on", [0, 1])
-def test_a_failure_on_one_rank_is_raised_on_all_and_nobody_waits(ranks, on):
-    assert ranks[on][f"fail on {on}"] == ("DataError", "record 7 is broken", "still talking", True)
-    told = ("LmimError", f"record 7 is broken (rank {on})", "still talking", True)
-    assert ranks[1 - on][f"fail on {on}"] == told
-
-
-def test_an_unexpected_failure_is_told_to_the_peers_with_its_type(ranks):
-    assert ranks[0]["unexpected"][:2] == ("LmimError", "KeyError: 'record 7 is broken' (rank 1)")
-    assert ranks[1]["unexpected"][0] == "KeyError"
-
-
-def test_gradients_are_averaged_on_the_last_pass_only(ranks):
-    assert [rank["gradients"][0] for rank in ranks] == [[[1.0, 0.0]], [[0.0, 4.0]]]
-    assert [rank["gradients"][1] for rank in ranks] == [[[1.0, 4.0]]] * 2  # two passes, mean over the ranks
-
-
-def test_a_single_process_needs_no_process_group(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with worlds.join("cpu") as world:
-        assert not torch.distributed.is_initialized()
-        assert (world.rank, world.size, world.is_main) == (0, 1, True)
-        assert (world.gather(3), world.largest(4), world.together(lambda: 5)) == ([3], 4, 5)
-        with pytest.raises(LmimError):
-            world.main_only(_raise)
-        layer = torch.nn.Linear(1, 1)
-        assert parallel.wrap(layer, world) is layer
-
-
-def _raise():
-    raise LmimError("no")
-
-
-def test_cuda_that_is_not_there_is_a_usage_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="--device cuda"), worlds.join("cuda"):
-        pass
-
-
-@pytest.mark.parametrize("local_rank", [0, 1])
-def test_too_few_gpus_fail_every_process_alike_and_the_first_of_the_machine_tells(monkeypatch, local_rank):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    # The second machine of two: its ranks are 2 and 3.
-    for name, value in (("RANK", 2 + local_rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2)):
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(UsageError, match="2 processes on this machine, but 1 visible GPUs") as raised:
-        worlds.join("auto").__enter__()
-    assert is_shared(raised.value) == (local_rank == 1)
-
-
-def test_restarts_under_torchrun_warn_about_the_shared_store(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
-    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
-    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        worlds._warn_about_restarts()
+def test_one_process_trains_the_model_itself():
+    layer = torch.nn.Linear(1, 1)
+    assert parallel.wrap(layer, PretrainConfig(data=("x",)), WORLD) is layer

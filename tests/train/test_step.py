@@ -1,6 +1,7 @@
 """One optimiser step: eager, and as a captured graph with a stand-in for CUDA's capture."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from lmim_fast.data.batch import Batch
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops.photometric import ColorProgram
-from lmim_fast.train import optim
+from lmim_fast.train import optim, parallel
 from lmim_fast.train.graph import Captured, GraphedStep
-from lmim_fast.train.step import TrainStep, blank_batch
+from lmim_fast.train.step import TrainStep
+from lmim_fast.train.task import make_task
 from lmim_fast.train.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,11 +62,11 @@ def batch_of(number: int, size: int = 4, *, guided: bool = True) -> Batch:
     )
 
 
-def replaying(function: Callable[[], Tensor], warmup: int) -> Captured:
+def replaying(function: Callable[[], Tensor], warmup: int, *, size: int = 4) -> Captured:
     """Stands in for CUDA's capture: a replay runs the function again, into the same output."""
     for _ in range(warmup):
         function()
-    output = torch.full((4,), float("nan"), device=DEVICE)
+    output = torch.full((size,), float("nan"), device=DEVICE)
 
     def replay() -> None:
         output.copy_(function())
@@ -73,17 +75,19 @@ def replaying(function: Callable[[], Tensor], warmup: int) -> Captured:
 
 
 def make_step(
-    config: PretrainConfig, capture: Callable[..., Captured] = replaying
+    config: PretrainConfig, capture: Callable[..., Captured] | None = None
 ) -> tuple[TrainStep, torch.nn.Module, optim.SkippingAdamW]:
     torch.manual_seed(0)
-    model = (LMIM if config.objective == "lmim" else MAE)(config.model).to(DEVICE).train()
-    if config.precision == "bf16" and isinstance(model, LMIM):
-        model.teacher_to_bf16()
+    world, task = World(0, 1, DEVICE), make_task(config)
+    model = (LMIM if config.objective == "lmim" else MAE)(config.model)
+    parallel.place(model.train(), config, world)
     graphed = DEVICE if config.cuda_graph else None
     optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
-    step = TrainStep(model, optimizer, config, World(0, 1, DEVICE), capture=capture)
+    step = TrainStep(
+        model, optimizer, task, world, capture=capture or partial(replaying, size=1 + len(task.loss_names))
+    )
     if config.cuda_graph:
-        step.capture_graph(blank_batch(config, DEVICE))
+        step.capture_graph(task.blank_batch(DEVICE))
     return step, model, optimizer
 
 
@@ -124,7 +128,7 @@ def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
     config = config_of(cuda_graph=True)
     model = LMIM(config.model).to(DEVICE).train()
     optimizer = optim.make_optimizer(model, config.optim, graphed=DEVICE)
-    step = TrainStep(model, optimizer, config, World(0, 1, DEVICE), capture=capture)
+    step = TrainStep(model, optimizer, make_task(config), World(0, 1, DEVICE), capture=capture)
     optim.set_learning_rate(optimizer, 1e-2)
     if trained:
         for parameter in model.parameters():
@@ -132,7 +136,7 @@ def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
         optimizer.step_unless(torch.zeros((), device=DEVICE))
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {p: {kind: t.clone() for kind, t in state.items()} for p, state in optimizer.state.items()}
-    step.capture_graph(blank_batch(config, DEVICE))
+    step.capture_graph(make_task(config).blank_batch(DEVICE))
     assert len(seen) == 3
     assert all(row.isfinite().all() for row in seen)
     assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())

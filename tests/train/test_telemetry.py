@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lmim_fast.errors import LmimError
-from lmim_fast.train.telemetry import Meter, Telemetry, add_new_lines, append, drop_lines_after
+from lmim_fast.train.telemetry import Meter, Telemetry, add_new_lines, append, describe, drop_lines_after
 
+LOSSES = ("loss", "loss_recon", "loss_align")
 CPU = torch.device("cpu")
 LINE = {
     "step": 2,
@@ -31,7 +32,7 @@ def row(*values: float) -> torch.Tensor:
 
 
 def test_a_window_reports_the_means_of_its_finite_steps_and_names_the_others():
-    meter = Meter()
+    meter = Meter(LOSSES)
     meter.add(1, row(2.0, 1.5, 0.5, 4.0))
     meter.add(2, row(float("nan"), 1.0, 0.5, 4.0))
     meter.add(3, row(1.0, 0.5, 0.5, float("inf")))
@@ -43,7 +44,7 @@ def test_a_window_reports_the_means_of_its_finite_steps_and_names_the_others():
 
 
 def test_skipped_steps_in_a_row_are_counted_across_windows():
-    meter = Meter()
+    meter = Meter(LOSSES)
     for step in range(1, 4):
         meter.add(step, row(float("nan"), 0.0, 0.0, 0.0))
         means, _ = meter.close_window()
@@ -52,20 +53,20 @@ def test_skipped_steps_in_a_row_are_counted_across_windows():
 
 
 def test_a_meter_continues_from_its_state_with_the_same_means():
-    meter, values = Meter(), (0.1, 0.7, 1.3)
+    meter, values = Meter(LOSSES), (0.1, 0.7, 1.3)
     for step, value in enumerate(values, start=1):
         meter.add(step, row(value, value, 0.0, 1.0))
-        meter = Meter.from_state(json.loads(json.dumps(meter.state(), allow_nan=False)), CPU)
-    whole = Meter()
+        meter = Meter.from_state(json.loads(json.dumps(meter.state(), allow_nan=False)), LOSSES, CPU)
+    whole = Meter(LOSSES)
     for step, value in enumerate(values, start=1):
         whole.add(step, row(value, value, 0.0, 1.0))
     assert meter.close_window() == whole.close_window()
 
 
 def test_a_not_finite_row_survives_the_state():
-    meter = Meter()
+    meter = Meter(LOSSES)
     meter.add(7, row(float("nan"), 1.0, 1.0, float("inf")))
-    restored = Meter.from_state(json.loads(json.dumps(meter.state(), allow_nan=False)), CPU)
+    restored = Meter.from_state(json.loads(json.dumps(meter.state(), allow_nan=False)), LOSSES, CPU)
     assert restored.close_window()[1] == [7]
 
 
@@ -90,7 +91,7 @@ def test_a_full_disk_is_a_clear_error_when_a_line_is_written():
 
 
 def test_a_logged_line_reaches_the_file_tensorboard_and_the_screen(tmp_path, capsys):
-    with Telemetry(tmp_path, total=4, start_step=0) as telemetry:
+    with Telemetry(tmp_path, LOSSES, total=4, start_step=0) as telemetry:
         telemetry.log(LINE)
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == LINE  # before the file is closed
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -110,7 +111,7 @@ def test_a_terminal_of_100_columns_shows_losses_rate_and_data_wait_beside_the_ba
 ):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    with Telemetry(tmp_path, total=4000, start_step=0) as telemetry:
+    with Telemetry(tmp_path, LOSSES, total=4000, start_step=0) as telemetry:
         telemetry.advance(2)
         telemetry.log({**LINE, "bad_records": 0})
     shown = capsys.readouterr().out
@@ -122,12 +123,12 @@ def test_a_terminal_of_100_columns_shows_losses_rate_and_data_wait_beside_the_ba
 def test_a_tensorboard_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(LmimError, match=r"cannot write .*tensorboard: "):
-        Telemetry(tmp_path, total=4, start_step=0)
+        Telemetry(tmp_path, LOSSES, total=4, start_step=0)
 
 
 def test_missing_tensorboard_is_said_once_and_the_curve_is_still_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with Telemetry(tmp_path, total=4, start_step=0) as telemetry:
+    with Telemetry(tmp_path, LOSSES, total=4, start_step=0) as telemetry:
         telemetry.log(LINE)
         telemetry.log({**LINE, "step": 4})
     assert capsys.readouterr().out.count("no TensorBoard") == 1
@@ -136,8 +137,25 @@ def test_missing_tensorboard_is_said_once_and_the_curve_is_still_written(tmp_pat
 
 def test_ranks_other_than_the_first_write_and_say_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Telemetry(None, total=4, start_step=0) as telemetry:
+    with Telemetry(None, LOSSES, total=4, start_step=0) as telemetry:
         telemetry.log(LINE)
         telemetry.say("hello")
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_meter_of_an_older_checkpoint_gives_the_task_the_losses_that_it_has():
+    state = {"steps": [7], "rows": [[2.0, 2.0, 0.0, None]], "skipped": 1, "skipped_in_a_row": 1}
+    meter = Meter.from_state(state, ("loss",), CPU)
+    assert meter.names == ("loss", "grad_norm")
+    assert meter.rows[0][0] == 2.0
+    assert meter.rows[0][1].isnan()
+    lmim = Meter.from_state(state, LOSSES, CPU)
+    assert lmim.rows[0][:3].tolist() == [2.0, 2.0, 0.0]
+    assert lmim.state() == state | {"names": [*LOSSES, "grad_norm"]}
+
+
+def test_the_progress_line_names_the_losses_of_the_task():
+    shown = describe(LINE | {"loss": 1.25}, ("loss", "loss_recon"))
+    assert shown.startswith("loss 1.250 recon 1.000  800 images/s")
+    assert describe(LINE, ("loss",)).startswith("loss 1.250  800 images/s")

@@ -37,14 +37,14 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _load(path: Path, found: dict[str, Tensor], model: nn.Module, *, teacher: bool) -> None:
-    wanted = _own(model, teacher=teacher)
-    wrong = sorted(set(found) ^ set(wanted))
-    wrong += [n for n in sorted(set(found) & set(wanted)) if found[n].shape != wanted[n].shape]
+def _load(path: Path, tensors: dict[str, Tensor], model: nn.Module, *, teacher: bool) -> None:
+    expected = _own(model, teacher=teacher)
+    wrong = sorted(set(tensors) ^ set(expected))
+    wrong += [n for n in sorted(set(tensors) & set(expected)) if tensors[n].shape != expected[n].shape]
     if wrong:
         names = ", ".join(wrong[:8])
         raise CheckpointError(f"{path} does not fit the model in {len(wrong)} tensors: {names}")
-    model.load_state_dict(found, strict=False)  # the other half is loaded apart
+    model.load_state_dict(tensors, strict=False)  # the other half is loaded apart
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

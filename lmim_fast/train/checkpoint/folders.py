@@ -79,8 +79,8 @@ def _checksum(body: dict[str, Any]) -> str:
 
 def finished(run: Path) -> list[Path]:
     """A run's finished checkpoint folders, newest first."""
-    found = [path for path in run.glob("checkpoints/step-*") if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    finished = [path for path in run.glob("checkpoints/step-*") if _FOLDER.fullmatch(path.name)]
+    return sorted(finished, key=lambda path: path.name, reverse=True)
 
 
 def steps(run: Path) -> list[int]:
@@ -116,7 +116,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def newest(run: Path, damaged: Callable[[Path, CheckpointError], None] | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; `damaged` hears of every newer one that is not whole."""
+    """The newest whole checkpoint of a run; `damaged` is called with every newer one that is not whole."""
     for path in finished(run):
         try:
             return read(path)

@@ -15,7 +15,7 @@ from lmim_fast.train.world import World
 
 # Values that change no weight. `data` is decided by the fingerprint: a database may have moved. `teacher` and
 # `init` name what a run began with, and its folder holds that. `device` is the exception, so that a run can
-# move to another machine: products then differ by rounding, views by how CPU and GPU decode and resample.
+# move to another machine: matmuls then differ by rounding, views by how CPU and GPU decode and resample.
 # On one machine nothing need differ, so `loader.device` may not change.
 _MAY_CHANGE = {
     "config.data",
@@ -39,7 +39,7 @@ def find(
     config: PretrainConfig,
     fingerprint: dict[str, Any],
     world: World,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Checkpoint | None:
     """The checkpoint to continue from, None for a fresh start; every rank reads the same one.
 
@@ -49,33 +49,33 @@ def find(
         UsageError: the folder has checkpoints, and the config says not to resume or is of another run.
         CheckpointError: it has checkpoints and none of them is whole.
     """
-    choice = world.together(lambda: _choose(run, config, tell) if world.is_main else None)
-    path = world.gather(choice.path if choice else None)[0]
+    saved = None
+    with world.together():
+        if world.is_main:
+            saved = _choose(run, config, say)
+    path = world.gather(saved.path if saved else None)[0]
     if path is None:
         return None
-
-    def read() -> Checkpoint:
-        saved = choice or folders.read(path)
+    with world.together():
+        saved = saved or folders.read(path)
         check_same_run(saved, config, fingerprint)
-        return saved
-
-    return world.together(read)
+    return saved
 
 
-def _choose(run: Path, config: PretrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
+def _choose(run: Path, config: PretrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
     if not folders.steps(run):
         return None
     if not config.resume:
         raise UsageError(f"{run} already has checkpoints: choose another --output, or drop --no-resume")
     damaged: list[tuple[Path, CheckpointError]] = []
-    found = folders.newest(run, lambda path, error: damaged.append((path, error)))
-    if found is None:
+    saved = folders.newest(run, lambda path, error: damaged.append((path, error)))
+    if saved is None:
         reasons = "; ".join(str(error) for _, error in damaged)
         raise CheckpointError(f"no checkpoint in {run} is whole ({reasons}); choose another --output")
     for path, error in damaged:
         aside = folders.set_aside(path)
-        tell(f"warning: {error}; set aside as {aside.name}, continuing from {found.path.name}")
-    return found
+        say(f"warning: {error}; set aside as {aside.name}, continuing from {saved.path.name}")
+    return saved
 
 
 def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[str, Any]) -> None:
@@ -84,16 +84,16 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
     Raises:
         UsageError: names the first fields that differ, with both values.
     """
-    found = [
+    changed = [
         *differences(_completed(saved.state["config"]), to_dict(config), "config"),
         *differences(_content(saved.state["data"]), _content(fingerprint), "data"),
     ]
-    found = [line for line in found if line[0].partition("[")[0] not in _MAY_CHANGE]
-    if found:
+    changed = [line for line in changed if line[0].partition("[")[0] not in _MAY_CHANGE]
+    if changed:
         lines = "; ".join(
-            f"{name.removeprefix('config.')} was {old!r}, now {new!r}" for name, old, new in found[:3]
+            f"{name.removeprefix('config.')} was {old!r}, now {new!r}" for name, old, new in changed[:3]
         )
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(
             f"{saved.path} is of another run: {lines}{more}; use the same values or another --output"
         )

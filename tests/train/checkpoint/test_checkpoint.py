@@ -13,7 +13,7 @@ from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train import optim
 from lmim_fast.train.checkpoint import content, folders
 from lmim_fast.train.export import load_model
-from lmim_fast.train.start import build_model
+from lmim_fast.train.task import make_task
 
 CONFIG = PretrainConfig(
     data=("x",),
@@ -27,7 +27,7 @@ CONFIG = PretrainConfig(
 @pytest.fixture
 def trained():
     """A model and an optimiser that have done one step."""
-    model = build_model(CONFIG)
+    model = make_task(CONFIG).build()
     optimizer = optim.make_optimizer(model, OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = 0.01
@@ -60,7 +60,7 @@ def names(run):
 def test_weights_moments_and_step_counts_come_back_bitwise(save, trained):
     model, optimizer = trained
     read = folders.read(save(7))
-    fresh = build_model(CONFIG)
+    fresh = make_task(CONFIG).build()
     other = optim.make_optimizer(fresh, OptimConfig())
     content.restore(read, fresh, other)
     assert read.state["step"] == 7
@@ -78,7 +78,7 @@ def test_the_teacher_is_stored_once_for_the_run_and_not_in_the_checkpoints(save,
     assert read.state["teacher"]["bytes"] == teacher_bytes
     with torch.no_grad():
         trained[0].model_maeenc_momentum.norm.weight.fill_(5.0)
-    fresh = build_model(CONFIG)
+    fresh = make_task(CONFIG).build()
     content.save_teacher(tmp_path, trained[0])
     with pytest.raises(CheckpointError, match=r"teacher\.safetensors was altered"):
         content.load_teacher(tmp_path, read.state["teacher"], fresh)
@@ -178,9 +178,9 @@ def test_a_full_disk_is_one_clear_error_and_leaves_earlier_checkpoints_whole(
 
 def test_a_checkpoint_of_another_model_is_refused_by_tensor_name(save):
     read = folders.read(save(1))
-    wider = build_model(
+    wider = make_task(
         PretrainConfig(**{**vars(CONFIG), "model": ModelConfig(**{**vars(CONFIG.model), "decoder_ffn": 96})})
-    )
+    ).build()
     with pytest.raises(CheckpointError, match=r"decoder_blocks\.0\.linear1\.weight"):
         content.restore(read, wider)
 
