@@ -1,6 +1,7 @@
 """What a user meets first: import, names, configuration."""
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 
@@ -180,3 +181,24 @@ def test_a_config_survives_json_and_its_hash_sees_every_change() -> None:
     assert config_hash(changed) != config_hash(config)
     with pytest.raises(ValueError, match="ModelConfig has no field depht"):
         from_dict(ModelConfig, {"depht": 3})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "lmim_fast.config PretrainConfig ModelConfig preset",
+        "lmim_fast.reference ReferenceLMIM ReferenceMAE",
+        "lmim_fast.models.lmim LMIM",
+        "lmim_fast.models.mae MAE",
+        "lmim_fast.models.weights load_encoder read_state_dict",
+        "lmim_fast.pretrain run_pretrain",
+        "lmim_fast.report write_report",
+        "lmim_fast.kernels.runtime recording",
+        "benchmarks.static main",
+        "benchmarks.bench_step main",
+    ],
+)
+def test_import_paths_that_documents_and_users_have_stay(names: str) -> None:
+    module, *members = names.split()
+    imported = importlib.import_module(module)
+    assert all(hasattr(imported, member) for member in members)
