@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from lmim_fast.kernels import runtime
 from torch import Tensor
+
+from lmim_fast.kernels import runtime
 
 _BLOCK = 1024  # 8 independent chains a thread hide the latency
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from lmim_fast.kernels import runtime
 
 _THREADS = 128

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lmim_fast.kernels import runtime
 
 from benchmarks import wgmma
+from lmim_fast.kernels import runtime
 
 Case = tuple[str, Callable[[], object]]  # what is computed, a call of launch functions on meta tensors
 

@@ -10,12 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from lmim_fast.kernels import runtime
-
 from benchmarks import static_build, static_cases
 from benchmarks.operation import kernel_name
 from benchmarks.static_build import Build, Report
 from benchmarks.tune_studies import Candidate, Study, Trial, studies
+from lmim_fast.kernels import runtime
 
 
 class Attempt(NamedTuple):

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
-from lmim_fast.kernels import attention, attention_backward, linear_gelu, patch_embed
-
 from benchmarks.operation import kernel_name
+from lmim_fast.kernels import attention, attention_backward, linear_gelu, patch_embed
 from lmim_fast.ops.attention_backends import backend
 
 SHIPPED = "shipped"

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

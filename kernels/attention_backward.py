@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.attention import (
     LOG2E,
@@ -29,7 +31,6 @@ from lmim_fast.kernels.attention import (
     tile,
 )
 from lmim_fast.kernels.dropout import keep_column, keep_tile_transposed
-from torch import Tensor
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.rows import as_rows, padded_width
-from torch import Tensor
 
 TILE = 2048  # values: 16 a thread, two 16-byte loads of each bf16 input
 NUM_WARPS = 4

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.dropout import keep_tile
 from lmim_fast.kernels.rows import as_rows, padded_width
-from torch import Tensor
 
 NUM_WARPS = 4
 MAX_BLOCK = 512  # columns of a program; divides the hidden widths 1536, 2048 and 3072

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.gelu import normal_density, normal_tail
-from torch import Tensor
 
 RESIDENT = 2  # programs on a multiprocessor at a time
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.rows import padded_width
-from torch import Tensor
 
 UNIFORM_BITS = tl.constexpr(24)  # of a number drawn in [0, 1)
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.patch_embed import EXACT, TYPES, Tiles, geometry, load_patch, load_pixels, split
 from lmim_fast.kernels.rows import as_rows
-from torch import Tensor
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from lmim_fast.kernels import runtime
 from torch import Tensor
+
+from lmim_fast.kernels import runtime
 
 MOST_PIXELS = 4096  # of a block: 24 registers a thread hold its colours; the size of a word crop
 MANY_PIXELS = 2048  # of a block of a larger image, which is worked on block by block

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.rows import padded_width
-from torch import Tensor
 
 NUM_WARPS = 4
 MAX_BLOCK = 512  # columns of a program; divides the widths 512, 1024 and 1536

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.table_rows import (
     BACKWARD_TILE,
@@ -18,7 +20,6 @@ from lmim_fast.kernels.table_rows import (
     side_by_side,
     tile_shape,
 )
-from torch import Tensor
 
 PROGRAMS = 4  # per multiprocessor, that sum
 STAGES = 3  # two tiles are loaded while one is added

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import attention, attention_backward, runtime
 
 from benchmarks.shapes import DECODER, MASKED, MODELS, TOKENS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
+from lmim_fast.kernels import attention, attention_backward, runtime
 from lmim_fast.ops.attention_kernels import ALL_ON_CHIP, WIDTHS, reach
 from lmim_fast.ops.dropout import threshold
 

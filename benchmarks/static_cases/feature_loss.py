@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import feature_loss
 
 from benchmarks.shapes import BASE, MASKED, SMALL, TOKENS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named
+from lmim_fast.kernels import feature_loss
 
 PATCH = 4  # pixels
 

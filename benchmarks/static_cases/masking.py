@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import masking
 
 from benchmarks.shapes import MASKED, SMALL
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, empty
+from lmim_fast.kernels import masking
 from lmim_fast.ops.philox import Stream
 
 PATCHES = SMALL.tokens[-1] - 1

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import norm
 
 from benchmarks.shapes import MODELS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
+from lmim_fast.kernels import norm
 from lmim_fast.ops.dropout import threshold
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import patch_embed, patch_embed_backward
 
 from benchmarks.shapes import BASE, MASKED, SMALL
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named
+from lmim_fast.kernels import patch_embed, patch_embed_backward
 
 HEIGHT, WIDTH, PATCH = 32, 128, 4
 VISIBLE = SMALL.tokens[-1] - 1 - MASKED

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import photometric
 
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named
+from lmim_fast.kernels import photometric
 
 SIZES = ((32, 128), (48, 160))  # the crop of the models; one that is larger than a block and ends within one
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from lmim_fast.kernels import table_rows, tokens
 
 from benchmarks.shapes import DECODER, MASKED, TOKENS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named
+from lmim_fast.kernels import table_rows, tokens
 
 SHOWN, ALL = TOKENS
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from lmim_fast.kernels import runtime
 
 from benchmarks.static_build import Case
+from lmim_fast.kernels import runtime
 
 
 @triton.jit

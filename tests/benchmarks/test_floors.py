@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from lmim_fast.kernels import runtime
 
 from benchmarks.ceilings import copy_bandwidth
 from benchmarks.exponentials import exponentials
@@ -16,6 +15,7 @@ from benchmarks.floors import (
     layer_norm,
     mlp,
 )
+from lmim_fast.kernels import runtime
 
 CEILINGS = Ceilings(4.3e12, 790e12, 3.86e12)
 ROWS, VISIBLE_ROWS = 512 * 257, 512 * 52

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from lmim_fast.kernels import runtime
 from torch import Tensor
 
 from benchmarks import floors, kernel_pass, operations, planted_faults, sanitize
 from benchmarks.operation import Operation, Unavailable, kernel_name
+from lmim_fast.kernels import runtime
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.gelu import bias_gelu
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmim_fast.kernels import runtime
 
 from benchmarks import static_cases
 from benchmarks.static_build import ARCHES, Limits
+from lmim_fast.kernels import runtime
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from lmim_fast.kernels import attention, attention_backward, gelu, runtime
 from torch import Tensor
 
 from benchmarks import floors, operations, static_cases, tables, tune, tune_static
@@ -19,6 +18,7 @@ from benchmarks.operation import Operation
 from benchmarks.static_build import Report
 from benchmarks.tune_static import Attempt, Compiled
 from benchmarks.tune_studies import BACKEND_STUDY, SHIPPED, Candidate, Study, Trial, studies
+from lmim_fast.kernels import attention, attention_backward, gelu, runtime
 from lmim_fast.ops import attention_backends
 
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_pairs import HEADS, HIDDEN, MEMORY, QUERIES, WIDTH, released_decoder, timm_block, timm_mlp
-from lmim_fast.kernels import linear_gelu
 from torch import Tensor, nn
 
 from benchmarks.operation import launches
 from lmim_fast import accelerate
+from lmim_fast.kernels import linear_gelu
 from lmim_fast.layers import Block, DecoderLayer, Mlp
 from lmim_fast.layers.block import PackedBlock
 from lmim_fast.ops import attention, dispatch

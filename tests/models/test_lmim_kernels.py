@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition, nop
-from lmim_fast.kernels import runtime
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from twins import assert_same_gradients, batch_of, twins
 
 from benchmarks.operation import kernel_name, launches
 from lmim_fast.config import ModelConfig, preset
+from lmim_fast.kernels import runtime
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.ops import dispatch, dropout

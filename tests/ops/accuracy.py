@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lmim_fast.kernels import runtime
 from torch import Tensor
+
+from lmim_fast.kernels import runtime
 
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0  # a kernel rounds at other places than the eager form
 

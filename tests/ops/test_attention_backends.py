@@ -6,9 +6,9 @@ import pytest
 import torch
 from accuracy import CUDA, DEVICE, interpreted
 from attention_cases import DTYPE, attend, attend_across, crossed, differentiate, packed, seed
-from lmim_fast.kernels import runtime
 from torch._subclasses import FakeTensorMode
 
+from lmim_fast.kernels import runtime
 from lmim_fast.ops import attention, attention_backends, attention_kernels, dispatch
 from lmim_fast.ops.attention import cross_attention, self_attention
 

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 from accuracy import DEVICE
-from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
 
+from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
 from lmim_fast.ops import dropout
 
 

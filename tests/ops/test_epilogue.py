@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import CUDA, interpreted
-from lmim_fast.kernels import runtime
 from test_dispatch import on_cuda
 from torch import Tensor
 
 from benchmarks.operation import launches
+from lmim_fast.kernels import runtime
 from lmim_fast.layers import Block, DecoderLayer, Mlp
 from lmim_fast.ops import dispatch, epilogue
 from lmim_fast.ops.epilogue import in_epilogue

@@ -15,11 +15,11 @@ from feature_loss_cases import (
     feature_inputs,
     pixel_inputs,
 )
-from lmim_fast.kernels import feature_loss
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
+from lmim_fast.kernels import feature_loss
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.feature_loss import (
     masked_feature_loss,

@@ -17,9 +17,9 @@ from accuracy import (
     assert_as_accurate,
     assert_rms_as_accurate,
 )
-from lmim_fast.kernels.gelu import normal_density, normal_tail
 from torch import Tensor
 
+from lmim_fast.kernels.gelu import normal_density, normal_tail
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.gelu import bias_gelu
 

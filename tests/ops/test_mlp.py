@@ -13,9 +13,9 @@ from accuracy import (
     assert_as_accurate,
     assert_rms_as_accurate,
 )
-from lmim_fast.kernels import linear_gelu
 from torch import Tensor
 
+from lmim_fast.kernels import linear_gelu
 from lmim_fast.ops import dispatch
 from lmim_fast.ops import mlp as op
 from lmim_fast.ops.mlp import mlp

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from accuracy import DEVICE
-from lmim_fast.kernels import linear_gelu
 from test_mlp import as_double, inputs, run
 from torch import Tensor
 
+from lmim_fast.kernels import linear_gelu
 from lmim_fast.ops import mlp as op
 from lmim_fast.ops.mlp import launch_mlp, mlp
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accuracy import DEVICE
 from attention_cases import DTYPE, Form, Inputs, crossed, differentiate, packed, seed, skip_where_too_long
-from lmim_fast.kernels import attention_backward, runtime
 from torch._subclasses import FakeTensorMode
 
+from lmim_fast.kernels import attention_backward, runtime
 from lmim_fast.ops import attention, attention_backends, attention_kernels, dispatch, routes
 from lmim_fast.ops.routes import Route, Size
 
