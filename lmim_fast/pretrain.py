@@ -2,10 +2,11 @@
 
 import sys
 
-from lmim_fast.cli import main
+if __name__ == "__main__":
+    from lmim_fast.cli import main  # sets what torch reads when it is imported
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
+
 from lmim_fast.train.run import run_pretrain
 
 __all__ = ["run_pretrain"]
-
-if __name__ == "__main__":
-    sys.exit(main(["pretrain", *sys.argv[1:]]))

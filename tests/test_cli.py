@@ -304,3 +304,23 @@ def test_weights_that_are_not_finite_are_not_converted(run, tmp_path, capsys, va
         arguments += ["--to", "encoder"] if target == "y.bin" else []
         assert "not exported: non-finite values in" in error_of(capsys, arguments, code=1)
         assert not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize("start", ["from lmim_fast.cli import main; main(['--version'])", None])
+@pytest.mark.parametrize(
+    ("setting", "spins"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_openmp_threads_wait_as_chosen_before_torch_is_imported(start, setting, spins):
+    module = "runpy.run_module('lmim_fast.pretrain', run_name='__main__')"
+    run = start or f"import runpy; sys.argv = ['x', '--help']; {module}"
+    code = f"""
+import atexit, os, sys
+atexit.register(lambda: print("SPINS", os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules))
+{run}
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment | setting, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.splitlines()[-1] == f"SPINS {spins} False", result.stderr
