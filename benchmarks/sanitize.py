@@ -60,14 +60,12 @@ class Run:
     process: subprocess.Popen[bytes]
     output: IO[bytes]
     stopped: bool = False
-
-    def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
+    text: str = ""
+    """All that it printed, once it has ended."""
 
     def verdict(self) -> str:
         """What came of it; begins with "ok" where all is well."""
-        code, text = self.process.returncode, self.text()
+        code, text = self.process.returncode, self.text
         of_tool = "".join(line for line in text.splitlines() if line.startswith("========="))
         lines = [line for line in text.splitlines() if not line.startswith("=========")]
         last = lines[-1] if lines else "it printed nothing"
@@ -132,16 +130,19 @@ def end(runs: list[Run]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(run.process.pid, signal.SIGKILL)
         run.process.wait()
+        with run.output as output:
+            output.seek(0)
+            run.text = output.read().decode(errors="replace")
 
 
 def tell(runs: list[Run], record: Record, reported: Sequence[str]) -> int:
     """Print what the runs have said, then the verdicts, and file them; 1 if one that counts is red."""
     verdicts = [(f"{run.tool}{', planted' if run.planted else ''}", run.verdict()) for run in runs]
     for run, (name, _) in zip(runs, verdicts, strict=True):
-        print(f"--- {name}\n{run.text()}")
+        print(f"--- {name}\n{run.text}")
     for run, (name, verdict) in zip(runs, verdicts, strict=True):
         print(f"sanitize: {name}: {verdict}", flush=True)
-        found = [line for line in run.text().splitlines() if line.startswith("=========")]
+        found = [line for line in run.text.splitlines() if line.startswith("=========")]
         record.add(
             dict(run=name, verdict=verdict, counts=run.tool not in reported, found=found[:_KEPT_LINES])
         )
