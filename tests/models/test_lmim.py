@@ -120,7 +120,7 @@ def test_two_threads_give_the_same_bits_every_time(kind: type[nn.Module]) -> Non
     runs = []
     torch.set_num_threads(2)
     try:
-        for _ in range(6):
+        for _ in range(12):
             model.zero_grad()
             torch.manual_seed(1)
             model(*batch).loss.backward()
@@ -192,8 +192,10 @@ def test_wrong_inputs_are_named() -> None:
 
 
 def test_two_hundred_steps_follow_the_oracle() -> None:
-    """New crops and masks in every step; measured: 3e-7."""
-    config = dataclasses.replace(SMALLEST, depth=2)
+    """New crops and masks in every step; measured: 6e-7."""
+    config = dataclasses.replace(
+        SMALLEST, image_size=TINY.image_size, pos_grid="released", depth=2, decoder_depth=2
+    )
     oracle, fast = ReferenceLMIM(config), LMIM(config)
     twins(oracle, fast)
     curves = []

@@ -121,7 +121,14 @@ def test_bias_gradients_come_in_the_biases_dtype(dtype: torch.dtype) -> None:
         assert [x.dtype for x in gradients] == [x.dtype for x in typed]
 
 
-SAMPLES = [(20, True, 0.0), (20, False, 0.1), (129, True, 0.1), (129, False, 0.0)]  # every pair of values
+SAMPLES = [
+    (20, True, 0.0),
+    (20, False, 0.1),
+    (20, True, 0.1),
+    (129, True, 0.0),
+    (129, True, 0.1),
+    (129, False, 0.0),
+]
 
 
 @pytest.mark.parametrize(("tokens", "bias", "p"), SAMPLES)
