@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from lmim_fast.config import ModelConfig, PretrainConfig, preset
+from lmim_fast.config import FinetuneConfig, PretrainConfig, RunConfig, preset, recipe
 from lmim_fast.errors import UsageError, shared
 
 Config = TypeVar("Config")
@@ -21,7 +21,8 @@ Config = TypeVar("Config")
 def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str) -> Config:
     """A config from the arguments of its command.
 
-    A `PretrainConfig` takes its model from `--preset`; `--model.*` overrides single values of it.
+    A run's config takes its model from `--preset`, and a `FinetuneConfig` its recipe from `--recipe`; other
+    options override single values of them.
 
     Raises:
         UsageError: missing and unknown options, or a wrong value.
@@ -30,9 +31,9 @@ def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str
     import tyro
 
     options: dict[str, Any] = dict(prog=program, description=about)
-    if kind is PretrainConfig:
+    if issubclass(kind, RunConfig):
         # With a default no required field becomes positional.
-        default: Any = PretrainConfig(data=("",), model=_preset_model(arguments))
+        default: Any = _defaults(kind, arguments)
         object.__setattr__(default, "data", tyro.MISSING)
         options["default"] = default
     else:
@@ -57,17 +58,27 @@ def _all_problems(kind: type[Any], arguments: Sequence[str], first: str, options
     return first
 
 
-def _preset_model(arguments: Sequence[str]) -> ModelConfig:
-    name = "small"
-    for option, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        if option == "--preset":
-            name = value
-        elif option.startswith("--preset="):
-            name = option.removeprefix("--preset=")
+def _defaults(kind: type[RunConfig], arguments: Sequence[str]) -> RunConfig:
+    """The config of a run that names its preset and recipe and nothing else."""
+    size = _named("--preset", "small", arguments)
     try:
-        return preset(name)
+        if issubclass(kind, FinetuneConfig):
+            name: Any = _named("--recipe", "lmim", arguments)
+            return recipe(name, data=("",), size=size)
+        model: Any = preset(size)
     except ValueError as error:
-        raise shared(UsageError(f"--preset: {error}")) from error
+        raise shared(UsageError(f"--preset, --recipe: {error}")) from error
+    return PretrainConfig(data=("",), model=model)
+
+
+def _named(option: str, default: str, arguments: Sequence[str]) -> str:
+    """The value of an option before the others are parsed; the last one counts."""
+    for argument, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument == option:
+            default = value
+        elif argument.startswith(option + "="):
+            default = argument.removeprefix(option + "=")
+    return default
 
 
 def _unknown_options(kind: type[Any], arguments: Sequence[str]) -> list[str]:

@@ -6,7 +6,12 @@ import dataclasses
 import hashlib
 import json
 import typing
+from collections.abc import Iterator
 from typing import Any, TypeVar
+
+from lmim_fast.config.finetune import FinetuneConfig
+from lmim_fast.config.pretrain import PretrainConfig
+from lmim_fast.config.run import RunConfig
 
 Config = TypeVar("Config")
 
@@ -37,6 +42,28 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     return kind(**arguments)
 
 
+def run_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Rebuild the config of a run, of whatever objective, from `to_dict`'s output.
+
+    Raises:
+        ValueError: as `from_dict`.
+    """
+    kind = FinetuneConfig if values.get("objective") == "recognizer" else PretrainConfig
+    return from_dict(kind, values)
+
+
 def config_hash(config: Any) -> str:
     """Sixteen hex digits that change when any value of the config does."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Places where two JSON values differ: (dotted name, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from differences(before, after, f"{name}[{place}]")
+    elif old != new:
+        yield name, old, new

@@ -1,15 +1,15 @@
-"""A training run: input pipeline, optimiser, and the run itself."""
+"""A training run: input pipeline, optimiser, and what pre-training and fine-tuning share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lmim_fast.config.checks import require, require_seed
 from lmim_fast.config.model import ModelConfig, PresetName
-from lmim_fast.config.view import GuidanceConfig
 
-Objective = Literal["lmim", "mae"]
+Objective = Literal["lmim", "mae", "recognizer"]
 
 MAX_PIXELS_LIMIT = 2**40
 """Largest `DataConfig.max_pixels`: keeps every size in the header reader's arithmetic far below 2^64."""
@@ -45,7 +45,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule: linear warm-up from 0, half-cosine to 0, per step. Source: LMIM's recipe."""
+    """AdamW and its schedule, per step. Source: LMIM's recipe."""
 
     lr: float | None = None
     """Peak learning rate, taken as it is; None: base_lr x batch_size / 256."""
@@ -56,13 +56,21 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW epsilon."""
     weight_decay: float = 0.05
-    """Decoupled decay of tensors with two or more dimensions (so cls and mask token too)."""
+    """Decoupled decay of tensors with two or more dimensions (in pre-training cls and mask token too)."""
     warmup_epochs: float = 1.0
     """Linear warm-up length in epochs, used when warmup_steps is None."""
     warmup_steps: int | None = None
     """Linear warm-up length in steps."""
     clip_norm: float | None = None
     """Largest global gradient norm; None: no clipping, as released."""
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    """cosine: linear warm-up from 0, half-cosine down; one_cycle: half-cosines up from lr / 25 and down."""
+    final_lr: float = 0.0
+    """Learning rate at the end."""
+    layer_decay: float = 1.0
+    """Factor from each encoder block's learning rate to that of the block below it."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is what is kept; 0: none."""
 
     def __post_init__(self) -> None:
         require(self.lr is None or self.lr > 0, f"lr must be positive, got {self.lr}")
@@ -78,24 +86,25 @@ class OptimConfig:
         require(
             self.clip_norm is None or self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}"
         )
+        require(self.final_lr >= 0, f"final_lr must be >= 0, got {self.final_lr}")
+        require(0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """One pre-training run."""
+class RunConfig(ABC):
+    """One training run; its subclasses say what is trained."""
 
     data: tuple[str, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str = "runs/pretrain"
+    output: str = "runs/run"
     """Run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/."""
     objective: Objective = "lmim"
-    """mae: the stage that makes a teacher; lmim: guided masked feature modelling."""
+    """What is trained."""
     preset: PresetName = "small"
     """Model size; single values of it can be overridden by the model options."""
-    teacher: str | None = None
-    """Encoder file for the LMIM teacher (released, MAERec or ours), or "random" for an ablation."""
     init: str | None = None
-    """Encoder file that the student starts from (same kinds as teacher)."""
+    """File or run folder whose weights the model starts from."""
     batch_size: int = 512
     """Images per optimiser step, over all processes and accumulation steps."""
     accumulation: int = 1
@@ -122,14 +131,15 @@ class PretrainConfig:
     """Newest checkpoints kept on disk."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Model sizes and ablations."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
-    view: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """Guidance view strength."""
     loader: DataConfig = field(default_factory=DataConfig)
     """Input pipeline."""
+
+    @property
+    @abstractmethod
+    def encoder(self) -> ModelConfig:
+        """Sizes of the encoder."""
 
     def __post_init__(self) -> None:
         require(len(self.data) > 0, "data must name at least one LMDB folder")

@@ -67,6 +67,27 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class CharsetConfig:
+    """What `lmim data charset` counts and writes."""
+
+    paths: tuple[str, ...]
+    """LMDB folders with labels, or folders that hold LMDB folders at any depth."""
+    output: str = "charset.txt"
+    """File to write, one character a line; must not exist."""
+    min_count: int = 1
+    """Characters that occur less often are left out."""
+    normalize: Literal["none", "nfkc", "chinese"] = "none"
+    """Labels are counted as they are, in Unicode's NFKC form, or as the Chinese benchmark compares them
+    (NFKC, simplified, lower case, no spaces)."""
+    order: Literal["frequency", "codepoint"] = "frequency"
+    """Order of the classes: most frequent first, or by code point."""
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0, "name at least one LMDB folder")
+        require(self.min_count >= 1, f"min_count must be >= 1, got {self.min_count}")
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """What `lmim convert` reads and writes."""
 
