@@ -18,49 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
+from lmim_fast.kernels.attention_tiles import (
+    LOG2E,
+    factor,
+    hide,
+    load_keys,
+    load_row,
+    load_tile,
+    seen_keys,
+    store_tile,
+)
 from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.constexpr_function
-def factor(dim: int) -> float:
-    """What scores are multiplied with for heads of this width."""
-    return float(dim**-0.5)
-
-
-@triton.jit
-def load_tile(ptr, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr):
-    """Rows (R,) of a (limit, D) matrix as (R, D), zero outside; `whole`: all rows are inside."""
-    at = ptr + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    return tl.load(at) if whole else tl.load(at, mask=rows[:, None] < limit, other=0.0)
-
-
-@triton.jit
-def load_row(ptr, D: tl.constexpr):
-    """D values as (D,) fp32; zeros where ptr is None."""
-    return tl.zeros([D], tl.float32) if ptr is None else tl.load(ptr + tl.arange(0, D)).to(tl.float32)
-
-
-@triton.jit
-def store_tile(
-    ptr, tile, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.constexpr, D: tl.constexpr
-):
-    """The inverse of `load_tile`, in the pointer's type."""
-    at = ptr + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    tile = tile.to(ptr.dtype.element_ty)
-    if whole:
-        tl.store(at, tile)
-    else:
-        tl.store(at, tile, mask=rows[:, None] < limit)
 
 
 @triton.jit
 def _forward_rows(
     q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr, v_bias_ptr,
-    seed_ptr, sequence, stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr,
+    seed_ptr, sequence, seen, stride_q: tl.constexpr, stride_o: tl.constexpr, whole: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr,
     threshold: tl.constexpr,
 ):  # fmt: skip
     """Context of ROWS queries; the softmax is carried from one chunk of keys to the next."""
@@ -82,6 +58,9 @@ def _forward_rows(
         if (chunk + 1) * BLOCK_N > M:
             columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
             scores = tl.where(columns[None, :] < M, scores, float("-inf"))
+        if CAUSAL or seen is not None:
+            columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            scores = hide(scores, columns[None, :], rows[:, None], seen, CAUSAL)
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         if chunk > 0:
@@ -108,6 +87,8 @@ def _forward_rows(
         context = (context + kept[:, None] * v_bias[None, :]) * (256 / (256 - threshold) / total)[:, None]
     else:
         context = context / total[:, None] + v_bias[None, :]
+    if seen is not None:
+        context = tl.where(seen > 0, context, 0.0)
     if normaliser_ptr is not None:
         tl.store(normaliser_ptr + rows, top + tl.log2(total), mask=rows < N)
     store_tile(out_ptr, context, rows, stride_o, N, whole, D)
@@ -116,7 +97,7 @@ def _forward_rows(
 @triton.jit
 def _forward_rows_transposed(
     q_ptr, v_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
-    v_bias_ptr, seed_ptr, sequence, stride_q: tl.constexpr, stride_k: tl.constexpr,
+    v_bias_ptr, seed_ptr, sequence, seen, stride_q: tl.constexpr, stride_k: tl.constexpr,
     stride_o: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
@@ -140,6 +121,9 @@ def _forward_rows_transposed(
         if (chunk + 1) * BLOCK_N > M:
             columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
             scores = tl.where(columns[:, None] < M, scores, float("-inf"))
+        if seen is not None:
+            columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            scores = hide(scores, columns[:, None], rows[None, :], seen, False)
         higher = tl.maximum(top, tl.max(scores, 0))
         p = tl.exp2(scores - higher[None, :])
         if chunk > 0:
@@ -157,7 +141,7 @@ def _forward_rows_transposed(
         value = values[chunk]
         if D < 64:  # too few rows for wgmma: with mma the tile would stay in registers from the start
             places = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            value = load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D)
+            value = load_keys(v_ptr, places, stride_k, seen, M, (chunk + 1) * BLOCK_N <= M, D)
         context = tl.dot(tl.trans(value), p.to(value.dtype), context, input_precision="ieee")
     if TAIL:
         p = tl.exp2(last - top)
@@ -171,6 +155,8 @@ def _forward_rows_transposed(
         context = (context + kept[None, :] * v_bias[:, None]) * (256 / (256 - threshold) / total)[None, :]
     else:
         context = context / total[None, :] + v_bias[:, None]
+    if seen is not None:
+        context = tl.where(seen > 0, context, 0.0)
     if normaliser_ptr is not None:
         tl.store(normaliser_ptr + rows, top + tl.log2(total), mask=rows < N)
     store_tile(out_ptr, tl.trans(context), rows, stride_o, N, False, D)
@@ -178,16 +164,17 @@ def _forward_rows_transposed(
 
 @triton.jit(do_not_specialize=["first_sequence", "in_blocks"])
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, out_ptr, normaliser_ptr,
+    q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, lengths_ptr, out_ptr, normaliser_ptr,
     first_sequence, in_blocks, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr,
     stride_k: tl.constexpr, stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, HIDDEN: tl.constexpr,
-    threshold: tl.constexpr,
+    CAUSAL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head): N queries in blocks and a REST of few, M keys in chunks and a TAIL of one.
 
-    `in_blocks` is N - REST, HIDDEN says that the compiler may not know it: see `hides_trips`.
+    `in_blocks` is N - REST, HIDDEN says that the compiler may not know it: see `hides_trips`. CAUSAL and
+    `lengths_ptr` are for keys without a TAIL, CAUSAL for queries without a REST.
     """
     program = tl.program_id(0)
     head = program % H
@@ -203,24 +190,25 @@ def attention_forward(
         q_bias_ptr += head * D
     if v_bias_ptr is not None:
         v_bias_ptr += head * D
+    seen = seen_keys(lengths_ptr, number, M)
     keys = ()
     values = ()
     for chunk in tl.static_range(CHUNKS):
         places = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-        keys += (load_tile(k_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D),)
-        values += (load_tile(v_ptr, places, stride_k, M, (chunk + 1) * BLOCK_N <= M, D),)
+        keys += (load_keys(k_ptr, places, stride_k, seen, M, (chunk + 1) * BLOCK_N <= M, D),)
+        values += (load_keys(v_ptr, places, stride_k, seen, M, (chunk + 1) * BLOCK_N <= M, D),)
     k_tail_ptr = k_ptr + (M - 1) * stride_k
     v_tail_ptr = v_ptr + (M - 1) * stride_k
     for start in range(0, in_blocks if HIDDEN else N - REST, BLOCK_M):
         _forward_rows(
             q_ptr, out_ptr, normaliser_ptr, start, keys, values, k_tail_ptr, v_tail_ptr, q_bias_ptr,
-            v_bias_ptr, seed_ptr, sequence, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D,
-            BLOCK_M, BLOCK_N, TAIL, threshold,
+            v_bias_ptr, seed_ptr, sequence, seen, stride_q, stride_o, (N - REST) % BLOCK_M == 0, N, M, D,
+            BLOCK_M, BLOCK_N, TAIL, CAUSAL, threshold,
         )  # fmt: skip
     if REST > 0:
         _forward_rows_transposed(
             q_ptr, v_ptr, out_ptr, normaliser_ptr, N - REST, keys, values, k_tail_ptr, v_tail_ptr,
-            q_bias_ptr, v_bias_ptr, seed_ptr, sequence, stride_q, stride_k, stride_o, N, M, D,
+            q_bias_ptr, v_bias_ptr, seed_ptr, sequence, seen, stride_q, stride_k, stride_o, N, M, D,
             REST_BLOCK, BLOCK_N, TAIL, threshold,
         )  # fmt: skip
 
@@ -262,12 +250,15 @@ BLOCKS = Blocks(64, 32, 64, num_warps=4)
 def forward(
     q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None, v_bias: Tensor | None, out: Tensor,
     normaliser: Tensor | None, heads: int, threshold: int, seed: Tensor | None, first_sequence: int,
+    causal: bool = False, lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the context of q (S, N, H * d) over k and v (S, M, H * d) into `out` (S, N, H * d).
 
     `normaliser` (S * H * N,) fp32, or None, gets the log2 of each query's softmax denominator for the
     backward pass. Last dimensions are contiguous; k and v have one stride. Biases are (H * d,) or None.
     `threshold` and `seed` as in kernels/dropout.py; the mask's sequence is (first_sequence + s) * H + head.
+    With `causal` query i sees keys 0..i, N = M; `lengths` (S,) says how many keys a sequence sees, the memory
+    of the others is not read. Either is for up to 64 keys.
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
@@ -282,10 +273,11 @@ def forward(
     registers = runtime.registers(3, BLOCKS.num_warps) if limited else None
     runtime.launch(
         attention_forward, (sequences * heads,),
-        q, k, v, q_bias, v_bias, seed, out, normaliser, first_sequence, queries - rest,
+        q, k, v, q_bias, v_bias, seed, lengths, out, normaliser, first_sequence, queries - rest,
         q.stride(0), k.stride(0), out.stride(0), stride_q=q.stride(1), stride_k=k.stride(1),
         stride_o=out.stride(1), N=queries, M=keys, H=heads, D=dim, BLOCK_M=block_m,
         REST=rest, REST_BLOCK=tile(rest, 32), BLOCK_N=block_n, CHUNKS=triton.cdiv(resident, block_n),
         TAIL=tail, HIDDEN=major == 9 and hides_trips(queries - rest, block_m, dim),
-        threshold=threshold, maxnreg=registers, num_warps=BLOCKS.num_warps, num_stages=BLOCKS.num_stages,
+        CAUSAL=causal, threshold=threshold, maxnreg=registers, num_warps=BLOCKS.num_warps,
+        num_stages=BLOCKS.num_stages,
     )  # fmt: skip

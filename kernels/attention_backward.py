@@ -20,15 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
-from lmim_fast.kernels.attention import (
+from lmim_fast.kernels.attention import geometry, hides_trips, tile
+from lmim_fast.kernels.attention_tiles import (
     LOG2E,
     factor,
-    geometry,
-    hides_trips,
+    hide,
+    load_keys,
     load_row,
     load_tile,
+    seen_keys,
     store_tile,
-    tile,
 )
 from lmim_fast.kernels.dropout import keep_column, keep_tile_transposed
 
@@ -88,15 +89,18 @@ def _prepare_rows(
 @triton.jit
 def _backward_rows(
     q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr, q_bias_ptr,
-    seed_ptr, sequence, start, stride_q: tl.constexpr, stride_do: tl.constexpr, stride_dq: tl.constexpr,
+    seed_ptr, sequence, seen, start, stride_q: tl.constexpr, stride_do: tl.constexpr, stride_dq: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TAIL: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, threshold: tl.constexpr,
+    TAIL: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    threshold: tl.constexpr,
 ):  # fmt: skip
     """Add ROWS queries to the gradients of keys and values, which are scaled at the end; write their dq."""
     whole: tl.constexpr = N % ROWS == 0
     rows = start + tl.arange(0, ROWS)
     q = _queries(q_ptr, q_bias_ptr, rows, stride_q, whole, N, D)
     do = load_tile(do_ptr, rows, stride_do, N, whole, D)
+    if seen is not None:
+        do = tl.where(seen > 0, do, 0.0)
     dq = tl.zeros([D, ROWS] if transposes_dq(D, ROWS) else [ROWS, D], tl.float32)
     new_dk = ()
     new_dv = ()
@@ -115,6 +119,8 @@ def _backward_rows(
         else:  # all keys are in this chunk
             if MASKED:
                 scores = tl.where(tl.arange(0, KEYS)[:, None] < M, scores, float("-inf"))
+            if CAUSAL or seen is not None:
+                scores = hide(scores, tl.arange(0, KEYS)[:, None], rows[None, :], seen, CAUSAL)
             p = tl.exp2(scores - tl.max(scores, 0)[None, :])
             p *= (1 / tl.sum(p, 0))[None, :]
         if threshold > 0:
@@ -163,16 +169,17 @@ def _store_row(ptr, row, D: tl.constexpr):
 @triton.jit(do_not_specialize=["first_sequence", "queries"])
 def attention_backward(
     q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr, v_bias_ptr, seed_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, queries, stride_qs, stride_ks,
-    stride_dos, stride_outs, stride_dqs, stride_dks, stride_q: tl.constexpr,
+    lengths_ptr, dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, queries, stride_qs,
+    stride_ks, stride_dos, stride_outs, stride_dqs, stride_dks, stride_q: tl.constexpr,
     stride_k: tl.constexpr, stride_do: tl.constexpr, stride_out: tl.constexpr, stride_dq: tl.constexpr,
     stride_dk: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, PREPARED: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr,
-    TAIL: tl.constexpr, HIDDEN: tl.constexpr, threshold: tl.constexpr,
+    TAIL: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, threshold: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head): N queries in blocks, M keys in CHUNKS of KEYS and a TAIL of one.
 
-    `queries` is N, HIDDEN says that the compiler may not know it: see `attention.hides_trips`.
+    `queries` is N, HIDDEN says that the compiler may not know it: see `attention.hides_trips`. CAUSAL and
+    `lengths_ptr` are for one chunk without a normaliser.
     """
     program = tl.program_id(0)
     head = program % H
@@ -214,14 +221,15 @@ def attention_backward(
                 _store_row(dv_bias_ptr, tl.sum(dv_tail, 0), D)
         tl.debug_barrier()  # what this program wrote is read below by other threads of it
     MASKED: tl.constexpr = CHUNKS * KEYS > M
+    seen = seen_keys(lengths_ptr, number, M)
     keys = ()
     values = ()
     dk = ()
     dv = ()
     for chunk in tl.static_range(CHUNKS):
         places = chunk * KEYS + tl.arange(0, KEYS)
-        keys += (load_tile(k_ptr, places, stride_k, M, not MASKED, D),)
-        value = load_tile(v_ptr, places, stride_k, M, not MASKED, D)
+        keys += (load_keys(k_ptr, places, stride_k, seen, M, not MASKED, D),)
+        value = load_keys(v_ptr, places, stride_k, seen, M, not MASKED, D)
         if threshold > 0 and v_bias_ptr is not None:  # else its part in d_p is the same for all keys
             value = (value.to(tl.float32) + load_row(v_bias_ptr, D)[None, :]).to(value.dtype)
             value = tl.where(places[:, None] < M, value, 0.0) if MASKED else value
@@ -232,8 +240,8 @@ def attention_backward(
     for start in range(0, queries if HIDDEN else N, BLOCK_M):
         dk, dv, dq_sum = _backward_rows(
             q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr,
-            q_bias_ptr, seed_ptr, sequence, start, stride_q, stride_do, stride_dq, N, M, D,
-            BLOCK_M, KEYS, TAIL, MASKED, BIAS, threshold,
+            q_bias_ptr, seed_ptr, sequence, seen, start, stride_q, stride_do, stride_dq, N, M, D,
+            BLOCK_M, KEYS, TAIL, MASKED, BIAS, CAUSAL, threshold,
         )  # fmt: skip
     scale: tl.constexpr = 256 / (256 - threshold)
     dv_bias = tl.zeros([D], tl.float32)
@@ -258,12 +266,14 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, normaliser: Tensor | None,
     q_bias: Tensor | None, v_bias: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dq_bias: Tensor | None,
     dv_bias: Tensor | None, heads: int, threshold: int, seed: Tensor | None, first_sequence: int,
+    causal: bool = False, lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the gradients of `attention.forward`.
 
     q, d_out, out, dq (S, N, H * d); k, v, dk, dv (S, M, H * d), k and v of one stride, dk and dv too. `out`
     and `normaliser` are what the forward pass wrote; the latter is None up to 64 keys, `out` is not read
-    then. dq_bias and dv_bias, (S, H * d) fp32 or both None, get the bias gradients of each sequence.
+    then. dq_bias and dv_bias, (S, H * d) fp32 or both None, get the bias gradients of each sequence. `causal`
+    and `lengths` as in the forward pass; keys that are not seen get gradients of zero.
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
@@ -271,19 +281,22 @@ def backward(
     resident = max(64, tile(resident, 256))  # fewer do not fill the rows of a tensor core product
     major, _ = runtime.capability(q.device)
     blocks = _blocks(resident, dim, threshold, wgmma=major in (9, 10))
+    if causal and major not in (9, 10) and dim == 64 and threshold > 0 and keys > 40:
+        blocks = blocks._replace(queries=16)  # ptxas spills 32 bytes with 32
     chunk, delta = min(blocks.keys, resident), None
     hidden = major == 9 and (hides_trips(queries, blocks.queries, dim) or 64 < keys < resident)
     if normaliser is not None:
         delta = torch.empty(sequences * heads, 2, queries, dtype=torch.float32, device=q.device)
     runtime.launch(
         attention_backward, (sequences * heads,),
-        q, k, v, d_out, out, normaliser, delta, q_bias, v_bias, seed, dq, dk, dv, dq_bias, dv_bias,
+        q, k, v, d_out, out, normaliser, delta, q_bias, v_bias, seed, lengths, dq, dk, dv, dq_bias, dv_bias,
         first_sequence, queries, q.stride(0), k.stride(0), d_out.stride(0), out.stride(0), dq.stride(0),
         dk.stride(0), stride_q=q.stride(1), stride_k=k.stride(1), stride_do=d_out.stride(1),
         stride_out=out.stride(1), stride_dq=dq.stride(1), stride_dk=dk.stride(1), N=queries, M=keys, H=heads,
         D=dim, BLOCK_M=blocks.queries,
         PREPARED=blocks.prepared if normaliser is not None else 16,  # unused then
-        KEYS=chunk, CHUNKS=resident // chunk, TAIL=tail, HIDDEN=hidden, threshold=threshold,
+        KEYS=chunk, CHUNKS=resident // chunk, TAIL=tail, HIDDEN=hidden, CAUSAL=causal,
+        threshold=threshold,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
 

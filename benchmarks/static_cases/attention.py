@@ -11,11 +11,12 @@ from benchmarks.shapes import DECODER, MASKED, MODELS, TOKENS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
 from lmim_fast.kernels import attention, attention_backward, runtime
-from lmim_fast.ops.attention_kernels import ALL_ON_CHIP, WIDTHS, reach
+from lmim_fast.ops.attention_reach import ALL_ON_CHIP, WIDTHS, reach
 from lmim_fast.ops.dropout import threshold
 
 # Lengths of other models with heads of 32 or 64, one for each way to cut queries and keys into tiles.
 LENGTHS = (1, 25, 50, 64, 77, 128, 129, 197, 256)
+RECOGNIZER_HEADS = 8
 
 
 def cases() -> Iterator[Case]:
@@ -44,6 +45,27 @@ def cases() -> Iterator[Case]:
             for queries, keys in ((1, 257), (25, 257), (257, 25), (257, 50), (25, 77)):
                 name = f"cross-attention 4 heads of {dim}, {queries} x {keys} bfloat16, p={p}"
                 yield name, partial(_attention, 4 * dim, 4, queries, keys, torch.bfloat16, p, packed=False)
+    yield from _recognizer_cases()
+
+
+def _recognizer_cases() -> Iterator[Case]:
+    """Causal attention over the tokens of a word, over an image, and of new tokens over a cache of keys."""
+    for dtype in DTYPES:
+        for dim in WIDTHS:
+            width = RECOGNIZER_HEADS * dim
+            for p in (0.0, 0.1):
+                call = partial(_attention, width, RECOGNIZER_HEADS, dtype=dtype, p=p)
+                end = f"{RECOGNIZER_HEADS} heads of {dim} {named(dtype)}, p={p}"
+                for tokens in (1, 25, 40, 64):
+                    name = f"causal self-attention {tokens}, {end}"
+                    yield name, partial(call, tokens, tokens, packed=True, causal=True)
+                for queries in (1, 25, 32):
+                    for keys in (256, 257):
+                        name = f"cross-attention {queries} x {keys}, {end}"
+                        yield name, partial(call, queries, keys, packed=False)
+                for queries, keys in ((1, 25), (1, 40), (25, 40), (70, 64)):
+                    name = f"cross-attention with key lengths {queries} x {keys}, {end}"
+                    yield name, partial(call, queries, keys, packed=False, lengths=True)
 
 
 def _attention(
@@ -56,12 +78,14 @@ def _attention(
     *,
     packed: bool,
     biases: tuple[bool, bool] = (True, True),
+    causal: bool = False,
+    lengths: bool = False,
 ) -> str | None:
     """As the op lays it out: views of (B, N, 3D) where q, k and v are packed, else of (B, M, 2D).
 
     Says why where the op leaves these sizes to another backend.
     """
-    largest = reach(runtime.capability(torch.device("meta")), width // heads, p)
+    largest = reach(runtime.capability(torch.device("meta")), width // heads, p, queries, keys)
     if keys > largest:
         return f"up to {largest} keys, got {keys}"
     if packed:
@@ -76,9 +100,10 @@ def _attention(
     dropout = threshold(p), seed_for(p)
     first = BATCH if packed else 0  # sequences of the group before it
     normaliser = empty(BATCH * heads * queries) if keys > ALL_ON_CHIP else None
-    attention.forward(q, k, v, q_bias, v_bias, out, normaliser, heads, *dropout, first)
+    masks = causal, empty(BATCH, dtype=torch.int64) if lengths else None
+    attention.forward(q, k, v, q_bias, v_bias, out, normaliser, heads, *dropout, first, *masks)
     of_q, of_v = empty(2, BATCH, width).unbind() if any(biases) else (None, None)
     attention_backward.backward(
-        q, k, v, out, out, normaliser, q_bias, v_bias, dq, dk, dv, of_q, of_v, heads, *dropout, first
+        q, k, v, out, out, normaliser, q_bias, v_bias, dq, dk, dv, of_q, of_v, heads, *dropout, first, *masks
     )
     return None

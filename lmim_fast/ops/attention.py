@@ -26,6 +26,7 @@ def self_attention(
     *,
     p: float = 0.0,
     seed: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Self-attention of several groups of sequences that lie in one matrix.
 
@@ -38,6 +39,7 @@ def self_attention(
         p:        dropout probability of the attention weights, in [0, 1); in steps of 1/256 where a seed is
                   given or the kernel runs (`ops/dropout.py`).
         seed:     one int64: the dropout mask is a function of it; None draws from torch's generator.
+        causal:   query i of a sequence sees its keys 0..i alone; the kernel then takes up to 64 tokens.
     Returns:
         (rows, D) context in qkv's dtype.
     Raises:
@@ -55,7 +57,7 @@ def self_attention(
         raise ValueError(f"need segments of at least one token a sequence, got {list(segments)}")
     _check_bias("qkv", qkv, qkv_bias)
     _check_rest(p, seed, qkv=qkv, qkv_bias=qkv_bias, seed=seed)
-    arguments = (qkv, qkv_bias, heads, segments, p, seed)
+    arguments = (qkv, qkv_bias, heads, segments, p, seed, causal)
     chosen = _choose("self_attention", arguments)
     if chosen == "triton":
         return attention_kernels.self_attention(*arguments)
@@ -71,6 +73,7 @@ def cross_attention(
     *,
     p: float = 0.0,
     seed: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries over the keys and values of another sequence.
 
@@ -81,11 +84,15 @@ def cross_attention(
         kv_bias: (2D,) or None, any float dtype.
         heads:   H, D a multiple of it.
         p, seed: as for `self_attention`.
+        key_lengths: (B,) int32 | int64: the queries of a sequence see its first keys, so many; None is all of
+                 them. The result does not depend on the others, which may be memory nobody has written; their
+                 gradient is zero. The context of a sequence with length 0 is zeros, and so are its gradients;
+                 M stands for a length above it, 0 for one below 0. The kernel then takes up to 64 keys.
     Returns:
         (B, N, D) context in q's dtype.
     Raises:
-        ValueError: as `self_attention`.
-        RuntimeError: as `self_attention`.
+        ValueError: as `self_attention`, or key_lengths is not (B,) int32 or int64.
+        RuntimeError: as `self_attention`; "flash" and "cudnn" take no key_lengths.
     Source: Vaswani et al. 2017.
     """
     if (
@@ -105,8 +112,9 @@ def cross_attention(
         raise ValueError(f"q and kv must have one dtype, got {q.dtype} and {kv.dtype}")
     _check_bias("q", q, q_bias)
     _check_bias("kv", kv, kv_bias)
-    _check_rest(p, seed, q=q, q_bias=q_bias, kv=kv, kv_bias=kv_bias, seed=seed)
-    arguments = (q, q_bias, kv, kv_bias, heads, p, seed)
+    _check_lengths(len(q), key_lengths)
+    _check_rest(p, seed, q=q, q_bias=q_bias, kv=kv, kv_bias=kv_bias, seed=seed, key_lengths=key_lengths)
+    arguments = (q, q_bias, kv, kv_bias, heads, p, seed, key_lengths)
     chosen = _choose("cross_attention", arguments)
     if chosen == "triton":
         return attention_kernels.cross_attention(*arguments)
@@ -129,6 +137,15 @@ def _check_bias(name: str, product: Tensor, bias: Tensor | None) -> None:
         )
 
 
+def _check_lengths(sequences: int, lengths: Tensor | None) -> None:
+    if lengths is not None and (
+        lengths.shape != (sequences,) or lengths.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"key_lengths must be ({sequences},) int32 or int64, got {tuple(lengths.shape)} {lengths.dtype}"
+        )
+
+
 def _check_rest(p: float, seed_value: Tensor | None, **tensors: Tensor | None) -> None:
     dropout.check_probability(p)
     dropout.check_seed(seed_value)
@@ -140,7 +157,7 @@ def _choose(op: str, arguments: tuple[Any, ...]) -> str | Route:
     name = attention_backends.current()
     if name == "triton":
         dispatch.select(op, *arguments, backend="triton")  # raises where the kernel does not fit
-    p, seed = arguments[-2:]
+    p, seed = arguments[4:6] if op == "self_attention" else arguments[5:7]
     seeded = bool(p) and seed is not None
     if seeded and name in ("flash", "cudnn", "sdpa"):
         raise RuntimeError(f"attention backend {name!r} draws its own dropout mask and takes no seed")

@@ -1,6 +1,7 @@
 """Attention in other people's kernels and in plain PyTorch, by name; `ops/attention.py` chooses among them.
 
-q (B, N, H, d), k and v (B, M, H, d), biases added, to (B, N, H, d).
+q (B, N, H, d), k and v (B, M, H, d), biases added, to (B, N, H, d). With `causal`, N = M, query i sees keys
+0..i; `seen` (B, M) says which keys the queries of a sequence see, one at least; None is all of them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,16 @@ def _known(name: str) -> str:
     return name
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, p: float, keep: Tensor | None = None) -> Tensor:
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float,
+    keep: Tensor | None = None,
+    *,
+    causal: bool = False,
+    seen: Tensor | None = None,
+) -> Tensor:
     """Explicit attention with an fp32 softmax.
 
     Args:
@@ -62,6 +72,11 @@ def eager(q: Tensor, k: Tensor, v: Tensor, p: float, keep: Tensor | None = None)
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    if causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if keep is not None:
         weights = torch.where(keep, weights * dropout.scale(p), 0.0)
@@ -70,26 +85,47 @@ def eager(q: Tensor, k: Tensor, v: Tensor, p: float, keep: Tensor | None = None)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, p: float, *, causal: bool = False, seen: Tensor | None = None
+) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
+    mask = None if seen is None else seen[:, None, None].expand(-1, -1, q.shape[2], -1)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+    return context.transpose(1, 2)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def cudnn(
+    q: Tensor, k: Tensor, v: Tensor, p: float, *, causal: bool = False, seen: Tensor | None = None
+) -> Tensor:
     """cuDNN's attention through PyTorch; RuntimeError where it cannot run."""
+    _refuse_lengths("cudnn", seen)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v, p)
+        return sdpa(q, k, v, p, causal=causal)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def _refuse_lengths(name: str, seen: Tensor | None) -> None:
+    if seen is not None:
+        raise RuntimeError(
+            f"attention backend {name!r} takes no key_lengths, got those of {len(seen)} sequences: "
+            "choose auto, triton, sdpa or eager"
+        )
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, p: float, *, causal: bool = False, seen: Tensor | None = None
+) -> Tensor:
     """The flash-attn package; its deterministic form under `torch.use_deterministic_algorithms`.
 
     Raises:
-        RuntimeError: it is not installed, or dropout is asked for and only FlashAttention 4 is installed.
+        RuntimeError: it is not installed, or dropout is asked for and only FlashAttention 4 is installed, or
+            `seen` is not None.
     """
+    _refuse_lengths("flash", seen)
     function, version = _flash_function()
     options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    if causal:
+        options["causal"] = True
     if version == 2:
         output: Tensor = function(q, k, v, dropout_p=p, **options)
         return output

@@ -1,4 +1,4 @@
-"""The attention kernels as PyTorch operators: fake forms, autograd, and the inputs they are made for."""
+"""The attention kernels as PyTorch operators: fake forms and autograd."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim_fast.kernels import runtime
-from lmim_fast.ops import attention_plain, dispatch, dropout, routes
-
-ALL_ON_CHIP = 64  # keys up to which the backward pass needs nothing of the forward pass
-# Keys that a program holds on chip without spilling registers (`python -m benchmarks.static`).
-LARGEST, WIDE_WITH_DROPOUT = 257, 129
-WIDTHS = (32, 64)  # of a head
-MOST_QUERIES = 2**16  # their places in memory are 32-bit numbers
+from lmim_fast.ops import attention_plain, attention_reach, dispatch, dropout, routes
+from lmim_fast.ops.attention_reach import ALL_ON_CHIP
 
 
 def self_attention(
@@ -25,12 +19,13 @@ def self_attention(
     segments: tuple[tuple[int, int], ...],
     p: float,
     seed: Tensor | None,
+    causal: bool,
 ) -> Tensor:
     """`ops.attention.self_attention` by the kernel."""
     if p and seed is None:
         seed = dropout.draw_seed(qkv.device)
     flat = [value for segment in segments for value in segment]
-    context: Tensor = _self(qkv, qkv_bias, seed, heads, flat, p)[0]
+    context: Tensor = _self(qkv, qkv_bias, seed, heads, flat, p, causal)[0]
     return context
 
 
@@ -42,17 +37,22 @@ def cross_attention(
     heads: int,
     p: float,
     seed: Tensor | None,
+    key_lengths: Tensor | None,
 ) -> Tensor:
     """`ops.attention.cross_attention` by the kernel."""
     if p and seed is None:
         seed = dropout.draw_seed(q.device)
-    context: Tensor = _cross(q, q_bias, kv, kv_bias, seed, heads, p)[0]
+    context: Tensor = _cross(q, q_bias, kv, kv_bias, seed, heads, p, key_lengths)[0]
     return context
 
 
 def _rows_dense(x: Tensor) -> Tensor:
     """x with a contiguous last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.contiguous()
 
 
 def _pairs(flat: list[int]) -> list[tuple[int, int]]:
@@ -65,7 +65,13 @@ def _normalisers(sequences: int, queries: int, keys: int, heads: int) -> int:
 
 @torch.library.custom_op("lmim_fast::self_attention", mutates_args=())
 def _self(
-    qkv: Tensor, qkv_bias: Tensor | None, seed: Tensor | None, heads: int, segments: list[int], p: float
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    seed: Tensor | None,
+    heads: int,
+    segments: list[int],
+    p: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Context (rows, D) and normalisers, those of all segments with more than ALL_ON_CHIP tokens."""
     from lmim_fast.kernels import attention
@@ -78,7 +84,9 @@ def _self(
     for part in _segments(segments, heads, qkv, out, normaliser):
         (x, context), stored, first = part
         q, k, v = x.chunk(3, dim=-1)
-        attention.forward(q, k, v, q_bias, v_bias, context, stored, heads, dropout.threshold(p), seed, first)
+        attention.forward(
+            q, k, v, q_bias, v_bias, context, stored, heads, dropout.threshold(p), seed, first, causal
+        )  # fmt: skip
     return out, normaliser
 
 
@@ -103,7 +111,7 @@ def _segments(
 
 
 @_self.register_fake
-def _(qkv, qkv_bias, seed, heads, segments, p):  # type: ignore[no-untyped-def]
+def _(qkv, qkv_bias, seed, heads, segments, p, causal=False):  # type: ignore[no-untyped-def]
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     return out, qkv.new_empty(_self_normalisers(heads, segments), dtype=torch.float32)
 
@@ -120,6 +128,7 @@ def _self_backward(
     segments: list[int],
     p: float,
     bias_wanted: bool,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (rows, 3D) and of its bias, (3D,) fp32 or empty."""
     from lmim_fast.kernels import attention_backward
@@ -136,7 +145,7 @@ def _self_backward(
         (q, k, v), (d_q, d_k, d_v) = x.chunk(3, dim=-1), d_x.chunk(3, dim=-1)
         attention_backward.backward(
             q, k, v, d_out, context, stored, q_bias, v_bias, d_q, d_k, d_v, of_q, of_v,
-            heads, dropout.threshold(p), seed, first,
+            heads, dropout.threshold(p), seed, first, causal,
         )  # fmt: skip
     if sums is None:
         return d_qkv, qkv.new_empty(0, dtype=torch.float32)
@@ -145,13 +154,15 @@ def _self_backward(
 
 
 @_self_backward.register_fake
-def _(grad, qkv, qkv_bias, seed, out, normaliser, heads, segments, p, bias_wanted):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad, qkv, qkv_bias, seed, out, normaliser, heads, segments, p, bias_wanted, causal=False
+):
     bias = qkv.new_empty(qkv.shape[1] if bias_wanted else 0, dtype=torch.float32)
     return qkv.new_empty(qkv.shape), bias
 
 
 def _self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, qkv_bias, seed, ctx.heads, ctx.segments, ctx.p = inputs
+    qkv, qkv_bias, seed, ctx.heads, ctx.segments, ctx.p, ctx.causal = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(qkv, qkv_bias, seed, *output)
@@ -159,18 +170,18 @@ def _self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _self_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     qkv, bias, seed, out, normaliser = ctx.saved_tensors
-    arguments = (qkv, bias, ctx.heads, _pairs(ctx.segments), ctx.p, seed)
+    arguments = (qkv, bias, ctx.heads, _pairs(ctx.segments), ctx.p, seed, ctx.causal)
     if route := routes.of_call("self_attention", ("backward",), arguments):
         needed = ctx.needs_input_grad[:2]
         found = attention_plain.gradients(route, attention_plain.self_attention, arguments, grad, needed)
-        return *found, *(None,) * 4
+        return *found, *(None,) * 5
     wanted = bias is not None and ctx.needs_input_grad[1]
     d_qkv, d_bias = _self_backward(
-        grad, qkv, bias, seed, out, normaliser, ctx.heads, ctx.segments, ctx.p, wanted
+        grad, qkv, bias, seed, out, normaliser, ctx.heads, ctx.segments, ctx.p, wanted, ctx.causal
     )
-    return d_qkv, d_bias.to(bias.dtype) if wanted else None, None, None, None, None
+    return d_qkv, d_bias.to(bias.dtype) if wanted else None, *(None,) * 5
 
 
 _self.register_autograd(_self_autograd, setup_context=_self_context)
@@ -185,6 +196,7 @@ def _cross(
     seed: Tensor | None,
     heads: int,
     p: float,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Context (B, N, D) and normalisers (B * H * N,), none up to ALL_ON_CHIP keys."""
     from lmim_fast.kernels import attention
@@ -195,12 +207,15 @@ def _cross(
     k, v = kv.chunk(2, dim=-1)
     v_bias = None if kv_bias is None else kv_bias.chunk(2)[1]
     stored = normaliser if len(normaliser) else None
-    attention.forward(q, k, v, q_bias, v_bias, out, stored, heads, dropout.threshold(p), seed, 0)
+    attention.forward(
+        q, k, v, q_bias, v_bias, out, stored, heads, dropout.threshold(p), seed, 0,
+        lengths=_dense(key_lengths),
+    )  # fmt: skip
     return out, normaliser
 
 
 @_cross.register_fake
-def _(q, q_bias, kv, kv_bias, seed, heads, p):  # type: ignore[no-untyped-def]
+def _(q, q_bias, kv, kv_bias, seed, heads, p, key_lengths=None):  # type: ignore[no-untyped-def]
     count = _normalisers(q.shape[0], q.shape[1], kv.shape[1], heads)
     return q.new_empty(q.shape), q.new_empty(count, dtype=torch.float32)
 
@@ -218,6 +233,7 @@ def _cross_backward(
     heads: int,
     p: float,
     biases_wanted: bool,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, kv, and of the biases, (D,) and (2D,) fp32 or empty."""
     from lmim_fast.kernels import attention_backward
@@ -230,7 +246,7 @@ def _cross_backward(
     of_q, of_v = (None, None) if sums is None else sums
     attention_backward.backward(
         q, k, v, grad, out, normaliser if len(normaliser) else None, q_bias, v_bias, d_q, d_k, d_v,
-        of_q, of_v, heads, dropout.threshold(p), seed, 0,
+        of_q, of_v, heads, dropout.threshold(p), seed, 0, lengths=_dense(key_lengths),
     )  # fmt: skip
     if sums is None:
         none = partial(q.new_empty, 0, dtype=torch.float32)
@@ -240,83 +256,46 @@ def _cross_backward(
 
 
 @_cross_backward.register_fake
-def _(grad, q, q_bias, kv, kv_bias, seed, out, normaliser, heads, p, biases_wanted):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad, q, q_bias, kv, kv_bias, seed, out, normaliser, heads, p, biases_wanted, key_lengths=None
+):
     width = q.shape[2] if biases_wanted else 0
     sums = [q.new_empty(count * width, dtype=torch.float32) for count in (1, 2)]
     return q.new_empty(q.shape), kv.new_empty(kv.shape), *sums
 
 
 def _cross_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.heads, ctx.p = inputs
+    *tensors, ctx.heads, ctx.p, key_lengths = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output, key_lengths)
 
 
 def _cross_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    q, q_bias, kv, kv_bias, seed, out, normaliser = ctx.saved_tensors
-    arguments = (q, q_bias, kv, kv_bias, ctx.heads, ctx.p, seed)
+        return (None,) * 8
+    q, q_bias, kv, kv_bias, seed, out, normaliser, key_lengths = ctx.saved_tensors
+    arguments = (q, q_bias, kv, kv_bias, ctx.heads, ctx.p, seed, key_lengths)
     if route := routes.of_call("cross_attention", ("backward",), arguments):
         needed = ctx.needs_input_grad[:4]
         found = attention_plain.gradients(route, attention_plain.cross_attention, arguments, grad, needed)
-        return *found, *(None,) * 3
+        return *found, *(None,) * 4
     wanted = [bias is not None and ctx.needs_input_grad[i] for bias, i in ((q_bias, 1), (kv_bias, 3))]
     d_q, d_kv, d_q_bias, d_kv_bias = _cross_backward(
-        grad, q, q_bias, kv, kv_bias, seed, out, normaliser, ctx.heads, ctx.p, any(wanted)
+        grad, q, q_bias, kv, kv_bias, seed, out, normaliser, ctx.heads, ctx.p, any(wanted), key_lengths
     )
     return (
         d_q,
         d_q_bias.to(q_bias.dtype) if wanted[0] else None,
         d_kv,
         d_kv_bias.to(kv_bias.dtype) if wanted[1] else None,
-        None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
 _cross.register_autograd(_cross_autograd, setup_context=_cross_context)
 
 
-def reach(capability: tuple[int, int], dim: int, p: float) -> int:
-    """Keys up to which the kernels go at this head width and dropout probability."""
-    if capability[0] not in (9, 10):
-        return ALL_ON_CHIP
-    return WIDE_WITH_DROPOUT if dim == 64 and p > 0 else LARGEST
-
-
-def _refuses(device: torch.device, dtype: torch.dtype, keys: int, dim: int, p: float) -> str | None:
-    """Why the kernel is not for such heads, or None."""
-    if dim not in WIDTHS:
-        return f"needs heads of width {' or '.join(map(str, WIDTHS))}, got {dim}"
-    if device.type == "cuda" and dtype == torch.float32:
-        return "has no fast product for torch.float32"
-    capability = runtime.capability(device)
-    if capability[0] < 8:
-        return f"needs compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"
-    largest = reach(capability, dim, p)
-    if keys > largest:
-        return (
-            f"takes up to {largest} keys for heads of width {dim} at p = {p} on compute capability "
-            f"{capability[0]}.{capability[1]}, got {keys}"
-        )
-    return None
-
-
-def _refuses_self(qkv, qkv_bias, heads, segments, p, seed):  # type: ignore[no-untyped-def]
-    dim = qkv.shape[1] // 3 // heads
-    reasons = (_refuses(qkv.device, qkv.dtype, tokens, dim, p) for _, tokens in segments)
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _refuses_cross(q, q_bias, kv, kv_bias, heads, p, seed):  # type: ignore[no-untyped-def]
-    if q.shape[1] > MOST_QUERIES:
-        return f"takes up to {MOST_QUERIES} queries, got {q.shape[1]}"
-    return _refuses(q.device, q.dtype, kv.shape[1], q.shape[2] // heads, p)
-
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-dispatch.register("self_attention", dispatch.Kernel(self_attention, _DTYPES, _refuses_self))
-dispatch.register("cross_attention", dispatch.Kernel(cross_attention, _DTYPES, _refuses_cross))
+dispatch.register("self_attention", dispatch.Kernel(self_attention, _DTYPES, attention_reach.refuses_self))
+dispatch.register("cross_attention", dispatch.Kernel(cross_attention, _DTYPES, attention_reach.refuses_cross))

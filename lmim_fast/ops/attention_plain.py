@@ -23,13 +23,14 @@ def self_attention(
     segments: Sequence[tuple[int, int]],
     p: float,
     seed: Tensor | None,
+    causal: bool = False,
 ) -> Tensor:
     """`ops.attention.self_attention` on backend `name`."""
     if qkv_bias is not None:
         qkv_bias = qkv_bias.to(qkv.dtype)
     contexts, first = [], 0
     for q, k, v in split_heads(qkv, qkv_bias, heads, segments):
-        contexts.append(_attend(name, q, k, v, p, seed, first).flatten(2).flatten(0, 1))
+        contexts.append(_attend(name, q, k, v, p, seed, first, causal=causal).flatten(2).flatten(0, 1))
         first += len(q)
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
@@ -43,14 +44,21 @@ def cross_attention(
     heads: int,
     p: float,
     seed: Tensor | None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention.cross_attention` on backend `name`."""
     if q_bias is not None:
         q = q + q_bias.to(q.dtype)
     if kv_bias is not None:
         kv = kv + kv_bias.to(kv.dtype)
+    seen = None
+    if key_lengths is not None:
+        places = torch.arange(kv.shape[1], device=kv.device)
+        # A weight of 0 does not hide a NaN; and zeros are the context of a sequence that sees no key.
+        kv = torch.where((places < key_lengths[:, None])[:, :, None], kv, 0.0)
+        seen = places < key_lengths.clamp(min=1)[:, None]  # a softmax needs one key
     k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
-    return _attend(name, q.unflatten(2, (heads, -1)), k, v, p, seed, 0).flatten(2)
+    return _attend(name, q.unflatten(2, (heads, -1)), k, v, p, seed, 0, seen=seen).flatten(2)
 
 
 def run(form: Callable[..., Tensor], chosen: str | Route, arguments: tuple[Any, ...]) -> Tensor:
@@ -105,12 +113,21 @@ def gradients(
 
 
 def _attend(
-    name: str, q: Tensor, k: Tensor, v: Tensor, p: float, seed: Tensor | None, first_sequence: int
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float,
+    seed: Tensor | None,
+    first_sequence: int,
+    *,
+    causal: bool = False,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """(B, N, H, d), (B, M, H, d) twice to (B, N, H, d)."""
     if not p or seed is None:
-        return attention_backends.PLAIN[name](q, k, v, p)
+        return attention_backends.PLAIN[name](q, k, v, p, causal=causal, seen=seen)
     sequences, rows, heads, _ = q.shape
     masks = first_sequence * heads + torch.arange(sequences * heads, device=q.device)
     keep = dropout.keep_mask(seed, masks, rows, k.shape[1], p).view(sequences, heads, rows, k.shape[1])
-    return attention_backends.eager(q, k, v, p, keep)
+    return attention_backends.eager(q, k, v, p, keep, causal=causal, seen=seen)

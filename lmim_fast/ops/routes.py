@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lmim_fast.kernels import runtime
@@ -24,6 +24,7 @@ from lmim_fast.kernels import runtime
 OPS = ("attention", "self_attention", "cross_attention")  # the first stands for both others
 DIRECTIONS = ("forward", "backward", "both")
 BACKENDS = ("cudnn", "flash", "sdpa", "eager")
+TAKE_LENGTHS = ("sdpa", "eager")  # those of them that can hide keys of a sequence
 _TEXT = re.compile(r"(\w+)\.(\w+)(?:\.(\d+))?=(\w+)(:deterministic)?")
 
 
@@ -44,7 +45,8 @@ class Route:
     direction:     "forward": calls without gradients and dropout. "backward": gradients of calls whose
                    forward pass is the kernel's; the backend repeats that pass. "both": all calls.
     backend:       one of `BACKENDS`, as in `ops.attention.backend`. With a dropout mask that the seed fixes,
-                   which "backward" always has, "eager" runs in its place.
+                   which "backward" always has, "eager" runs in its place; with `key_lengths`, "sdpa" runs in
+                   place of those that cannot hide keys.
     deterministic: the backward pass has to give the same bits in each run: by flash-attn's own option, by
                    `torch.use_deterministic_algorithms` for the others; an error if the backend has no such
                    form, and under torch.compile. For direction "backward".
@@ -97,7 +99,11 @@ def of_call(op: str, directions: Sequence[str], arguments: Sequence[Any]) -> Rou
         width = x.shape[1] // 3 // heads
         return find(op, directions, [Size(capability, width, tokens, tokens) for _, tokens in segments])
     kv, heads = arguments[2], arguments[4]
-    return find(op, directions, [Size(capability, x.shape[2] // heads, x.shape[1], kv.shape[1])])
+    rule = find(op, directions, [Size(capability, x.shape[2] // heads, x.shape[1], kv.shape[1])])
+    hides_keys = len(arguments) > 7 and arguments[7] is not None
+    if rule is not None and hides_keys and rule.backend not in TAKE_LENGTHS:
+        return replace(rule, backend="sdpa")
+    return rule
 
 
 _parsed: dict[str, tuple[Route, ...]] = {"": ()}

@@ -20,7 +20,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = attention_backends.eager
 
     def recorder(name: str) -> Any:
-        return lambda *given: (names.append(name), real(*given))[1]
+        return lambda *given, **named: (names.append(name), real(*given, **named))[1]
 
     for name in attention_backends.PLAIN:
         monkeypatch.setitem(attention_backends.PLAIN, name, recorder(name))
@@ -85,7 +85,11 @@ def test_auto_on_a_cpu_is_sdpa_and_with_a_seed_attention_written_out(
     attend_across(p=0.1)
     assert ran == ["sdpa", "sdpa"]
     eager = attention_backends.eager
-    monkeypatch.setattr(attention_backends, "eager", lambda *given: (ran.append("seeded"), eager(*given))[1])
+    monkeypatch.setattr(
+        attention_backends,
+        "eager",
+        lambda *given, **named: (ran.append("seeded"), eager(*given, **named))[1],
+    )
     attend(p=0.1, seed=seed())
     attend_across(p=0.1, seed=seed())
     assert ran[2:] == ["seeded", "seeded"]
@@ -130,10 +134,43 @@ def test_auto_on_a_cuda_device_is_the_kernel_where_it_fits(
 ) -> None:
     with FakeTensorMode(), runtime.recording(capability):
         qkv = torch.empty(2 * tokens, 6 * dim, dtype=dtype, device="cuda")
-        q = torch.empty(2, 5, 2 * dim, dtype=dtype, device="cuda")
+        q = torch.empty(2, 40, 2 * dim, dtype=dtype, device="cuda")
         kv = torch.empty(2, tokens, 4 * dim, dtype=dtype, device="cuda")
         assert attention._choose("self_attention", (qkv, None, 2, ((2, tokens),), p, None)) == chosen
         assert attention._choose("cross_attention", (q, None, kv, None, 2, p, None)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("capability", "queries", "keys", "chosen"),
+    [
+        ((8, 0), 25, 257, "sdpa"),
+        ((9, 0), 1, 256, "triton"),
+        ((9, 0), 25, 257, "triton"),
+        ((9, 0), 32, 257, "triton"),
+        ((9, 0), 33, 257, "sdpa"),
+        ((9, 0), 25, 255, "sdpa"),
+        ((10, 0), 25, 257, "triton"),
+    ],
+)
+def test_few_queries_with_dropout_over_whole_tiles_run_on_the_kernel(
+    capability: tuple[int, int], queries: int, keys: int, chosen: str
+) -> None:
+    with FakeTensorMode(), runtime.recording(capability):
+        q = torch.empty(2, queries, 512, dtype=torch.bfloat16, device="cuda")
+        kv = torch.empty(2, keys, 1024, dtype=torch.bfloat16, device="cuda")
+        assert attention._choose("cross_attention", (q, None, kv, None, 8, 0.1, None, None)) == chosen
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [(25, "triton"), (64, "triton"), (65, "sdpa")])
+def test_auto_with_masks_is_the_kernel_where_it_fits(tokens: int, chosen: str) -> None:
+    with FakeTensorMode(), runtime.recording((9, 0)):
+        qkv = torch.empty(2 * tokens, 192, dtype=torch.bfloat16, device="cuda")
+        q = torch.empty(2, 1, 64, dtype=torch.bfloat16, device="cuda")
+        kv = torch.empty(2, tokens, 128, dtype=torch.bfloat16, device="cuda")
+        lengths = torch.empty(2, dtype=torch.int64, device="cuda")
+        causal = (qkv, None, 2, ((2, tokens),), 0.0, None, True)
+        assert attention._choose("self_attention", causal) == chosen
+        assert attention._choose("cross_attention", (q, None, kv, None, 2, 0.0, None, lengths)) == chosen
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn", "sdpa"])

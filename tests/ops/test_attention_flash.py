@@ -68,11 +68,13 @@ def test_flash_attention_2_gets_its_layout_and_dropout(installed: Path) -> None:
     calls = flash_calls("flash_attn.flash_attn_interface")
     with attention.backend("flash"):
         attend(p=0.3)
+        attend(causal=True)
     five, three, four = (2, 5, 2, 32), (2, 3, 2, 32), (2, 4, 2, 32)
     assert calls == [
         (five, five, five, 0.0, None, False, False),
         (three, four, four, 0.0, None, False, False),
         (three, three, three, 0.3, None, False, False),
+        (three, three, three, 0.0, None, True, False),
     ]
 
 

@@ -113,6 +113,7 @@ def test_self_attention_drops_what_the_seed_says(
         (1, 64, (1, 65, 100), True),
         (1, 32, (1, 205, 257), True),
         (2, 32, (2, 20, 257), False),
+        (1, 64, (1, 25, 257), True),
     ],
 )
 def test_cross_attention_drops_what_the_seed_says(

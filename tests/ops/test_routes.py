@@ -150,9 +150,9 @@ def test_a_deterministic_rule_asks_the_library_for_it_and_for_no_longer(
     seen: list[bool] = []
     plain = attention_backends.PLAIN["sdpa"]
 
-    def record(*given: Any) -> Any:
+    def record(*given: Any, **named: Any) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
-        return plain(*given)
+        return plain(*given, **named)
 
     monkeypatch.setitem(attention_backends.PLAIN, "sdpa", record)
     form, inputs = packed(1, 32, [(1, 9)], DTYPE)
