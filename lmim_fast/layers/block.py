@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim_fast.layers.attention import Attention
+from lmim_fast.layers.drop_path import drop_path
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.mlp import Mlp
 from lmim_fast.layers.norm import LAYER_NORM_EPS, norm_linear, norm_mlp
 from lmim_fast.ops.attention import Segment
+from lmim_fast.ops.dropout import check_probability
 
 
 class PackedBlock(nn.Module):
@@ -32,8 +34,11 @@ class PackedBlock(nn.Module):
         attn_drop: float = 0.0,
         eps: float = LAYER_NORM_EPS,
         epilogue: str = "auto",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        check_probability(drop_path)
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
@@ -53,17 +58,25 @@ class PackedBlock(nn.Module):
             new residual, branch and branch_bias; the bias is None if dropout needed it added first.
         """
         attn, mlp = self.attn, self.mlp
-        qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv)
-        branch = attn.forward_packed(qkv, segments)
+        qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv.weight)
+        branch, branch_bias, p = attn.forward_packed(qkv, segments), attn.proj.bias, attn.dropout
+        if self.training and self.drop_path:
+            branch, branch_bias, p = self._thin(branch, branch_bias, p, segments), None, 0.0
         branch, residual = norm_mlp(
-            *(residual, branch, attn.proj.bias, self.norm2, mlp.fc1, mlp.fc2),
-            p=attn.dropout,
+            *(residual, branch, branch_bias, self.norm2, mlp.fc1, mlp.fc2),
+            p=p,
             drop=mlp.dropout,
             epilogue=mlp.epilogue,
         )
+        if self.training and self.drop_path:
+            return residual, self._thin(branch, mlp.fc2.bias, mlp.dropout, segments), None
         if mlp.dropout:
             return residual, F.dropout(branch + mlp.fc2.bias.to(branch.dtype), mlp.dropout), None
         return residual, branch, mlp.fc2.bias
+
+    def _thin(self, branch: Tensor, bias: Tensor, p: float, segments: Sequence[Segment]) -> Tensor:
+        """Branch with its bias, after dropout with probability p and stochastic depth."""
+        return drop_path(F.dropout(branch + bias.to(branch.dtype), p), segments, self.drop_path)
 
 
 class Block(PackedBlock):
@@ -78,6 +91,7 @@ class Block(PackedBlock):
         attn_drop: dropout probability of the attention weights, in training mode.
         eps:       of both norms.
         epilogue:  of the `Mlp`.
+        drop_path: probability that a sequence skips a branch (stochastic depth), in training mode.
     Raises:
         ValueError: D is no multiple of H, a probability is outside [0, 1), or the epilogue is unknown.
     """

@@ -56,13 +56,13 @@ def norm_linear(
     branch: Tensor | None,
     branch_bias: Tensor | None,
     norm: nn.LayerNorm,
-    layer: nn.Linear,
+    weight: Tensor,
     *,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Add the branch, normalise, apply `layer` without its bias: (result, new residual)."""
-    rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(layer.weight), p=p)
-    return _linear(rows, layer.weight, residual, norm), residual
+    """Add the branch, normalise, multiply by `weight` (F, D): (result (..., F), new residual)."""
+    rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(weight), p=p)
+    return _linear(rows, weight, residual, norm), residual
 
 
 def norm_mlp(

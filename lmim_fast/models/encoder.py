@@ -15,11 +15,17 @@ from lmim_fast.ops.linear import compute_dtype
 from lmim_fast.ops.patch_embed import patch_embed_packed
 
 
-def build_blocks(depth: int, width: int, heads: int, config: ModelConfig) -> nn.ModuleList:
-    """`depth` blocks of this width; MLP ratio and GELU epilogue are the config's."""
+def build_blocks(
+    depth: int, width: int, heads: int, config: ModelConfig, *, drop_path: float = 0.0
+) -> nn.ModuleList:
+    """`depth` blocks of this width; MLP ratio and GELU epilogue are the config's.
+
+    Stochastic depth rises linearly from 0 in the first block to `drop_path` in the last.
+    """
+    rates = [drop_path * number / max(depth - 1, 1) for number in range(depth)]
+    ratio, epilogue = config.mlp_ratio, config.gelu_epilogue
     return nn.ModuleList(
-        PackedBlock(width, heads, config.mlp_ratio, qkv_bias=True, epilogue=config.gelu_epilogue)
-        for _ in range(depth)
+        PackedBlock(width, heads, ratio, qkv_bias=True, epilogue=epilogue, drop_path=rate) for rate in rates
     )
 
 
@@ -44,14 +50,14 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """ViT with cls token: `embed` and `run` for packed rows of several views, `encode` for one."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
         self.grid = config.grid
         self.bf16_residual = config.residual == "bf16"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(position_table(config.width, config), requires_grad=False)
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
-        self.blocks = build_blocks(config.depth, config.width, config.heads, config)
+        self.blocks = build_blocks(config.depth, config.width, config.heads, config, drop_path=drop_path)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def embed(self, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:

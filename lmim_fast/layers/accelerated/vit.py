@@ -100,7 +100,7 @@ class FastBlock(Accelerated):
         (x,) = inputs
         attn, segments = self.attn, [(x.shape[0], x.shape[1])]
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        qkv, residual = norm_linear(x.flatten(0, 1), None, None, self.norm1, attn.qkv)
+        qkv, residual = norm_linear(x.flatten(0, 1), None, None, self.norm1, attn.qkv.weight)
         context = self_attention(qkv, attn.qkv.bias, _heads(attn), segments, p=dropout_of(attn, "attn_drop"))
         branch = linear(context, attn.proj.weight)
         branch, residual = norm_mlp(
