@@ -15,6 +15,8 @@ from lmim_fast.layers.norm import norm_linear
 from lmim_fast.models.encoder import Encoder
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
+from lmim_fast.models.reading import Reading
+from lmim_fast.models.recognizer import Recognizer
 from lmim_fast.ops.attention import attention_weights
 
 
@@ -28,6 +30,10 @@ class AttentionMaps:
     """(B, M) masked patches."""
     decoder: Tensor | None = None
     """(B, heads, M, rows, columns) fp32: masked patches over the guidance view, last layer."""
+    readings: list[str] | None = None
+    """What a recogniser reads."""
+    characters: Tensor | None = None
+    """(B, T, rows, columns) fp32: each token of the readings over the crop, last layer, mean of heads."""
     pred: Tensor | None = None
     """(B, M, P) predicted pixels of the masked patches, normalised per patch."""
 
@@ -75,7 +81,7 @@ def encoder_cls_attention(encoder: Encoder, images: Tensor) -> Tensor:
     """
     block = cast(PackedBlock, encoder.blocks[-1])
     residual, branch, branch_bias, _ = _first_inputs(block, lambda: encoder.encode(images))
-    qkv = norm_linear(residual, branch, branch_bias, block.norm1, block.attn.qkv)[0]
+    qkv = norm_linear(residual, branch, branch_bias, block.norm1, block.attn.qkv.weight)[0]
     q, k, _ = (
         (qkv + block.attn.qkv.bias)
         .unflatten(1, (3, block.attn.num_heads, -1))
@@ -124,3 +130,33 @@ def decoder_cross_attention(
     finally:
         model.train(training)
     return weights[..., 1:].unflatten(3, model.config.grid)
+
+
+@torch.no_grad()
+def recognizer_maps(model: Recognizer, images: Tensor) -> tuple[Reading, Tensor]:
+    """Greedy reading, and where the decoder looks for each token: last layer, mean of the heads.
+
+    Args:
+        model:  it runs in eval mode, then its mode is restored.
+        images: (B, 3, height, width) float or (B, height, width, 3) uint8.
+    Returns:
+        the reading, and maps (B, longest, rows, columns) fp32 without cls, 0 behind a word; a map sums to 1
+        minus the weight of cls.
+    """
+    training = model.training
+    model.eval()
+    try:
+        reading = model.greedy(images)
+        memory, layer = model.encode(images), model.decoder.layers[-1]
+        start = torch.full_like(reading.ids[:, :1], model.config.start)
+        inputs = torch.cat([start, reading.ids[:, :-1]], dim=1)
+        residual, branch, branch_bias, kv = _first_inputs(layer, lambda: model.decoder(inputs, memory))
+        q, _ = layer.memory_queries(residual, branch, branch_bias, len(memory))
+        heads = (layer.heads, -1)
+        k = kv.chunk(2, dim=-1)[0]
+        weights = attention_weights(q.unflatten(2, heads), k.unflatten(2, heads)).mean(dim=1)
+    finally:
+        model.train(training)
+    places = torch.arange(weights.shape[1], device=weights.device)
+    weights = weights * (places < reading.lengths[:, None])[:, :, None]
+    return reading, weights[..., 1:].unflatten(2, model.encoder.grid)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lmim_fast.errors import WeightsError
 
-STUDENT, TEACHER = "model_maeenc.", "model_maeenc_momentum."
+STUDENT, TEACHER, RECOGNIZER = "model_maeenc.", "model_maeenc_momentum.", "encoder."
 MAX_NAMED = 12  # names that an error lists
 
 
@@ -76,17 +76,20 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def load_released(source: str | os.PathLike[str] | Mapping[str, Tensor], model: nn.Module) -> LoadReport:
-    """Load a whole LMIM or MAE state dict under its released names.
+def load_released(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], model: nn.Module, name: str | None = None
+) -> LoadReport:
+    """Load a whole state dict under its released names.
 
     Args:
         source: checkpoint file or state dict.
-        model:  `LMIM`, `MAE` or their references; changed in place, only if everything fits.
+        model:  `LMIM`, `MAE`, `Recognizer` or a reference; changed in place, only if everything fits.
+        name:   what an error calls the source.
     Raises:
         WeightsError: tensors are missing, left over or misshaped; the message lists names and shapes.
     """
     state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
-    _load(state, model, "state dict" if isinstance(source, Mapping) else str(source))
+    _load(state, model, name or ("state dict" if isinstance(source, Mapping) else str(source)))
     return LoadReport("released", tuple(state), ())
 
 
@@ -120,6 +123,8 @@ def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], 
     """
     if STUDENT + "cls_token" in state:
         kind, prefix = "LMIM", STUDENT
+    elif RECOGNIZER + "cls_token" in state:
+        kind, prefix = "recognizer", RECOGNIZER
     elif "cls_token" in state:
         kind, prefix = ("MAE" if any(name.startswith("decoder") for name in state) else "encoder"), ""
     else:
@@ -154,7 +159,7 @@ def load_encoder(
         if difference > 1e-3:
             raise WeightsError(
                 f"{path} was trained with other positions (its pos_embed differs by {difference:.2g}); "
-                "set --model.pos-grid to the file's, released or true"
+                "set --model.pos-grid (--model.encoder.pos-grid) to the file's, released or true"
             )
     _load(state, encoder, str(path), only=set(_encoder_names(encoder)))
     return LoadReport(kind, tuple(state), ignored)
