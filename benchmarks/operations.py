@@ -13,12 +13,13 @@ from benchmarks.operation import Operation, kernel_name
 from lmim_fast.kernels import runtime
 
 SCRIPTS = ("bench_data", "bench_step")  # not of operations
+WHOLE = ("bench_reading",)  # of a whole model, timed by pytest too
 
 
 def modules() -> list[types.ModuleType]:
     """`bench_*.py`, those with operations."""
     names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    chosen = [name for name in names if name.startswith("bench_") and name not in SCRIPTS]
+    chosen = [name for name in names if name.startswith("bench_") and name not in SCRIPTS + WHOLE]
     return [importlib.import_module(f"benchmarks.{name}") for name in sorted(chosen)]
 
 
