@@ -5,10 +5,10 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lmim_fast.data.store.databases import (
     Database,
@@ -21,7 +21,7 @@ from lmim_fast.data.store.databases import (
 )
 from lmim_fast.errors import DataError
 
-__all__ = ["Database", "Record", "RecordStore"]
+__all__ = ["Database", "Record", "RecordStore", "Records"]
 
 _FINGERPRINT_RECORDS = 64  # per database: bounded, so that ten million records cost what a hundred do
 
@@ -35,6 +35,41 @@ class Record:
     label: str | None
     database: str
     key: str
+
+
+class Records(Protocol):
+    """What readers need of records, all of a store's or some of them; numbered 0 .. len - 1."""
+
+    @property
+    def databases(self) -> tuple[Database, ...]:
+        """Folders in order, with the numbers of their records."""
+
+    @property
+    def max_pixels(self) -> int:
+        """The limit that readers pass to `probe`."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> Record:
+        """See `RecordStore.record`."""
+
+    def images(self, indices: Sequence[int]) -> list[bytes]:
+        """See `RecordStore.images`."""
+
+    def label(self, index: int) -> str | None:
+        """See `RecordStore.label`."""
+
+    def labels(self, indices: Sequence[int]) -> list[str | None]:
+        """See `RecordStore.labels`."""
+
+    def locate(self, index: int) -> tuple[str, str]:
+        """See `RecordStore.locate`."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `RecordStore.fingerprint`."""
+
+    def close(self) -> None:
+        """See `RecordStore.close`."""
 
 
 class RecordStore:
@@ -90,24 +125,23 @@ class RecordStore:
             IndexError: an index outside 0 .. len - 1.
             DataError:  a database is damaged.
         """
-        images: list[bytes] = [b""] * len(indices)
-        places: dict[int, list[tuple[int, int]]] = {}  # database -> (position in the batch, number)
-        for position, index in enumerate(indices):
-            which, number = self._place(index)
-            places.setdefault(which, []).append((position, number))
-        for which, parts in places.items():
-            keys = [image_key(number) for _, number in parts]
-            for (position, _), value in zip(parts, self._read(which, keys), strict=True):
-                images[position] = value or b""
-        return images
+        return [value or b"" for value in self._values(indices, image_key)]
 
     def label(self, index: int) -> str | None:
         """The label at `index`, None when absent; bytes that are not UTF-8 become U+FFFD."""
-        which, number = self._place(index)
-        if not self.databases[which].has_labels:
-            return None
-        value = self._read(which, [label_key(number)])[0]
-        return None if value is None else value.decode("utf-8", errors="replace")
+        return self.labels([index])[0]
+
+    def labels(self, indices: Sequence[int]) -> list[str | None]:
+        """Labels in the order of `indices`, each as `label` gives it, from one transaction a database.
+
+        Raises:
+            IndexError: an index outside 0 .. len - 1.
+            DataError:  a database is damaged.
+        """
+        return [
+            None if value is None else value.decode("utf-8", errors="replace")
+            for value in self._values(indices, label_key)
+        ]
 
     def locate(self, index: int) -> tuple[str, str]:
         """Database path and image key of `index`."""
@@ -134,6 +168,21 @@ class RecordStore:
         """Close this process's databases; a later read opens them again."""
         self._environments = []
         self._process = -1
+
+    def _values(self, indices: Sequence[int], key_of: Callable[[int], bytes]) -> list[bytes | None]:
+        """Values of the records' keys in the order of `indices`, None where absent."""
+        values: list[bytes | None] = [None] * len(indices)
+        places: dict[int, list[tuple[int, int]]] = {}  # database -> (position in the batch, number)
+        for position, index in enumerate(indices):
+            which, number = self._place(index)
+            places.setdefault(which, []).append((position, number))
+        for which, parts in places.items():
+            if key_of is label_key and not self.databases[which].has_labels:
+                continue
+            keys = [key_of(number) for _, number in parts]
+            for (position, _), value in zip(parts, self._read(which, keys), strict=True):
+                values[position] = value
+        return values
 
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the database, and 1-based number of the record in it."""
