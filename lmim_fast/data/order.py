@@ -96,16 +96,19 @@ class SampleOrder:
         candidate = (high << 32 | low) % (self.num_samples - 1)
         return candidate + (candidate >= index)
 
-    def _slice(self, step: int, start: int, size: int) -> tuple[Int64Array, Int64Array]:
-        if step < 0:
-            raise ValueError(f"step must be >= 0, got {step}")
-        first = step * self.batch_size + start
+    def places(self, first: int, size: int) -> tuple[Int64Array, Int64Array]:
+        """Epochs and sample indices, (size,) int64 each, of the stream's places from `first` >= 0 on."""
         epochs, places = np.divmod(np.arange(first, first + size, dtype=np.int64), self.num_samples)
         indices = np.empty(size, dtype=np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
             indices[here] = self._permutation(epoch)[places[here]]
         return epochs, indices
+
+    def _slice(self, step: int, start: int, size: int) -> tuple[Int64Array, Int64Array]:
+        if step < 0:
+            raise ValueError(f"step must be >= 0, got {step}")
+        return self.places(step * self.batch_size + start, size)
 
     def _permutation(self, epoch: int) -> NDArray[np.uint32]:
         """Order of the samples in one epoch; the two computed last are kept."""
