@@ -40,6 +40,7 @@ _NAMES = {
     Stage.PLAIN: "+ bicubic resize: the plain view",
     Stage.FILTER: "+ shrink and filter",
     Stage.WARP: "+ warp: both views",
+    Stage.AUGMENT: "shrink, filter and warp: the warped view alone",
 }
 
 
@@ -136,7 +137,7 @@ def stages(store: RecordStore, args: argparse.Namespace) -> Iterator[Row]:
         threads=args.threads,
         device=torch.device("cuda" if args.device == "gpu" else "cpu"),
         image_size=_IMAGE_SIZE,
-        guidance=True,
+        stage=Stage.WARP,
     )
     plain, warped = views(*batches[0])
     color = batches[0].program.color.to(plain.device)

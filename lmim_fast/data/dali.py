@@ -1,25 +1,23 @@
-"""The DALI pipeline, one definition for CPU and GPU: encoded images and programs in, both views as bytes out.
+"""The DALI pipeline, one definition for CPU and GPU: encoded images and programs in, views as bytes out.
 
     encoded -> decode (CPU threads) -+-> bicubic resize                      -> plain
                                      +-> shrink -> per-sample filter -> warp -> warped
 
 Decoded as released: RGB whatever the file holds (gray, palette, CMYK, 16 bit), alpha dropped, EXIF rotation
-ignored.
+ignored. An augmented view is the warped one; its pipeline makes no plain view.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from lmim_fast.data.guidance.program import GuidanceProgram
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def
@@ -35,6 +33,26 @@ except ImportError as error:
 _SEARCHED_AT_ONCE = 8
 
 
+class WarpProgram(Protocol):
+    """What makes the warped views of B samples."""
+
+    @property
+    def working_size(self) -> NDArray[np.float32]:
+        """(B, 2) height and width to which crops are shrunk before filter and warp."""
+
+    @property
+    def kernels(self) -> list[NDArray[np.float32]]:
+        """B odd square kernels for the shrunk crop."""
+
+    @property
+    def map_x(self) -> NDArray[np.float32]:
+        """(B, H, W) source column of every output pixel, inside the shrunk crop."""
+
+    @property
+    def map_y(self) -> NDArray[np.float32]:
+        """(B, H, W) source row."""
+
+
 class Stage(enum.IntEnum):
     """How far a pipeline goes; the benchmark times them one by one."""
 
@@ -45,6 +63,8 @@ class Stage(enum.IntEnum):
     """The plain view and the filtered crop."""
     WARP = 3
     """Both views."""
+    AUGMENT = 4
+    """The warped view alone."""
 
 
 class BrokenImages(Exception):
@@ -63,7 +83,7 @@ class DaliViews:
         threads:    DALI threads.
         device:     where the views are made.
         image_size: height and width of the views.
-        guidance:   False: the plain view alone.
+        stage:      PLAIN, WARP or AUGMENT.
     """
 
     def __init__(
@@ -73,14 +93,14 @@ class DaliViews:
         threads: int,
         device: torch.device,
         image_size: tuple[int, int],
-        guidance: bool,
+        stage: Stage,
     ) -> None:
         self._device, self._image_size = device, image_size
         device_id = None
         if device.type == "cuda":
             device_id = torch.cuda.current_device() if device.index is None else device.index
         self._options: dict[str, Any] = dict(
-            stage=Stage.WARP if guidance else Stage.PLAIN,
+            stage=stage,
             batch_size=batch_size,
             threads=threads,
             device_id=device_id,
@@ -88,16 +108,15 @@ class DaliViews:
         )
         self._pipeline: Pipeline | None = build_pipeline(**self._options)
 
-    def __call__(
-        self, encoded: Sequence[bytes], program: GuidanceProgram | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, encoded: Sequence[bytes], program: WarpProgram | None) -> list[Tensor]:
         """Make the views of one batch.
 
         Args:
             encoded: B encoded images.
-            program: for these images; None exactly if there is no guidance view.
+            program: for these images; None exactly if there is no warped view.
         Returns:
-            plain and warped views, (B, H, W, 3) uint8 on `device`, in torch's current stream.
+            plain and warped views, as far as the stage has them, (B, H, W, 3) uint8 on `device`, in torch's
+            current stream.
         Raises:
             BrokenImages: some cannot be decoded; the next batch can follow.
         """
@@ -113,8 +132,7 @@ class DaliViews:
             if not broken:
                 raise
             raise BrokenImages(broken) from None
-        views = [self._tensor(output, len(encoded)) for output in outputs]
-        return views[0], views[1] if program is not None else None
+        return [self._tensor(output, len(encoded)) for output in outputs]
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory."""
@@ -144,12 +162,12 @@ def build_pipeline(
     return pipeline
 
 
-def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: GuidanceProgram | None) -> None:
+def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: WarpProgram | None) -> None:
     """Give a pipeline of `stage` its next batch."""
     pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
     if stage >= Stage.FILTER:
         if program is None:
-            raise ValueError("the guidance view needs a program")
+            raise ValueError("the warped view needs a program")
         pipeline.feed_input("working_size", program.working_size)
         pipeline.feed_input("kernel", program.kernels)
         if stage >= Stage.WARP:
@@ -166,22 +184,24 @@ def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[An
         return (image,)
     if on_gpu:
         image = image.gpu()
-    plain = fn.resize(image, size=image_size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+    plain: tuple[Any, ...] = ()
+    if stage != Stage.AUGMENT:
+        plain = (fn.resize(image, size=image_size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True),)
     if stage == Stage.PLAIN:
-        return (plain,)
+        return plain
     shrunk: Any = fn.resize(
         image, size=_source("working_size"), interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
     )
     filtered = fn.filter(shrunk, _source("kernel", on_gpu))
     if stage == Stage.FILTER:
-        return plain, filtered
+        return *plain, filtered
     map_x, map_y = _source("map_x", on_gpu), _source("map_y", on_gpu)
     if on_gpu:
         # Its border is constant black, which is never seen: the maps stay inside the crop.
-        return plain, fn.experimental.remap(
+        return *plain, fn.experimental.remap(
             filtered, map_x, map_y, interp=DALIInterpType.INTERP_LINEAR, pixel_origin="center"
         )
-    return plain, fn.python_function(
+    return *plain, fn.python_function(
         filtered, map_x, map_y, function=_warp, batch_processing=True, output_layouts="HWC"
     )
 

@@ -1,4 +1,4 @@
-"""Batches of plain and guidance views in training order, made ahead of the consumer.
+"""Batches of plain and guidance views, or of augmented views, in training order, ahead of the consumer.
 
 Three threads: one follows the sample order, one reads the records and writes the guidance programs, one runs
 DALI. A sample's views are a function of (seed, epoch, index) alone; a run's place in the order is a step.
@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
 
-from lmim_fast.config import DataConfig, GuidanceConfig
+from lmim_fast.config import AugmentConfig, DataConfig, GuidanceConfig
+from lmim_fast.data.augment.keys import Keys
+from lmim_fast.data.augment.program import (
+    AugmentParameters,
+    AugmentProgram,
+    make_augment_program,
+    sample_augmentation,
+)
 from lmim_fast.data.background import Background
 from lmim_fast.data.batch import Batch
-from lmim_fast.data.dali import BrokenImages, DaliViews
+from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
 from lmim_fast.data.guidance.parameters import GuidanceParameters, sample_parameters
 from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.samples import BadRecords, SampleReader, Samples
-from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.store.records import Records
 from lmim_fast.errors import UsageError
 
 # Shares drawn ahead, a few MB: seconds of training, so that at the end of an epoch the next permutation
@@ -35,8 +42,8 @@ class _Prepared(NamedTuple):
     step: int
     micro: int
     samples: Samples
-    parameters: GuidanceParameters | None
-    program: GuidanceProgram | None
+    parameters: GuidanceParameters | AugmentParameters | None
+    program: GuidanceProgram | AugmentProgram | None
 
 
 class ViewPipeline:
@@ -45,7 +52,9 @@ class ViewPipeline:
     Args:
         store:        records.
         order:        of the samples.
-        guidance:     strength of the guidance view; None: plain views only.
+        guidance:     strength of the guidance view; None: no such view.
+        augment:      of the view that takes the plain view's place; None: not augmented.
+        labels:       (B, T) int64 targets of records; they become `Batch.targets`.
         loader:       threads, prefetch, device of the views, tolerance for broken records.
         seed:         the run's.
         image_size:   height and width of the views.
@@ -55,15 +64,18 @@ class ViewPipeline:
         end_step:     the step after the last one.
     Raises:
         UsageError: loader.device "gpu" without a CUDA device, or a batch size that does not divide.
+        ValueError: guidance and augmented views in one pipeline.
         DataError:  (from `next`) too many broken records.
     """
 
     def __init__(
         self,
-        store: RecordStore,
+        store: Records,
         order: SampleOrder,
         *,
         guidance: GuidanceConfig | None,
+        augment: AugmentConfig | None = None,
+        labels: Callable[[list[int]], torch.Tensor] | None = None,
         loader: DataConfig,
         seed: int,
         image_size: tuple[int, int] = (32, 128),
@@ -74,8 +86,11 @@ class ViewPipeline:
         start_step: int = 0,
         end_step: int,
     ) -> None:
+        self._augment = None if augment is None or augment.kind == "none" else augment
+        if guidance is not None and self._augment is not None:
+            raise ValueError("a pipeline makes guidance or augmented views, not both")
         self._guidance, self._seed, self._image_size = guidance, seed, image_size
-        self._device = torch.device(device)
+        self._device, self._labels = torch.device(device), labels
         if loader.device == "gpu" and self._device.type != "cuda":
             raise UsageError(f'loader device "gpu" needs training on a CUDA device, not on {self._device}')
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -84,10 +99,10 @@ class ViewPipeline:
         self._reader = SampleReader(store, order, self.bad, loader.max_pixels)
         self._dali = DaliViews(
             batch_size=batch_size,
-            threads=loader.threads or _default_threads(world_size),
+            threads=loader.threads or default_threads(world_size),
             device=self._device if loader.device != "cpu" else torch.device("cpu"),
             image_size=image_size,
-            guidance=guidance is not None,
+            stage=self._stage(),
         )
         shares = (
             (step, micro, order.share(step, rank, world_size, micro, accumulation))
@@ -124,19 +139,33 @@ class ViewPipeline:
         self._batches.close()
         self._dali.close()
 
+    def _stage(self) -> Stage:
+        if self._augment is not None:
+            return Stage.AUGMENT
+        return Stage.PLAIN if self._guidance is None else Stage.WARP
+
     def _prepare(self) -> Iterator[_Prepared]:
         for step, micro, share in self._shares:
             samples = self._reader.read(*share)
-            parameters = None
+            parameters: GuidanceParameters | AugmentParameters | None = None
             if self._guidance is not None:
-                epochs, indices = (torch.from_numpy(part) for part in share)
-                parameters = sample_parameters(self._guidance, self._seed, epochs, indices)
+                parameters = sample_parameters(self._guidance, *self._keys(samples))
+            elif self._augment is not None:
+                parameters = sample_augmentation(self._augment, self._keys(samples))
             yield _Prepared(step, micro, samples, parameters, self._program(samples, parameters))
 
-    def _program(self, samples: Samples, parameters: GuidanceParameters | None) -> GuidanceProgram | None:
+    def _keys(self, samples: Samples) -> Keys:
+        return Keys(self._seed, torch.from_numpy(samples.epochs), torch.from_numpy(samples.indices))
+
+    def _program(
+        self, samples: Samples, parameters: GuidanceParameters | AugmentParameters | None
+    ) -> GuidanceProgram | AugmentProgram | None:
         if parameters is None:
             return None
-        return make_program(parameters, samples.heights, samples.widths, self._image_size)
+        if isinstance(parameters, GuidanceParameters):
+            return make_program(parameters, samples.heights, samples.widths, self._image_size)
+        keys = self._keys(samples)
+        return make_augment_program(parameters, keys, samples.heights, samples.widths, self._image_size)
 
     def _run(self) -> Iterator[Batch]:
         for prepared in self._prepared:
@@ -147,20 +176,25 @@ class ViewPipeline:
         with torch.cuda.stream(self._stream):  # no effect without CUDA
             while True:
                 try:
-                    plain, warped = self._dali(samples.encoded, program)
+                    views = self._dali(samples.encoded, program)
                     break
                 except BrokenImages as broken:
                     for row in broken.rows:
                         self._reader.replace(samples, row, "pixel data cannot be decoded")
                     program = self._program(samples, prepared.parameters)
+            views = [view.to(self._device) for view in views]
+            if isinstance(program, AugmentProgram):
+                views = [program.finish(views[0])]
             batch = Batch(
                 step=prepared.step,
                 micro=prepared.micro,
                 indices=torch.from_numpy(samples.indices),
                 epochs=torch.from_numpy(samples.epochs),
-                plain=plain.to(self._device),
-                warped=None if warped is None else warped.to(self._device),
-                program=None if program is None else program.color.to(self._device),
+                plain=views[0],
+                warped=views[1] if len(views) > 1 else None,
+                program=program.color.to(self._device) if isinstance(program, GuidanceProgram) else None,
+                # Of the record that is shown, which may be a substitute.
+                targets=None if self._labels is None else self._labels(samples.sources).to(self._device),
             )
         if self._stream is not None:
             self._stream.synchronize()  # this thread waits, the training loop does not
@@ -172,12 +206,13 @@ def _hand_over(batch: Batch) -> None:
     tensors = [batch.plain, batch.warped]
     if batch.program is not None:
         tensors += [getattr(batch.program, item.name) for item in fields(batch.program)]
+    tensors.append(batch.targets)
     for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
-def _default_threads(world_size: int) -> int:
+def default_threads(world_size: int) -> int:
     """This process's cores, shared among the processes of this machine (torchrun says how many)."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return max(1, len(os.sched_getaffinity(0)) // local_processes)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.store.probe import Status, probe
-from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.store.records import Records
 from lmim_fast.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class BadRecords:
             (of the first 200, as long as fewer were seen).
     """
 
-    def __init__(self, store: RecordStore, max_fraction: float) -> None:
+    def __init__(self, store: Records, max_fraction: float) -> None:
         self._store, self._max_fraction = store, max_fraction
         self._indices: set[int] = set()
         self._lock = threading.Lock()
@@ -108,7 +108,7 @@ class Samples:
 class SampleReader:
     """Reads samples from a store and substitutes broken records."""
 
-    def __init__(self, store: RecordStore, order: SampleOrder, bad: BadRecords, max_pixels: int) -> None:
+    def __init__(self, store: Records, order: SampleOrder, bad: BadRecords, max_pixels: int) -> None:
         self._store, self._order, self._max_pixels = store, order, max_pixels
         self.bad = bad
 
@@ -121,10 +121,10 @@ class SampleReader:
         sources = indices.tolist()
         self.bad.saw(len(sources))
         images = self._store.images(sources)
-        encoded, status, heights, widths = self._check(images)
+        encoded, status, heights, widths = decodable(images, self._max_pixels)
         samples = Samples(epochs, indices, sources, [0] * len(sources), encoded, heights, widths)
         for row in np.flatnonzero(status != Status.OK).tolist():
-            self.replace(samples, row, _reason(status[row]))
+            self.replace(samples, row, reason_of(status[row]))
         if self.bad.count:
             for row, source in enumerate(samples.sources):
                 if source in self.bad:
@@ -140,31 +140,40 @@ class SampleReader:
             samples.attempts[row] += 1
             if candidate in self.bad:
                 continue
-            encoded, status, heights, widths = self._check(self._store.images([candidate]))
+            encoded, status, heights, widths = decodable(self._store.images([candidate]), self._max_pixels)
             if status[0] == Status.OK:
                 samples.sources[row], samples.encoded[row] = candidate, encoded[0]
                 samples.heights[row], samples.widths[row] = heights[0], widths[0]
                 return
-            self.bad.note(candidate, _reason(status[0]))
+            self.bad.note(candidate, reason_of(status[0]))
         raise DataError(
             f"no readable record among {_ATTEMPTS} candidates to stand in for {self._store.locate(index)}"
         )
 
-    def _check(
-        self, images: Sequence[bytes]
-    ) -> tuple[list[bytes], NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]:
-        """Images as DALI can decode them, with the verdict on their headers."""
-        status, heights, widths = probe(images, self._max_pixels)
-        encoded = list(images)
-        for row, image in enumerate(encoded):
-            if status[row] == Status.OK and image[:2] in (b"GI", b"BM"):
-                encoded[row], size = _plain_bmp(image)
-                heights[row], widths[row] = size
-                status[row] = Status.OK if encoded[row] else Status.UNSUPPORTED
-        return encoded, status, heights, widths
+
+def decodable(
+    images: Sequence[bytes], max_pixels: int
+) -> tuple[list[bytes], NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]:
+    """Images as DALI can decode them, with the verdict on their headers.
+
+    Args:
+        images:     B encoded images.
+        max_pixels: height x width allowed.
+    Returns:
+        the images (GIF and BMP as plain BMP), their `Status`, height and width, (B,) each.
+    """
+    status, heights, widths = probe(images, max_pixels)
+    encoded = list(images)
+    for row, image in enumerate(encoded):
+        if status[row] == Status.OK and image[:2] in (b"GI", b"BM"):
+            encoded[row], size = _plain_bmp(image)
+            heights[row], widths[row] = size
+            status[row] = Status.OK if encoded[row] else Status.UNSUPPORTED
+    return encoded, status, heights, widths
 
 
-def _reason(status: int) -> str:
+def reason_of(status: int) -> str:
+    """What a `Status` other than OK is called in reports."""
     return Status(status).name.lower().replace("_", " ")
 
 

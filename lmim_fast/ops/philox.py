@@ -24,6 +24,8 @@ class Stream(enum.IntEnum):
     ORDER = 2
     MAE_MASK = 3
     DROPOUT = 4
+    AUGMENT = 5
+    NOISE = 6
 
 
 def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:

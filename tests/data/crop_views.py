@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 
-from lmim_fast.data.dali import DaliViews
+from lmim_fast.data.dali import DaliViews, Stage
 from lmim_fast.data.guidance.parameters import GuidanceParameters
 from lmim_fast.data.guidance.program import GuidanceProgram
 from lmim_fast.data.store.records import RecordStore
@@ -44,7 +44,7 @@ def only(parameters: GuidanceParameters, operations=(), *, jitter=False) -> Guid
 @functools.cache
 def _dali_views(image_size):
     return DaliViews(
-        batch_size=512, threads=2, device=torch.device("cpu"), image_size=image_size, guidance=True
+        batch_size=512, threads=2, device=torch.device("cpu"), image_size=image_size, stage=Stage.WARP
     )
 
 

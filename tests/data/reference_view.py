@@ -21,7 +21,7 @@ def reference_guidance(
     picture = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     if parameters.jitter[row]:
         for part in parameters.jitter_order[row]:
-            picture = _jitter(picture, Jitter(part), parameters.jitter_factors[row, part])
+            picture = jitter(picture, Jitter(part), parameters.jitter_factors[row, part])
     if parameters.gray[row]:
         picture = picture.convert("L").convert("RGB")
     return np.asarray(picture)
@@ -145,7 +145,7 @@ OPERATIONS = {
 }
 
 
-def _jitter(picture: Image.Image, part: Jitter, factor: float) -> Image.Image:
+def jitter(picture: Image.Image, part: Jitter, factor: float) -> Image.Image:
     if part == Jitter.BRIGHTNESS:
         return ImageEnhance.Brightness(picture).enhance(factor)
     if part == Jitter.CONTRAST:

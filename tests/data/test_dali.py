@@ -43,7 +43,7 @@ def test_one_broken_image_is_found_in_few_runs(row, decode_runs):
     images = [GOOD] * 64
     images[row] = undecodable()
     views = DaliViews(
-        batch_size=64, threads=1, device=torch.device("cpu"), image_size=(32, 128), guidance=False
+        batch_size=64, threads=1, device=torch.device("cpu"), image_size=(32, 128), stage=Stage.PLAIN
     )
     with pytest.raises(BrokenImages) as caught:
         views(images, None)
@@ -51,7 +51,7 @@ def test_one_broken_image_is_found_in_few_runs(row, decode_runs):
     assert len(decode_runs) == 64 // 8 + 2 * 3  # eights, then one of them in halves
     assert max(decode_runs) == 8  # larger ones can crash in DALI
     images[row] = GOOD
-    plain, _ = views(images, None)  # they can be made again
+    (plain,) = views(images, None)  # they can be made again
     assert plain.shape == (64, 32, 128, 3)
     views.close()
 

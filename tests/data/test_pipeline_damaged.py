@@ -15,7 +15,7 @@ from crop_views import png
 from encoded_images import by_opencv, by_pillow, mutations, patched, variants
 from pipeline_runs import COUNT, assert_same, database, pipeline, samples, smooth_image
 
-from lmim_fast.config import DataConfig
+from lmim_fast.config import AugmentConfig, DataConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.errors import DataError
 
@@ -50,6 +50,19 @@ TOLERANT = DataConfig(threads=2, max_bad_fraction=0.5)
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     return database(tmp_path_factory.mktemp("damaged") / "words", BROKEN)
+
+
+@pytest.mark.parametrize("kind", ["abinet", "parseq"])
+def test_broken_records_leave_the_augmented_views_of_the_others_bit_equal(damaged, folder, kind):
+    runs = []
+    for words in (folder, damaged):
+        with pipeline(words, guidance=None, augment=AugmentConfig(kind=kind), loader=TOLERANT) as batches:
+            runs.append([(batch.indices.tolist(), batch.plain) for batch in batches])
+    whole, part = runs
+    for (indices, views), (same, others) in zip(whole, part, strict=True):
+        assert indices == same
+        for row, index in enumerate(indices):
+            assert torch.equal(views[row], others[row]) == (index not in BROKEN)
 
 
 def test_broken_records_leave_the_views_of_the_others_bit_equal(damaged, expected):
@@ -143,7 +156,7 @@ def damaged_headers():
 
 RUN_OF_64 = """
 import sys
-from lmim_fast.config import DataConfig
+from lmim_fast.config import AugmentConfig, DataConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.data.store.records import RecordStore

@@ -60,7 +60,7 @@ def _kernels(
     full = _compose(parameters, blur_radii > 0, sharpens, window)
     radii = blur_radii + np.where(sharpens, _SHARPEN_RADIUS, 0)
     reach = window + _SHARPEN_RADIUS
-    rows, columns = (_resample(scale[:, axis], radii, reach) for axis in (0, 1))
+    rows, columns = (resample_matrices(scale[:, axis], radii, reach) for axis in (0, 1))
     full = (rows[:, :, :, None] * full[:, None, :, :]).sum(axis=2)  # (B, out rows, columns)
     full = (full[:, :, None, :] * columns[:, None, :, :]).sum(axis=3)
     full = full.astype(np.float32)
@@ -96,7 +96,7 @@ def _compose(
     return full
 
 
-def _resample(scale: Array, radii: NDArray[np.int64], reach: int) -> Array:
+def resample_matrices(scale: Array, radii: NDArray[np.int64], reach: int) -> Array:
     """(B, taps, taps) matrices that carry the taps of kernels of `radii` to a grid `scale` times coarser.
 
     Each tap is split over three neighbours inside its kernel's window: sum, centre and spread are kept.

@@ -84,7 +84,7 @@ class GuidanceParameters:
         return GuidanceParameters(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
-class _Draws:
+class Draws:
     """Hands out the columns of a (B, count) table of uniform numbers."""
 
     def __init__(self, table: NDArray[np.float64]) -> None:
@@ -123,7 +123,7 @@ def sample_parameters(
     Returns:
         The parameters of B samples; a sample's own do not depend on the others.
     """
-    draws = _Draws(uniform(seed, epochs, indices, _DRAWS, Stream.GUIDANCE).double().numpy())
+    draws = Draws(uniform(seed, epochs, indices, _DRAWS, Stream.GUIDANCE).double().numpy())
     spread = config.max_operations - config.min_operations + 1
     count = config.min_operations + np.floor(draws.take(1) * spread).astype(np.int64)
     order = np.argsort(draws.take(len(Operation)), axis=1, kind="stable")
