@@ -99,6 +99,10 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { text-align: right; padding: 4px 16px 4px 0; border-bottom: 1px solid var(--grid);
   white-space: nowrap; }
 th { color: var(--muted); font-weight: 500; }
+.scores { margin-bottom: 14px; }
+.scores .text { text-align: left; }
+.errors .crop { width: auto; height: 96px; object-fit: contain; object-position: left; }
+mark { color: var(--warn); background: var(--warn-back); border-radius: 3px; padding: 0 1px; }
 pre { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-x: auto;
   margin: 10px 0 0; }
 @media (max-width: 1320px) { .row { grid-template-columns: minmax(0, 1fr); gap: 8px; } }

@@ -1,0 +1,1 @@
+"""Reads labelled test sets with a recogniser and counts what is right."""

@@ -1,0 +1,187 @@
+"""`lmim evaluate`: read test sets with a recogniser; a table, evaluation.json and evaluation.html."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lmim_fast.config import EvaluateConfig
+from lmim_fast.config.io import to_dict
+from lmim_fast.data.store.records import RecordStore
+from lmim_fast.errors import UsageError
+from lmim_fast.evaluation.layouts import TestSet, find_test_sets
+from lmim_fast.evaluation.published import Published, published_rows
+from lmim_fast.evaluation.results import LABELS_AS_FOUND, Result, averages, document, in_percent
+from lmim_fast.evaluation.scoring import RecognizerLike, evaluate_store
+from lmim_fast.report.evaluation import evaluation_html
+from lmim_fast.train.checkpoint.files import write_file
+from lmim_fast.train.recognizer_start import BEST, LAST, recognizer_file
+from lmim_fast.train.start import versions
+from lmim_fast.train.world import World, join
+
+
+def run_evaluate(config: EvaluateConfig) -> Path:
+    """Evaluate a recogniser; under torchrun every process calls this, and rank 0 writes and prints.
+
+    Returns:
+        the folder that holds evaluation.json and evaluation.html, each replaced whole or not at all.
+    Raises:
+        UsageError:   a wrong path, a set without labels, an unknown layout.
+        WeightsError: the model's file is no recogniser.
+        DataError:    a database is damaged.
+        LmimError:    the results cannot be written.
+    """
+    with join(config.device) as world:
+        with world.together():
+            file = _file(config.model)
+            test_sets = find_test_sets(config.data, config.layout)
+            folder = _prepare_output(config, file, world)
+            model = _load(file, world)
+            test_sets = [dataclasses.replace(entry, characters=model.characters) for entry in test_sets]
+        results: list[Result] = []
+        with contextlib.ExitStack() as stack:
+            stores: dict[str, RecordStore] = {}
+            for test_set in test_sets:
+                with world.together():
+                    store = RecordStore([test_set.path])
+                stores[test_set.name] = stack.enter_context(contextlib.closing(store))
+                results.append(_evaluate(config, model, test_set, store, world))
+            with world.together():
+                if world.is_main:
+                    _write(config, file, folder, results, stores, world)
+        return folder
+
+
+def _file(model: str) -> Path:
+    """The file that a file or the run folder of a fine-tuning stands for.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not Path(model).exists():
+        raise UsageError(f"{model}: no such file or run folder; give a recogniser")
+    file = recognizer_file(model)
+    if file is None:
+        raise UsageError(
+            f"{model}: no recogniser here ({BEST} or {LAST}); give the run folder of a fine-tuning, or a file"
+        )
+    return file
+
+
+def _load(file: Path, world: World) -> RecognizerLike:
+    from lmim_fast.models.recognizer_files import load_recognizer
+
+    return load_recognizer(file).to(world.device)
+
+
+def _prepare_output(config: EvaluateConfig, file: Path, world: World) -> Path:
+    """The output folder, made before the work so that a wrong path costs no evaluation."""
+    model = Path(config.model)
+    default = (model if model.is_dir() else file.parent) / "evaluation"
+    folder = Path(config.output) if config.output else default
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write the evaluation to {folder}: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"cannot write the evaluation to {folder}: no permission")
+    return folder
+
+
+def _evaluate(
+    config: EvaluateConfig, model: RecognizerLike, test_set: TestSet, store: RecordStore, world: World
+) -> Result:
+    if world.is_main:
+        _console(stderr=True).print(f"{test_set.name}: {len(store):,} records", highlight=False)
+    score, readings = evaluate_store(
+        model,
+        store,
+        world,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        beam=config.beam,
+        normalize=test_set.normalize,
+    )
+    return Result(test_set, len(store), score, readings)
+
+
+def _write(
+    config: EvaluateConfig,
+    file: Path,
+    folder: Path,
+    results: Sequence[Result],
+    stores: dict[str, RecordStore],
+    world: World,
+) -> None:
+    """Both files, then the table."""
+    published: list[Published] = []
+    if config.compare:
+        benchmarks = dict.fromkeys(result.test_set.benchmark for result in results)
+        published = [row for benchmark in benchmarks for row in published_rows(benchmark)]
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if world.device.type == "cuda" else "fp32"
+    search = "greedy" if config.beam == 1 else f"beam search, {config.beam} beams"
+    facts: dict[str, Any] = {
+        "model": str(file),
+        "search": search,
+        "precision": precision,
+        "config": to_dict(config),
+        "versions": versions(),
+    }
+    shown = {"model": str(file), "search": search, "precision": precision}
+    text = json.dumps(document(results, published, facts), indent=2, ensure_ascii=False)
+    write_file(folder / "evaluation.json", (text + "\n").encode())
+    html = evaluation_html(results, stores, published, shown, config.errors)
+    write_file(folder / "evaluation.html", html.encode())
+    _print_tables(results, published)
+    print(f"evaluation: {folder / 'evaluation.html'}")
+
+
+def _print_tables(results: Sequence[Result], published: Sequence[Published]) -> None:
+    console = _console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("set", overflow="fold")
+    table.add_column("split", overflow="fold", min_width=len("IIIT5K-3000"))
+    for name in ("images", "accuracy", "exact", "1-NED", "broken", "no label"):
+        table.add_column(name, justify="right")
+    for result in results:
+        score = result.score
+        table.add_row(
+            result.test_set.name,
+            result.split or "-",
+            f"{score.images:,}",
+            in_percent(score.accuracy),
+            in_percent(score.exact_accuracy),
+            in_percent(score.one_minus_ned),
+            f"{score.broken:,}",
+            f"{score.unlabelled:,}",
+        )
+    console.print(table)
+    for row in averages(results):
+        console.print(
+            f"{row.title}: Avg {in_percent(row.average)}, W-Avg {in_percent(row.weighted)}"
+            f" of {row.images:,} images",
+            highlight=False,
+        )
+    console.print(LABELS_AS_FOUND, highlight=False)
+    for entry in published:
+        weighted = f", W-Avg {in_percent(entry.weighted)}" if entry.weighted is not None else ""
+        console.print(
+            f"published, {entry.method} ({entry.labels}): Avg {in_percent(entry.average)}{weighted}",
+            highlight=False,
+        )
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, markup=False)
