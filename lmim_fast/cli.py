@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 import lmim_fast
 from lmim_fast.cli_options import parse
-from lmim_fast.config import ConvertConfig, InspectConfig, PretrainConfig, RenderConfig, ReportConfig
+from lmim_fast.config import (
+    CharsetConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    InspectConfig,
+    PretrainConfig,
+    RenderConfig,
+    ReportConfig,
+    RunConfig,
+)
 from lmim_fast.errors import DataError, LmimError, UsageError, is_shared, shared
 
 
@@ -26,10 +36,16 @@ class Command(NamedTuple):
 # --- entries; each imports what it needs, so that help and errors are quick ---
 
 
-def _pretrain(config: PretrainConfig) -> None:
-    from lmim_fast.train.run import run_pretrain
+def _train(config: RunConfig) -> None:
+    from lmim_fast.train.run import run_training
 
-    run_pretrain(config)
+    run_training(config)
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    from lmim_fast.report.evaluate_run import run_evaluate
+
+    run_evaluate(config)
 
 
 def _data_render(config: RenderConfig) -> None:
@@ -39,14 +55,27 @@ def _data_render(config: RenderConfig) -> None:
 
 
 def _data_inspect(config: InspectConfig) -> None:
-    from lmim_fast.data.store.databases import find_databases
     from lmim_fast.data.tools.inspect import inspect
 
-    try:
-        find_databases(config.paths)
-    except DataError as error:  # a path that holds no data is a wrong path; damaged data is not
-        raise UsageError(str(error)) from error
+    _require_databases(config.paths)
     inspect(config.paths)
+
+
+def _data_charset(config: CharsetConfig) -> None:
+    from lmim_fast.data.tools.charset_file import write_charset
+
+    _require_databases(config.paths)
+    print("\n".join(write_charset(config).report_lines()))
+
+
+def _require_databases(paths: Sequence[str]) -> None:
+    """A path that holds no data is a wrong path; damaged data is not."""
+    from lmim_fast.data.store.databases import find_databases
+
+    try:
+        find_databases(paths)
+    except DataError as error:
+        raise UsageError(str(error)) from error
 
 
 def _convert(config: ConvertConfig) -> None:
@@ -63,13 +92,24 @@ def _report(config: ReportConfig) -> None:
 
 COMMANDS = {
     "pretrain": Command(
-        _pretrain,
+        _train,
         PretrainConfig,
         "Pre-train on LMDB folders: first `--objective mae`, then LMIM with `--teacher`.",
+    ),
+    "finetune": Command(
+        _train, FinetuneConfig, "Train the recogniser on labelled LMDB folders, from `--init`."
+    ),
+    "evaluate": Command(
+        _evaluate,
+        EvaluateConfig,
+        "Read labelled test sets with a recogniser: accuracies, a page of errors, published results.",
     ),
     "data render": Command(_data_render, RenderConfig, "Write an LMDB of rendered words, with labels."),
     "data inspect": Command(
         _data_inspect, InspectConfig, "Say what LMDB folders hold and which records are broken."
+    ),
+    "data charset": Command(
+        _data_charset, CharsetConfig, "Write the characters of labels as a file with one character a line."
     ),
     "convert": Command(
         _convert,
@@ -85,13 +125,13 @@ _LIST = "\n".join(f"  {name:{_WIDTH}}  {command.about}" for name, command in COM
 _HELP = f"""\
 usage: lmim COMMAND [OPTIONS]
 
-Fast LMIM pre-training for scene text recognition.
+Fast LMIM pre-training and fine-tuning for scene text recognition.
 
 commands:
 {_LIST}
 
 `lmim COMMAND --help` lists the options; `lmim --version` prints the version.
-On several GPUs: torchrun --nproc-per-node=N -m lmim_fast.pretrain [OPTIONS]"""
+On several GPUs: torchrun --nproc-per-node=N -m lmim_fast.pretrain [OPTIONS], likewise finetune"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,6 @@ if __name__ == "__main__":
 
     sys.exit(main(["pretrain", *sys.argv[1:]]))
 
-from lmim_fast.train.run import run_pretrain
+from lmim_fast.train.run import run_training as run_pretrain
 
 __all__ = ["run_pretrain"]

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import subprocess
@@ -11,12 +12,16 @@ from safetensors.torch import load_file, save_file
 import lmim_fast
 from lmim_fast import cli
 from lmim_fast.cli_options import parse
-from lmim_fast.config import PretrainConfig
+from lmim_fast.config import FinetuneConfig, PretrainConfig, recipe
 from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.models import weights
 from lmim_fast.train.export import load_model
 from lmim_fast.train.run import resolve
 from lmim_fast.train.world import World
+
+
+def parse_finetune(arguments):
+    return parse(FinetuneConfig, ["--data", "x", *arguments], "lmim finetune", "about")
 
 
 def parse_pretrain(arguments):
@@ -75,6 +80,7 @@ def test_a_missing_option_is_named(capsys):
         (["convert", "run"], "'target'"),
         (["report"], "'run'"),
         (["data", "inspect"], "at least one LMDB folder"),
+        (["data", "charset", "x", "--min-count", "0"], "min_count must be >= 1"),
         (["data", "render", "--count", "0"], "count must be >= 1"),
     ],
 )
@@ -103,6 +109,7 @@ def test_paths_that_hold_no_data_are_one_line(capsys, tmp_path):
         ]
         assert str(tmp_path / name) in error_of(capsys, arguments)
         assert str(tmp_path / name) in error_of(capsys, ["data", "inspect", tmp_path / name])
+        assert str(tmp_path / name) in error_of(capsys, ["data", "charset", tmp_path / name])
     assert not (tmp_path / "run").exists()
 
 
@@ -324,3 +331,23 @@ atexit.register(lambda: print("SPINS", os.environ.get("GOMP_SPINCOUNT"), "torch"
         [sys.executable, "-c", code], env=environment | setting, capture_output=True, text=True, check=False
     )
     assert result.stdout.splitlines()[-1] == f"SPINS {spins} False", result.stderr
+
+
+def test_a_recipe_gives_the_numbers_and_other_options_override_them():
+    assert parse_finetune([]) == recipe("lmim", data=("x",))
+    assert parse_finetune(["--recipe=strong", "--preset", "tiny"]) == recipe(
+        "strong", data=("x",), size="tiny"
+    )
+    changed = parse_finetune(
+        ["--optim.base-lr", "1e-3", "--recipe", "strong", "--augment.kind", "none", "--epochs", "2"]
+    )
+    strong = recipe("strong", data=("x",))
+    assert changed.optim == dataclasses.replace(strong.optim, base_lr=1e-3)
+    assert (changed.augment.kind, changed.epochs, changed.recipe) == ("none", 2.0, "strong")
+
+
+def test_an_unknown_recipe_and_weights_of_another_number_are_one_line(capsys):
+    told = error_of(capsys, ["finetune", "--data", "x", "--recipe", "best"])
+    assert "unknown recipe 'best'; choose from lmim, strong" in told
+    told = error_of(capsys, ["finetune", "--data", "x", "y", "--weights", "1"])
+    assert "weights must be one number for each of 2 paths of data, got 1" in told

@@ -28,6 +28,8 @@ OPTIONAL = (
     "matplotlib",
     "PIL",
     "psutil",
+    "rapidfuzz",
+    "zhconv",
 )
 
 
@@ -48,6 +50,18 @@ for package in (lmim_fast.ops, lmim_fast.models, lmim_fast.kernels):
 print("ok")
 """
     assert run_python(code) == "ok"
+
+
+def test_training_steps_need_neither_records_nor_their_pipeline_nor_the_command_line() -> None:
+    code = """
+import sys
+sys.modules.update({name: None for name in ("lmdb", "nvidia", "tyro", "rapidfuzz", "zhconv")})
+import lmim_fast.train.step
+from lmim_fast.config import recipe
+from lmim_fast.train.tasks import make_task
+print(make_task(recipe("strong", data=("x",), size="tiny")).title)
+"""
+    assert run_python(code) == "Recogniser"
 
 
 def test_ops_layers_and_models_import_neither_triton_nor_dynamo() -> None:
@@ -192,6 +206,8 @@ def test_a_config_survives_json_and_its_hash_sees_every_change() -> None:
         "lmim_fast.models.mae MAE",
         "lmim_fast.models.weights load_encoder read_state_dict",
         "lmim_fast.pretrain run_pretrain",
+        "lmim_fast.evaluate run_evaluate",
+        "lmim_fast.evaluation.scoring evaluate_store",
         "lmim_fast.report write_report",
         "lmim_fast.kernels.runtime recording",
         "benchmarks.static main",

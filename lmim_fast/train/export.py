@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lmim_fast.config import PretrainConfig
-from lmim_fast.config.io import from_dict
+from lmim_fast.config import RunConfig
+from lmim_fast.config.io import run_from_dict
 from lmim_fast.errors import CheckpointError, UsageError
 from lmim_fast.models import weights
 from lmim_fast.train.checkpoint import content, folders
 from lmim_fast.train.checkpoint.files import write_file
-from lmim_fast.train.task import make_task
+from lmim_fast.train.tasks import make_task
 
 Layout = Literal["released", "encoder"]
 _LAYOUT_OF_SUFFIX: dict[str, Layout] = {".pth": "released", ".pt": "released", ".safetensors": "encoder"}
@@ -62,16 +62,6 @@ def convert(
     return target
 
 
-def write_encoder(model: nn.Module, path: Path) -> None:
-    """Write a model's student encoder as plain safetensors, whole or not at all.
-
-    Raises:
-        WeightsError: a weight is not finite.
-        LmimError: the disk is full or the path cannot be written.
-    """
-    write_file(path, weights.encoder_safetensors(weights.to_released(model)))
-
-
 def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:
     if source.parent.name == "checkpoints" and source.name.startswith("step-"):
         number = source.name.removeprefix("step-")
@@ -94,11 +84,11 @@ def _state_of_file(source: Path, step: int | None) -> dict[str, Tensor]:
     return weights.read_state_dict(source)
 
 
-def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Module, PretrainConfig]:
+def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Module, RunConfig]:
     """A run's model, teacher included, in eval mode on the CPU, and the run's config.
 
     Args:
-        run_folder: run folder of a pre-training run.
+        run_folder: run folder.
         step: the checkpoint to take; None takes the newest whole one.
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -111,7 +101,7 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Modu
         checkpoint = folders.read(run / "checkpoints" / f"step-{step:08d}")
     if checkpoint is None:
         raise CheckpointError("; ".join([f"{run} has no usable checkpoint", *problems]))
-    config = from_dict(PretrainConfig, checkpoint.state["config"])
+    config = run_from_dict(checkpoint.state["config"])
     model = make_task(config).build()
     content.restore(checkpoint, model)
     content.load_teacher(run, checkpoint.state["teacher"], model)

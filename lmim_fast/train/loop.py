@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmim_fast.config import PretrainConfig
+from lmim_fast.config import RunConfig
 from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
@@ -23,6 +23,7 @@ from lmim_fast.train import optim
 from lmim_fast.train.checkpoint import content
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.telemetry import Meter, Telemetry, Value, add_new_lines, memory_bytes
+from lmim_fast.train.validation import Validation
 from lmim_fast.train.world import World
 
 # A bad batch or two pass; a run that diverged does not come back.
@@ -50,7 +51,7 @@ class Progress:
 class Session:
     """Everything one process trains with."""
 
-    config: PretrainConfig
+    config: RunConfig
     run: Path
     world: World
     model: nn.Module
@@ -61,6 +62,7 @@ class Session:
     telemetry: Telemetry
     identity: dict[str, Any]
     """What every checkpoint of this run says of it: config, versions, data, seed, teacher."""
+    validation: Validation | None = None
     bad_named: int = 0
     """Broken records of this process that are in bad_records.jsonl."""
     bad_records: int = 0
@@ -81,6 +83,7 @@ def train(session: Session, batches: ViewPipeline) -> int:
     total = optim.total_steps(config, session.order.num_samples)
     warmup = optim.warmup_steps(config, session.order.num_samples)
     peak = optim.peak_learning_rate(config)
+    schedule, final = config.optim.schedule, config.optim.final_lr
     clock = _Clock(progress.seconds)
 
     def micro_batches() -> Iterator[Batch]:
@@ -92,7 +95,9 @@ def train(session: Session, batches: ViewPipeline) -> int:
     with _stop_signals() as stop_signals:
         while progress.step < total:
             step = progress.step
-            lr = optim.learning_rate(step, peak=peak, warmup=warmup, total=total)
+            lr = optim.learning_rate(
+                step, peak=peak, warmup=warmup, total=total, schedule=schedule, final=final
+            )
             row = session.run_step(step, micro_batches(), lr)
 
             progress.step = step + 1
@@ -101,6 +106,8 @@ def train(session: Session, batches: ViewPipeline) -> int:
             telemetry.advance(progress.step)
             if progress.step % config.log_every == 0 or progress.step == total:
                 _log(session, batches, clock, lr)
+            if session.validation is not None and session.validation.is_due(progress.step, total):
+                _validate(session, session.validation)
             stop = world.largest(stop_signals.received)
             if stop or progress.step % config.checkpoint_every == 0 or progress.step == total:
                 _save(session, batches, clock)
@@ -174,6 +181,14 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
             "again in another --output with a lower --optim.lr, --optim.clip-norm or --precision fp32; "
             f"the steps are listed in {session.run / 'skipped.jsonl'}"
         )
+
+
+def _validate(session: Session, validation: Validation) -> None:
+    """Measure the model, its averaged weights if there are any, and keep it if it is the best so far."""
+    with optim.averaged_weights(session.optimizer):
+        line = validation(session.model, session.progress.step)
+    if line is not None:
+        session.telemetry.validated(line)
 
 
 def _name_bad_records(session: Session, batches: ViewPipeline) -> None:

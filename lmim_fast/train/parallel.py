@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lmim_fast.config import PretrainConfig
+from lmim_fast.config import RunConfig
 from lmim_fast.train.world import World
 
 
-def place(model: nn.Module, config: PretrainConfig, world: World) -> None:
+def place(model: nn.Module, config: RunConfig, world: World) -> None:
     """Move the model to the rank's device, in place; in a bf16 run frozen matrices become bf16."""
     model.to(world.device)
     if config.precision == "bf16":
@@ -29,7 +29,7 @@ def frozen_to_bf16(model: nn.Module) -> None:
             module.weight.data = module.weight.data.bfloat16()
 
 
-def wrap(model: nn.Module, config: PretrainConfig, world: World) -> nn.Module:
+def wrap(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     """`model`, compiled where the config says so, with its gradients averaged over the ranks.
 
     Frozen parameters (the teacher) have no gradient and stay outside the sync. A world of one has none.

@@ -1,4 +1,4 @@
-"""One training run, from its config to its exported encoder; under torchrun every process calls it."""
+"""One training run, from its config to the weights it leaves; under torchrun every process calls it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from typing import Any
 
 from torch import nn
 
-from lmim_fast.config import PretrainConfig
+from lmim_fast.config import RunConfig
 from lmim_fast.config.io import config_hash, to_dict
-from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.store.databases import find_databases
-from lmim_fast.data.store.records import RecordStore
-from lmim_fast.errors import DataError, UsageError
+from lmim_fast.data.store.records import Records
+from lmim_fast.errors import UsageError
 from lmim_fast.train import optim, parallel
 from lmim_fast.train.checkpoint import content, folders, resume
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
-from lmim_fast.train.export import write_encoder
 from lmim_fast.train.loop import Progress, Session, train
 from lmim_fast.train.start import versions
 from lmim_fast.train.step import TrainStep
-from lmim_fast.train.task import Task, make_task
+from lmim_fast.train.task import Task
+from lmim_fast.train.tasks import make_task
 from lmim_fast.train.telemetry import Meter, Telemetry
 from lmim_fast.train.world import World, join
 
 Say = Callable[[str], None]
 
 
-def run_pretrain(config: PretrainConfig) -> Path:
-    """Run one pre-training, or what is left of it; under torchrun every process calls this.
+def run_training(config: RunConfig) -> Path:
+    """Run one training, or what is left of it; under torchrun every process calls this.
 
     Returns:
         The run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/ and, when the run is complete,
-        encoder.safetensors. After SIGTERM or SIGUSR1 it comes early, with a checkpoint to continue from.
+        encoder.safetensors or recognizer.safetensors. After SIGTERM or SIGUSR1 it comes early, with a
+        checkpoint to continue from.
     Raises:
         UsageError: a wrong setting or path, or a run folder of other settings.
         LmimError: data, weights, disk or training failed; the message says how to go on.
@@ -56,9 +55,9 @@ def _run(task: Task, world: World, say: Say) -> Path:
     # What can fail on one rank runs `together`: the others then end with its message and do not wait for it.
     config, run = task.config, Path(task.config.output)
     with world.together():
-        store = _open_records(config)
-    order = SampleOrder(len(store), config.batch_size, config.seed)
-    with world.together():
+        store = task.records(say)
+        order = task.order(store)
+        validation = task.validation(world)
         identity = _identity(config, store)
     saved = resume.find(run, config, identity["data"], world, say)
 
@@ -78,7 +77,8 @@ def _run(task: Task, world: World, say: Say) -> Path:
 
     with world.together():
         parallel.place(model, config, world)
-    optimizer = optim.make_optimizer(model, config.optim, graphed=world.device if config.cuda_graph else None)
+    graphed = world.device if config.cuda_graph else None
+    optimizer = optim.make_optimizer(task.parameter_groups(model), config.optim, graphed=graphed)
     progress = Progress(Meter(task.loss_names))
     if saved is not None:
         with world.together():
@@ -101,7 +101,7 @@ def _run(task: Task, world: World, say: Say) -> Path:
         with world.together():
             batches = stack.enter_context(task.pipeline(store, order, world, start, total))
         session = Session(
-            config, run, world, model, optimizer, run_step, order, progress, telemetry, identity
+            config, run, world, model, optimizer, run_step, order, progress, telemetry, identity, validation
         )
         stopped_by = train(session, batches)
 
@@ -113,14 +113,16 @@ def _run(task: Task, world: World, say: Say) -> Path:
         return run
     with world.together():
         if world.is_main:
-            write_encoder(model, run / "encoder.safetensors")
+            with optim.averaged_weights(optimizer):
+                left = task.finish(model, run)
     if session.bad_records:
         say(f"{session.bad_records} broken records were replaced by others: {run / 'bad_records.jsonl'}")
-    say(f"finished: {run}, encoder in {run / 'encoder.safetensors'}")
+    if world.is_main:
+        say(f"finished: {run}, {left}")
     return run
 
 
-def resolve(config: PretrainConfig, world: World) -> PretrainConfig:
+def resolve(config: RunConfig, world: World) -> RunConfig:
     """The config with "auto" precision settled, checked against the number of processes.
 
     Raises:
@@ -140,15 +142,7 @@ def resolve(config: PretrainConfig, world: World) -> PretrainConfig:
     return dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
 
 
-def _open_records(config: PretrainConfig) -> RecordStore:
-    try:
-        find_databases(config.data)
-    except DataError as error:  # a path that holds no data is a wrong option; damaged data is not
-        raise UsageError(f"--data {error}") from error
-    return RecordStore(config.data, max_pixels=config.loader.max_pixels)
-
-
-def _identity(config: PretrainConfig, store: RecordStore) -> dict[str, Any]:
+def _identity(config: RunConfig, store: Records) -> dict[str, Any]:
     """What config.json and every checkpoint say of the run."""
     return {
         "config": to_dict(config),
@@ -159,10 +153,10 @@ def _identity(config: PretrainConfig, store: RecordStore) -> dict[str, Any]:
     }
 
 
-def _warn_of_unread_weights(config: PretrainConfig, saved: Checkpoint, say: Say) -> None:
+def _warn_of_unread_weights(config: RunConfig, saved: Checkpoint, say: Say) -> None:
     """A saved run brings its own teacher and student."""
     for option in ("teacher", "init"):
-        now = getattr(config, option)
+        now = getattr(config, option, None)
         if now is not None and now != saved.state["config"][option]:
             say(f"--{option} {now} is not read: the run keeps the weights that it has")
 
@@ -183,7 +177,7 @@ def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
     write_file(run / "config.json", json.dumps(description, indent=1).encode())
 
 
-def _summarise(config: PretrainConfig, world: World, model: nn.Module, store: RecordStore, say: Say) -> None:
+def _summarise(config: RunConfig, world: World, model: nn.Module, store: Records, say: Say) -> None:
     """What is about to be done, in a few lines."""
     total, warmup = optim.total_steps(config, len(store)), optim.warmup_steps(config, len(store))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 import lmim_fast
-from lmim_fast.errors import UsageError
+from lmim_fast.errors import DataError, UsageError
 from lmim_fast.models import weights
 from lmim_fast.train.checkpoint import folders
+
+if TYPE_CHECKING:
+    from lmim_fast.data.store.records import RecordStore
 
 RANDOM_TEACHER = "random"
 NO_TEACHER = (
@@ -24,6 +29,23 @@ _PACKAGES = (
     *("torch", "triton", "numpy", "lmdb", "safetensors"),
     *("opencv-python-headless", "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
 )
+
+
+def open_records(paths: Sequence[str], max_pixels: int, option: str = "--data") -> RecordStore:
+    """The records of the LMDB folders that an option names.
+
+    Raises:
+        UsageError: a path holds none.
+        DataError:  a database cannot be used.
+    """
+    from lmim_fast.data.store.databases import find_databases  # needs lmdb, which a step does not
+    from lmim_fast.data.store.records import RecordStore
+
+    try:
+        find_databases(paths)
+    except DataError as error:  # a path that holds no data is a wrong option; damaged data is not
+        raise UsageError(f"{option} {error}") from error
+    return RecordStore(paths, max_pixels=max_pixels)
 
 
 def encoder_file(name: str) -> Path:

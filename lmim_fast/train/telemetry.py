@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -161,7 +161,16 @@ class Telemetry:
             rate = f"lr {line['lr']:.2e}  ETA {self._remaining(step)}"
             self.say(f"step {step}/{self.total}  {describe(line, self.loss_names)}  {rate}")
 
-    def _add_to_board(self, line: dict[str, Value], step: int) -> None:
+    def validated(self, line: dict[str, Any]) -> None:
+        """Show the scores of a validation, and add them to TensorBoard."""
+        if self.run is None:
+            return
+        sets = {f"val/{name}": score["accuracy"] for name, score in line["sets"].items()}
+        self._add_to_board({"val/mean": line["accuracy"], **sets}, line["step"])
+        each = "  ".join(f"{name.removeprefix('val/')} {value:.2%}" for name, value in sets.items())
+        self.say(f"step {line['step']}/{self.total}  accuracy {line['accuracy']:.2%}  ({each})")
+
+    def _add_to_board(self, line: Mapping[str, Value], step: int) -> None:
         if self._board is None or self.run is None:
             return
         try:

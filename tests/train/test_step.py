@@ -15,7 +15,7 @@ from lmim_fast.ops.photometric import ColorProgram
 from lmim_fast.train import optim, parallel
 from lmim_fast.train.graph import Captured, GraphedStep
 from lmim_fast.train.step import TrainStep
-from lmim_fast.train.task import make_task
+from lmim_fast.train.tasks import make_task
 from lmim_fast.train.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +82,7 @@ def make_step(
     model = (LMIM if config.objective == "lmim" else MAE)(config.model)
     parallel.place(model.train(), config, world)
     graphed = DEVICE if config.cuda_graph else None
-    optimizer = optim.make_optimizer(model, config.optim, graphed=graphed)
+    optimizer = optim.make_optimizer(optim.decay_groups(model, 0.05), config.optim, graphed=graphed)
     step = TrainStep(
         model, optimizer, task, world, capture=capture or partial(replaying, size=1 + len(task.loss_names))
     )
@@ -127,7 +127,7 @@ def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
     torch.manual_seed(0)
     config = config_of(cuda_graph=True)
     model = LMIM(config.model).to(DEVICE).train()
-    optimizer = optim.make_optimizer(model, config.optim, graphed=DEVICE)
+    optimizer = optim.make_optimizer(optim.decay_groups(model, 0.05), config.optim, graphed=DEVICE)
     step = TrainStep(model, optimizer, make_task(config), World(0, 1, DEVICE), capture=capture)
     optim.set_learning_rate(optimizer, 1e-2)
     if trained:

@@ -24,8 +24,9 @@ def _host(tensor: Tensor) -> Tensor:
 
 def _own(model: nn.Module, *, teacher: bool) -> dict[str, Tensor]:
     """The tensors of the frozen teacher, or those of everything else."""
-    state = model.state_dict()
-    return {name: t for name, t in state.items() if name.startswith(TEACHER) == teacher}
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = model.state_dict()  # a tensor under a second name is left out: it is stored once
+    return {name: t for name, t in state.items() if name in names and name.startswith(TEACHER) == teacher}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmim_fast.config import PretrainConfig
-from lmim_fast.config.io import to_dict
+from lmim_fast.config import RunConfig
+from lmim_fast.config.io import differences, run_from_dict, to_dict
 from lmim_fast.errors import CheckpointError, UsageError
 from lmim_fast.train.checkpoint import folders
 from lmim_fast.train.checkpoint.folders import Checkpoint
 from lmim_fast.train.world import World
 
-# Values that change no weight. `data` is decided by the fingerprint: a database may have moved. `teacher` and
-# `init` name what a run began with, and its folder holds that. `device` is the exception, so that a run can
-# move to another machine: matmuls then differ by rounding, views by how CPU and GPU decode and resample.
-# On one machine nothing need differ, so `loader.device` may not change.
+# Values that change no weight. `data` is decided by the fingerprint: a database may have moved; `charset` by
+# the characters. `teacher` and `init` name what a run began with, and its folder holds that. `device` is the
+# exception, so that a run can move to another machine: matmuls then differ by rounding, views by how CPU and
+# GPU decode and resample. On one machine nothing need differ, so `loader.device` may not change.
 _MAY_CHANGE = {
     "config.data",
     "config.output",
@@ -28,6 +28,9 @@ _MAY_CHANGE = {
     "config.checkpoint_every",
     "config.keep_checkpoints",
     "config.log_every",
+    "config.charset",
+    "config.val",
+    "config.validate_every",
     "config.loader.threads",
     "config.loader.prefetch",
     "config.loader.max_bad_fraction",
@@ -36,7 +39,7 @@ _MAY_CHANGE = {
 
 def find(
     run: Path,
-    config: PretrainConfig,
+    config: RunConfig,
     fingerprint: dict[str, Any],
     world: World,
     say: Callable[[str], None],
@@ -62,7 +65,7 @@ def find(
     return saved
 
 
-def _choose(run: Path, config: PretrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
+def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpoint | None:
     if not folders.steps(run):
         return None
     if not config.resume:
@@ -78,7 +81,7 @@ def _choose(run: Path, config: PretrainConfig, say: Callable[[str], None]) -> Ch
     return saved
 
 
-def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[str, Any]) -> None:
+def check_same_run(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any]) -> None:
     """Refuse a checkpoint of other settings or other data.
 
     Raises:
@@ -101,7 +104,8 @@ def check_same_run(saved: Checkpoint, config: PretrainConfig, fingerprint: dict[
 
 def _completed(saved: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
     """A saved config with the defaults of fields, at any depth, that are newer than it."""
-    defaults = to_dict(PretrainConfig(data=("",))) if defaults is None else defaults
+    if defaults is None:
+        defaults = to_dict(run_from_dict({"data": [""], "objective": saved["objective"]}))
     older = {
         name: _completed(value, defaults[name]) if isinstance(defaults.get(name), dict) else value
         for name, value in saved.items()
@@ -116,15 +120,3 @@ def _content(fingerprint: dict[str, Any]) -> dict[str, Any]:
         for database in fingerprint["databases"]
     ]
     return {**fingerprint, "databases": databases}
-
-
-def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Places where two JSON values differ: (dotted name, old value, new value)."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for place, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from differences(before, after, f"{name}[{place}]")
-    elif old != new:
-        yield name, old, new

@@ -13,7 +13,7 @@ from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train import optim
 from lmim_fast.train.checkpoint import content, folders
 from lmim_fast.train.export import load_model
-from lmim_fast.train.task import make_task
+from lmim_fast.train.tasks import make_task
 
 CONFIG = PretrainConfig(
     data=("x",),
@@ -28,7 +28,7 @@ CONFIG = PretrainConfig(
 def trained():
     """A model and an optimiser that have done one step."""
     model = make_task(CONFIG).build()
-    optimizer = optim.make_optimizer(model, OptimConfig())
+    optimizer = optim.make_optimizer(optim.decay_groups(model, 0.05), OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 128).view(2, 3, 32, 128)
@@ -61,7 +61,7 @@ def test_weights_moments_and_step_counts_come_back_bitwise(save, trained):
     model, optimizer = trained
     read = folders.read(save(7))
     fresh = make_task(CONFIG).build()
-    other = optim.make_optimizer(fresh, OptimConfig())
+    other = optim.make_optimizer(optim.decay_groups(fresh, 0.05), OptimConfig())
     content.restore(read, fresh, other)
     assert read.state["step"] == 7
     for (name, old), new in zip(model.named_parameters(), fresh.parameters(), strict=True):

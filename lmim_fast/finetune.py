@@ -1,0 +1,12 @@
+"""Fine-tuning: `python -m lmim_fast.finetune`, or `torchrun --nproc-per-node=N -m lmim_fast.finetune`."""
+
+import sys
+
+if __name__ == "__main__":
+    from lmim_fast.cli import main  # sets what torch reads when it is imported
+
+    sys.exit(main(["finetune", *sys.argv[1:]]))
+
+from lmim_fast.train.run import run_training as run_finetune
+
+__all__ = ["run_finetune"]
