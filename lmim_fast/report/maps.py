@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,21 +28,30 @@ class Maps:
     """(B, heads, M, rows, columns): masked queries over the guidance view, last layer."""
     painted: np.ndarray | None
     """(B, H, W, 3) uint8: the crop with its masked patches as predicted."""
+    readings: list[str] | None = None
+    """What a recogniser reads."""
+    characters: np.ndarray | None = None
+    """(B, T, rows, columns): each character that it reads over the crop, last layer, mean of heads."""
 
 
 def compute_maps(task: Task, model: nn.Module, crops: Crops, count: int) -> Maps:
     """Run the task's model, on the CPU, over the first `count` crops with the masks of the run."""
-    plain, guidance = crops.plain[:count], None if crops.guidance is None else crops.guidance[:count]
+    plain, guidance = (
+        crops.plain[:count],
+        crops.second[:count] if task.guided and crops.second is not None else None,
+    )
     maps = task.maps(model, plain, guidance, crops.epochs[:count], crops.indices[:count])
     painted = None
     if maps.pred is not None and maps.ids_masked is not None:
-        patch_size = task.config.model.patch_size
+        patch_size = task.config.encoder.patch_size
         painted = crop_pixels(reconstruct(plain, maps.ids_masked, maps.pred, patch_size))
     return Maps(
         maps.encoder.numpy(),
         None if maps.ids_masked is None else maps.ids_masked.numpy(),
         None if maps.decoder is None else maps.decoder.numpy(),
         painted,
+        maps.readings,
+        None if maps.characters is None else maps.characters.numpy(),
     )
 
 
@@ -96,7 +106,7 @@ def maps_html(maps: Maps, crops: Crops, patch_size: int) -> str:
     """One card a crop: the views, the encoder's attention, and the decoder's where there is one."""
     count = len(maps.encoder)
     plain = crop_pixels(crops.plain[:count])
-    guidance = None if crops.guidance is None else crop_pixels(crops.guidance[:count])
+    guidance = None if maps.decoder is None or crops.second is None else crop_pixels(crops.second[:count])
     cards = []
     for place in range(count):
         view = None if guidance is None else guidance[place]
@@ -109,7 +119,14 @@ def maps_html(maps: Maps, crops: Crops, patch_size: int) -> str:
                 maps.decoder[place], maps.ids_masked[place], plain[place], view, patch_size
             )
             rows += _row("Decoder", "cross-attention, last layer, mean of heads", cells)
+        if maps.readings is not None and maps.characters is not None:
+            cells = _character_cells(maps.characters[place], maps.readings[place], plain[place])
+            rows += _row("Decoder", "cross-attention, last layer, mean of heads", cells)
         number = f'<span class="note">#{int(crops.indices[place])}</span>'
+        if maps.readings is not None:
+            number = (
+                f'<span class="note">read as {html.escape(maps.readings[place]) or "nothing"}</span>{number}'
+            )
         cards.append(f'<article class="maps"><h3>{label_html(crops, place)}{number}</h3>{rows}</article>')
     return _intro(maps) + "".join(cards)
 
@@ -124,6 +141,8 @@ def _intro(maps: Maps) -> str:
             "Decoder: the boxed patch of the plain view is masked; below it, where its query looks in the "
             "guidance view."
         )
+    elif maps.readings is not None:
+        text += "Decoder: where the recogniser looks for each character that it reads, and for the end (EOS)."
     elif maps.painted is not None:
         text += (
             "Prediction: the masked patches as the decoder paints them, given the mean and variance of the "
@@ -175,6 +194,15 @@ def _encoder_cells(weights: np.ndarray, plain: np.ndarray) -> list[str]:
         body = heat_html(plain, weights[head], f"encoder attention, {caption}")
         cells.append(_cell(body, caption, weights[head]))
     return cells
+
+
+def _character_cells(weights: np.ndarray, reading: str, plain: np.ndarray) -> list[str]:
+    """The crop once for each character that was read and for EOS; weights (T, rows, columns)."""
+    captions = [*(html.escape(character) for character in reading), "EOS"]
+    return [
+        _cell(heat_html(plain, weights[place], f"attention of {caption}"), caption, weights[place])
+        for place, caption in enumerate(captions[: len(weights)])
+    ]
 
 
 def _decoder_cells(

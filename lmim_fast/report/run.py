@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lmim_fast.config import PretrainConfig
-from lmim_fast.config.io import from_dict
+from lmim_fast.config import RunConfig
+from lmim_fast.config.io import run_from_dict
 from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.train.optim import total_steps
-from lmim_fast.train.task import Task, make_task
+from lmim_fast.train.task import Task
+from lmim_fast.train.tasks import make_task
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Run:
     """A run folder, read."""
 
     folder: Path
-    config: PretrainConfig
+    config: RunConfig
     document: dict[str, Any]
     """config.json as written: config, versions, data."""
     metrics: Metrics
@@ -89,12 +90,13 @@ def read_run(folder: Path) -> Run:
     for name in ("config.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UsageError(
-                f"{folder} has no {name}: not a run folder of `lmim pretrain`, or one that never started"
+                f"{folder} has no {name}: not a run folder of `lmim pretrain` or `lmim finetune`, "
+                "or one that never started"
             )
     path = folder / "config.json"
     try:
         document = json.loads(_read(path))
-        config = from_dict(PretrainConfig, document["config"])
+        config = run_from_dict(document["config"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LmimError(f"{path} is not a config of this version: {type(error).__name__}: {error}") from error
     return Run(folder, config, document, read_metrics(folder / "metrics.jsonl"))

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.store.records import Records
 from lmim_fast.report.images import crop_html, crop_pixels
 from lmim_fast.report.run import Run
-from lmim_fast.train.task import make_task
+from lmim_fast.train.task import Task
+from lmim_fast.train.tasks import make_task
 from lmim_fast.train.world import World
 
 
@@ -32,8 +34,10 @@ class Crops:
     """Why a record was replaced by its substitute; None where it was not."""
     plain: Tensor
     """(B, 3, H, W) float32 in [-1, 1]."""
-    guidance: Tensor | None
-    """(B, 3, H, W) float32 in [-1, 1]; None where the run has no guidance view."""
+    second: Tensor | None
+    """(B, 3, H, W) float32 in [-1, 1]: guidance view or augmented crop; None where the run has neither."""
+    second_title: str
+    """What the second view is."""
     changed: bool
     """The data is no longer what config.json describes."""
 
@@ -42,19 +46,22 @@ def load_crops(run: Run, count: int) -> Crops:
     """The first `count` crops of the run's order (all, where there are fewer), with their first views.
 
     Raises:
-        DataError: the data is not where config.json says, or cannot be used.
+        UsageError: the data is not where config.json says.
+        DataError:  it cannot be used.
     """
     config = run.config
     # Substitutes are shown and named here: no share of broken records stops a report.
     loader = dataclasses.replace(config.loader, device="cpu", prefetch=1, threads=0, max_bad_fraction=1.0)
-    store = RecordStore(config.data, max_pixels=config.loader.max_pixels)
+    task = make_task(dataclasses.replace(config, loader=loader, accumulation=1))
+    store = task.records(lambda _: None)
     try:
         order = SampleOrder(len(store), min(count, len(store)), config.seed)
-        task = make_task(dataclasses.replace(config, loader=loader, accumulation=1))
-        with task.pipeline(store, order, World(0, 1, torch.device("cpu")), 0, 1) as pipeline:
-            batch = next(iter(pipeline))
-            plain, guidance = batch.views(torch.float32)
-            reasons = {(database, key): reason for database, key, reason in pipeline.bad.entries}
+        batch, reasons = _first_batch(task, store, order)
+        plain, second = batch.views(torch.float32)
+        plainly = task.without_augmentation()
+        if plainly is not None:
+            second = batch.images(torch.float32)
+            plain = _first_batch(plainly, store, order)[0].images(torch.float32)
         indices = [int(index) for index in batch.indices]
         broken = [reasons.get(store.locate(index)) for index in indices]
         labels = [None if bad else store.label(index) for index, bad in zip(indices, broken, strict=True)]
@@ -62,15 +69,24 @@ def load_crops(run: Run, count: int) -> Crops:
         changed = expected is not None and store.fingerprint() != expected
     finally:
         store.close()
-    return Crops(batch.indices, batch.epochs, labels, broken, plain, guidance, changed)
+    return Crops(batch.indices, batch.epochs, labels, broken, plain, second, task.second_view, changed)
+
+
+def _first_batch(task: Task, store: Records, order: SampleOrder) -> tuple[Batch, dict[tuple[str, str], str]]:
+    """The first batch of an order, and why records were replaced in it."""
+    with task.pipeline(store, order, World(0, 1, torch.device("cpu")), 0, 1) as pipeline:
+        batch = next(iter(pipeline))
+        return batch, {(database, key): reason for database, key, reason in pipeline.bad.entries}
 
 
 def sheet_html(crops: Crops, count: int) -> str:
-    """The first `count` crops as a grid: plain view, guidance view under it, label."""
+    """The first `count` crops as a grid: plain view, second view under it, label."""
     plain = crop_pixels(crops.plain[:count])
-    guidance = None if crops.guidance is None else crop_pixels(crops.guidance[:count])
-    tiles = [_tile(crops, place, plain, guidance) for place in range(len(plain))]
-    what = "the plain view, and under it the guidance view" if guidance is not None else "the plain view"
+    second = None if crops.second is None else crop_pixels(crops.second[:count])
+    tiles = [_tile(crops, place, plain, second) for place in range(len(plain))]
+    what = "the plain view"
+    if second is not None:
+        what += f", and under it the {crops.second_title}"
     changed = (
         '<p class="warning">The data has changed since the run: these are crops of the data as it is now.</p>'
         if crops.changed
@@ -90,10 +106,10 @@ def label_html(crops: Crops, place: int) -> str:
     return f'<span class="label" title="{html.escape(label)}">{html.escape(label)}</span>'
 
 
-def _tile(crops: Crops, place: int, plain: np.ndarray, guidance: np.ndarray | None) -> str:
+def _tile(crops: Crops, place: int, plain: np.ndarray, second: np.ndarray | None) -> str:
     label = crops.labels[place] or "no label"
     views = crop_html(plain[place], f"plain view: {label}")
-    if guidance is not None:
-        views += crop_html(guidance[place], f"guidance view: {label}")
+    if second is not None:
+        views += crop_html(second[place], f"{crops.second_title}: {label}")
     number = f'<span class="note">#{int(crops.indices[place])}</span>'
     return f"<figure>{views}<figcaption>{label_html(crops, place)}{number}</figcaption></figure>"

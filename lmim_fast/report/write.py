@@ -1,4 +1,4 @@
-"""`lmim report`: one HTML page about a pre-training run: figures, curves, views and attention maps."""
+"""`lmim report`: one HTML page about a run: figures, curves, views, readings and attention maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmim_fast.config import ReportConfig
+from lmim_fast.config import FinetuneConfig, ReportConfig
 from lmim_fast.errors import DataError, LmimError, UsageError
 from lmim_fast.report.charts import COLOURS, SMOOTH_FROM, Chart, Series, chart_html, short
 from lmim_fast.report.page import definitions, folded, page, warning
@@ -37,10 +37,11 @@ def write_report(config: ReportConfig) -> Path:
     sections = [
         _head(run),
         f"<h2>Curves</h2>{_curves(run)}",
+        *_readings(run),
         *_pictures(run, config),
         f"<h2>Details</h2>{_details(run)}",
     ]
-    _write(target, page(f"{run.name} - pre-training report", "\n".join(sections)))
+    _write(target, page(f"{run.name} - {run.task.title} report", "\n".join(sections)))
     return target
 
 
@@ -104,7 +105,7 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str, str]]:
-    config, model = run.config, run.config.model
+    config, model = run.config, run.config.encoder
     passes = f" in {config.accumulation} passes" if config.accumulation > 1 else ""
     facts = [
         ("model", f"{config.preset}: {model.depth} blocks of {model.width}, {model.heads} heads", ""),
@@ -160,7 +161,12 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
         crops = load_crops(run, max(config.samples, config.maps))
     except (LmimError, ImportError, OSError) as error:
         moved = "; relative paths hold from the folder the run was started in"
-        return [views + warning(f"No crops to show: {error}{moved if isinstance(error, DataError) else ''}")]
+        return [
+            views
+            + warning(
+                f"No crops to show: {error}{moved if isinstance(error, DataError | UsageError) else ''}"
+            )
+        ]
     sections = [views + sheet_html(crops, config.samples)]
     if config.maps:
         try:
@@ -171,8 +177,19 @@ def _pictures(run: Run, config: ReportConfig) -> list[str]:
         except (LmimError, ImportError, OSError) as error:
             return [*sections, maps + warning(f"No attention maps: {error}")]
         drawn = compute_maps(run.task, model, crops, config.maps)
-        sections.append(maps + maps_html(drawn, crops, run.config.model.patch_size))
+        sections.append(maps + maps_html(drawn, crops, run.config.encoder.patch_size))
     return sections
+
+
+def _readings(run: Run) -> list[str]:
+    """Validation and wrong readings of a recogniser's run."""
+    if not isinstance(run.config, FinetuneConfig):
+        return []
+    try:
+        from lmim_fast.report.readings import validation_html
+    except ImportError as error:
+        return [warning(f"No readings: {error}")]
+    return validation_html(run)
 
 
 def _details(run: Run) -> str:
