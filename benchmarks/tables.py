@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import goals, tables_model
 from benchmarks.markdown import machine, table
+from benchmarks.tables_value import value
 
 ROOT = Path(__file__).parents[1]
 RESULTS, OUTPUT = ROOT / "benchmarks/results", ROOT / "docs/BENCHMARKS.md"
@@ -222,6 +223,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(
     ops=ops,
     tune=tune,
     data=data,
+    value=value,
     static=static,
 )
 
