@@ -49,6 +49,8 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
         ValueError: as `from_dict`.
     """
     kind = FinetuneConfig if values.get("objective") == "recognizer" else PretrainConfig
+    if isinstance(values.get("cuda_graph"), bool):  # of older runs
+        values = values | {"cuda_graph": "on" if values["cuda_graph"] else "off"}
     return from_dict(kind, values)
 
 

@@ -116,19 +116,45 @@ class RunConfig(ABC):
     seed: int = 0
     """Governs the weights' start, sample order, masks, views and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the products: auto is bf16 on CUDA, fp32 on a CPU; weights, statistics and losses stay fp32."""
+    """Type of the products: auto is bf16 on CUDA, fp32 on a CPU. Master weights, losses, sums stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
+    parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
+    """Model on several processes. replicate: whole; shard: split (FSDP2); hybrid: split within groups."""
+    shard_size: int = 0
+    """Processes that hybrid splits the model over; 0: those of a machine."""
+    reshard: bool = False
+    """Free the gathered weights of a block after its forward pass: less memory, more communication."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more work."""
     compile: bool = False
-    """Put torch.compile around the model."""
-    cuda_graph: bool = False
-    """Replay the whole step as one CUDA graph; for one process on CUDA, without accumulation."""
+    """Use torch.compile: for the whole model, or for each block if the model is split."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole step as one CUDA graph; auto: on CUDA wherever it is possible."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run folder; False refuses a folder that has one."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept on disk."""
+    """Newest checkpoints kept on disk; with --eval-every also the one of the lowest loss."""
+    keep_every: int = 0
+    """Keep also each checkpoint whose step is a multiple of this; 0: none."""
+    checkpoint_layout: Literal["auto", "whole", "sharded"] = "auto"
+    """whole: safetensors files by rank 0; sharded: a file of each process; auto: whole if it fits a host."""
+    max_time: float | None = None
+    """Hours after which the run stops with a checkpoint; the same command continues it."""
+    timeout: float = 600.0
+    """Seconds that processes wait for each other before the run ends with the stacks of all of them."""
+    eval_data: tuple[str, ...] = ()
+    """LMDB folders of held-out crops whose loss is measured while training."""
+    eval_every: int = 0
+    """Steps between measurements of the loss of eval_data; it ranks the checkpoint of its step. 0: none."""
+    eval_images: int = 2048
+    """Crops of eval_data that are measured; always the same ones, with the same masks and views."""
+    profile: int = 0
+    """Steps to write a chrome trace of, after the first ten; 0: none."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -148,9 +174,18 @@ class RunConfig(ABC):
         require(self.steps is None or self.steps >= 1, f"steps must be >= 1, got {self.steps}")
         require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
         require_seed(self.seed)
+        for name in ("shard_size", "keep_every", "eval_every", "profile"):
+            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
+        require(self.eval_images >= 1, f"eval_images must be >= 1, got {self.eval_images}")
         require(
-            not self.cuda_graph or self.accumulation == 1,
-            f"cuda_graph needs accumulation 1, got {self.accumulation}",
+            (self.eval_every > 0) == (len(self.eval_data) > 0),
+            "eval_every and eval_data are given together or not at all",
+        )
+        require(self.max_time is None or self.max_time > 0, f"max_time must be positive, got {self.max_time}")
+        require(self.timeout > 0, f"timeout must be positive, got {self.timeout}")
+        require(
+            self.cuda_graph != "on" or self.accumulation == 1,
+            f"cuda_graph on needs accumulation 1, got {self.accumulation}",
         )
         require(
             self.batch_size % self.accumulation == 0,

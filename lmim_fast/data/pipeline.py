@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from lmim_fast import faults
 from lmim_fast.config import AugmentConfig, DataConfig, GuidanceConfig
 from lmim_fast.data.augment.keys import Keys
 from lmim_fast.data.augment.program import (
@@ -146,6 +147,7 @@ class ViewPipeline:
 
     def _prepare(self) -> Iterator[_Prepared]:
         for step, micro, share in self._shares:
+            faults.point("batch")
             samples = self._reader.read(*share)
             parameters: GuidanceParameters | AugmentParameters | None = None
             if self._guidance is not None:
