@@ -43,7 +43,7 @@ def start_recognizer(name: str, model: Recognizer, say: Callable[[str], None]) -
     path = recognizer_file(name)
     if path is None and (Path(name) / "checkpoints").is_dir():
         latest = folders.latest(Path(name))
-        if latest is not None and is_recognizer(weights.read_state_dict(latest / folders.MODEL_FILE)):
+        if latest is not None and is_recognizer(weights.read_state_dict(folders.weights_file(latest))):
             raise UsageError(
                 f"--init {name}: this fine-tuning has no {LAST} yet; let it finish, or give it --val"
             )

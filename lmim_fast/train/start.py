@@ -66,7 +66,7 @@ def encoder_file(name: str) -> Path:
         raise UsageError(
             f"{name} has no encoder.safetensors and no checkpoint: it is not the folder of a run"
         )
-    return latest / folders.MODEL_FILE
+    return folders.weights_file(latest)
 
 
 def load_student(name: str, encoder: nn.Module) -> None:

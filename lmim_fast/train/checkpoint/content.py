@@ -2,81 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmim_fast.errors import CheckpointError
 from lmim_fast.models.weights import TEACHER
-from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint import folders, shards
 from lmim_fast.train.checkpoint.files import read_checked, write_file
 from lmim_fast.train.checkpoint.folders import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 
 _TEACHER_FILE = "teacher.safetensors"
 
 
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _own(model: nn.Module, *, teacher: bool) -> dict[str, Tensor]:
     """The tensors of the frozen teacher, or those of everything else."""
+    # First: a sharded model then frees what a forward has gathered, and names its sharded parameters again.
+    state = model.state_dict()
     names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    state = model.state_dict()  # a tensor under a second name is left out: it is stored once
+    # A tensor under a second name is left out: it is stored once.
     return {name: t for name, t in state.items() if name in names and name.startswith(TEACHER) == teacher}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors, named `KIND.PARAMETER`, for example `exp_avg.norm.weight`."""
-    return {
-        f"{kind}.{name}": _host(value)
+def live_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors that a checkpoint is made of, as they are: the model's but its teacher, the optimiser's.
+
+    Those of the optimiser are named `KIND.PARAMETER`, for example `exp_avg.norm.weight`. Every rank gets the
+    same names in the same order.
+
+    Raises:
+        CheckpointError: the optimiser has moments of a tensor that the model does not name.
+    """
+    own = _own(model, teacher=False)
+    moments = {
+        f"{kind}.{name}": value
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
+    unknown = set(optimizer.state) - set(model.parameters())
+    if unknown:
+        raise CheckpointError(
+            f"the optimiser trains {len(unknown)} tensors that are not the model's parameters: their moments "
+            "would be lost; make the optimiser after the model has its final form"
+        )
+    return dict(sorted(own.items())), dict(sorted(moments.items()))
 
 
-def _load(path: Path, tensors: dict[str, Tensor], model: nn.Module, *, teacher: bool) -> None:
-    expected = _own(model, teacher=teacher)
-    wrong = sorted(set(tensors) ^ set(expected))
-    wrong += [n for n in sorted(set(tensors) & set(expected)) if tensors[n].shape != expected[n].shape]
+def _host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _share(value: Tensor, target: DTensor) -> Tensor:
+    """This rank's part of a whole tensor; each rank cuts out its own, without a message."""
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+
+
+def _check(path: Path, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+    wrong = sorted(set(found) ^ set(expected))
+    wrong += [name for name in sorted(set(found) & set(expected)) if found[name] != expected[name]]
     if wrong:
         names = ", ".join(wrong[:8])
         raise CheckpointError(f"{path} does not fit the model in {len(wrong)} tensors: {names}")
-    model.load_state_dict(tensors, strict=False)  # the other half is loaded apart
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _load(path: Path, tensors: dict[str, Tensor], model: nn.Module, *, teacher: bool) -> None:
+    expected = _own(model, teacher=teacher)
+    _check(path, _shapes(tensors), _shapes(expected))
+    sharded = {name: target for name, target in expected.items() if isinstance(target, DTensor)}
+    for name, target in sharded.items():
+        target.to_local().copy_(_share(tensors[name], target))
+    # The other half, teacher or student, is loaded apart.
+    model.load_state_dict({n: t for n, t in tensors.items() if n not in sharded}, strict=False)
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put a checkpoint's tensors into the model (its teacher is left alone) and the optimiser.
 
+    Any checkpoint fits any sharding of its model: each rank takes its own part, and none waits for another.
+
     Raises:
         CheckpointError: names or shapes differ from the model's.
     """
+    if checkpoint.shards is not None:
+        _restore_shards(checkpoint.shards, model, optimizer)
+        return
     _load(checkpoint.path / MODEL_FILE, checkpoint.model, model, teacher=False)
     if optimizer is None:
         return
-    parameters = dict(model.named_parameters())
-    for key, value in checkpoint.optimizer.items():
+    place = checkpoint.path / OPTIMIZER_FILE
+    owners = _owners(place, _shapes(checkpoint.optimizer), model)
+    for key, (kind, parameter) in owners.items():
+        optimizer.state[parameter][kind] = _moment(checkpoint.optimizer[key], parameter)
+
+
+def _owners(
+    place: Path, found: Mapping[str, torch.Size], model: nn.Module
+) -> dict[str, tuple[str, nn.Parameter]]:
+    """Kind and parameter of each of the optimiser's tensors, by key."""
+    parameters, owners = dict(model.named_parameters()), {}
+    for key, shape in found.items():
         kind, _, name = key.partition(".")
         if name not in parameters:
-            raise CheckpointError(f"{checkpoint.path / OPTIMIZER_FILE}: the model has no {name}")
-        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device, copy=True)
+            raise CheckpointError(f"{place}: the model has no {name}")
+        if shape not in (parameters[name].shape, torch.Size()):
+            raise CheckpointError(f"{place}: {key} has the shape {tuple(shape)}, not that of {name}")
+        owners[key] = kind, parameters[name]
+    return owners
 
 
-def save(
-    run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
-) -> Path:
-    """Write the checkpoint of `state["step"]`, as `folders.write` does."""
-    student = {name: _host(tensor) for name, tensor in _own(model, teacher=False).items()}
-    return folders.write(run, state, student, _optimizer_tensors(model, optimizer), keep=keep)
+def _empty_moment(shape: torch.Size, dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """Room for a tensor of the optimiser: sharded as its parameter, unless it is a count of steps."""
+    if shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+
+def _moment(value: Tensor, parameter: Tensor) -> Tensor:
+    moment = _empty_moment(value.shape, value.dtype, parameter)
+    if isinstance(moment, DTensor):
+        moment.to_local().copy_(_share(value, moment))
+    else:
+        moment.copy_(value)
+    return moment
+
+
+@torch.no_grad()
+def _restore_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Read this rank's part of the files straight into model and optimiser."""
+    sizes = shards.sizes(folder)
+    weights, moments = folders.split({name: size for name, (size, _) in sizes.items()})
+    own = _own(model, teacher=False)
+    _check(folder, weights, _shapes(own))
+    targets = {folders.MODEL_PREFIX + name: tensor for name, tensor in own.items()}
+    owners = {} if optimizer is None else _owners(folder, moments, model)
+    for key, (_, parameter) in owners.items():
+        name = folders.OPTIMIZER_PREFIX + key
+        targets[name] = _empty_moment(*sizes[name], parameter)
+    shards.load(folder, targets)
+    if optimizer is not None:
+        for key, (kind, parameter) in owners.items():
+            optimizer.state[parameter][kind] = targets[folders.OPTIMIZER_PREFIX + key]
 
 
 def save_teacher(run: Path, model: nn.Module) -> dict[str, Any] | None:
     """Store the frozen teacher once for the run; its size and checksum, None where the model has none."""
     teacher = _own(model, teacher=True)
-    tensors = {name.removeprefix(TEACHER): _host(tensor) for name, tensor in teacher.items()}
+    tensors = _host({name.removeprefix(TEACHER): tensor for name, tensor in teacher.items()})
     return write_file(run / _TEACHER_FILE, safetensors.torch.save(tensors)) if tensors else None
 
 
@@ -85,6 +168,7 @@ def load_teacher(run: Path, line: dict[str, Any] | None, model: nn.Module) -> No
 
     Raises:
         CheckpointError: it is missing, altered, or of another size.
+        LmimError: it cannot be read.
     """
     if line is None:
         return

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lmim_fast.errors import CheckpointError, LmimError
+
+# The types of tensors that are written, in the order in which the safetensors format stores them.
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CHUNK = 8 * 2**20  # bytes that are hashed and written at a time: long enough to leave Python to others
 
 
 def explain(error: OSError, path: Path) -> LmimError:
@@ -18,13 +39,66 @@ def explain(error: OSError, path: Path) -> LmimError:
     return LmimError(f"cannot write {path}: {error.strerror or error}")
 
 
-def write_flushed(path: Path, content: bytes) -> dict[str, Any]:
-    """Write one file through to the disk; its line of a manifest."""
+def explained(failure: Exception, path: Path) -> Exception:
+    """The failure of a write as the user should see it: explained, if the system caused it."""
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__  # of torch.save: it hides what its file raised
+    return failure if cause is None or isinstance(failure, LmimError) else explain(cause, path)
+
+
+def _write_parts(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        file.write(content)
+        for part in parts:
+            for start in range(0, len(part), _CHUNK):
+                chunk = part[start : start + _CHUNK]
+                file.write(chunk)
+                digest.update(chunk)
+            size += len(part)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_flushed(path: Path, content: bytes) -> dict[str, Any]:
+    """Write one file through to the disk; its line of a manifest."""
+    return _write_parts(path, [memoryview(content)])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file through to the disk; its line of a manifest.
+
+    The same bytes as `safetensors.torch.save` makes, from the tensors' own memory and not from a copy.
+
+    Args:
+        tensors: contiguous, in host memory.
+    Raises:
+        OSError: of the disk.
+        CheckpointError: a type of tensor that is not written; names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: tensors of {tensor.dtype} are not written, but {name} is one")
+    order = {dtype: place for place, dtype in enumerate(_DTYPES)}
+    names = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name))
+    lines, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        lines[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(lines, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    body = (tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in names)
+    return _write_parts(path, [memoryview(len(header).to_bytes(8, "little") + header), *body])
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The line of a manifest of a file that is on the disk."""
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": checksum}
 
 
 def flush_folder(path: Path) -> None:
@@ -58,18 +132,52 @@ def _discard(path: Path) -> None:
         path.unlink()
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A block that reads a file of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no such file.
+        LmimError: it cannot be read, which says nothing of what it holds.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise LmimError(
+            f"cannot read {path}: {error.strerror or error}; it may be whole, so it stays as it is: "
+            "mend the disk or the permissions and run the same command again"
+        ) from error
+
+
+def check_file(path: Path, line: dict[str, Any]) -> None:
+    """Check a file, a piece at a time, against its line of a manifest.
+
+    Raises:
+        CheckpointError: it is missing, truncated or altered.
+        LmimError: it cannot be read.
+    """
+    with reading(path):
+        found = describe(path)
+    _compare(path, line, found["bytes"], found["sha256"])
+
+
 def read_checked(path: Path, line: dict[str, Any]) -> bytes:
     """A file's bytes, which are the ones its manifest line was made of.
 
     Raises:
         CheckpointError: it is missing, truncated or altered.
+        LmimError: it cannot be read.
     """
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if len(content) != line["bytes"]:
-        raise CheckpointError(f"{path} has {len(content)} bytes, its manifest says {line['bytes']}")
-    if hashlib.sha256(content).hexdigest() != line["sha256"]:
-        raise CheckpointError(f"{path} was altered: its checksum is not the manifest's")
+    _compare(path, line, len(content), hashlib.sha256(content).hexdigest())
     return content
+
+
+def _compare(path: Path, line: dict[str, Any], size: int, checksum: str) -> None:
+    if size != line["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes, its manifest says {line['bytes']}")
+    if checksum != line["sha256"]:
+        raise CheckpointError(f"{path} was altered: its checksum is not the manifest's")

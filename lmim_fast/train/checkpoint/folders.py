@@ -6,70 +6,132 @@ RUN/
     step-00000300/
       model.safetensors       student and position tables
       optimizer.safetensors   moments and step of every trainable parameter
+      shards/                 of a sharded checkpoint, instead of these two: a file a process, and an index
       state.json              step, meter, config, data, versions; size and checksum of each file
-    step-00000300.tmp/        being written: flushed to disk, then renamed
+    step-00000300.tmp/        being written: flushed to disk, then renamed; or being deleted
     step-00000200.damaged/    set aside: neither resume nor retention counts it
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from torch import Tensor
 
+from lmim_fast import faults
 from lmim_fast.errors import CheckpointError
-from lmim_fast.train.checkpoint.files import explain, flush_folder, read_checked, write_flushed
+from lmim_fast.train.checkpoint import shards
+from lmim_fast.train.checkpoint.files import (
+    check_file,
+    explained,
+    flush_folder,
+    read_checked,
+    reading,
+    write_flushed,
+    write_tensors,
+)
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+SHARDS = "shards"
+MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."  # of names where both kinds of tensors are together
 _FOLDER = re.compile(r"step-\d{8}")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, read into host memory."""
+    """A verified checkpoint: its tensors are in host memory, or still in the files of a sharded one."""
 
     path: Path
     state: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
+    @property
+    def shards(self) -> Path | None:
+        """Folder of the tensors, if they are not in memory."""
+        return self.path / SHARDS if is_sharded(self.state) and not self.model else None
 
-def write(
-    run: Path, state: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor], *, keep: int
-) -> Path:
-    """Write the checkpoint of `state["step"]`, then delete all but the `keep` newest (or warn).
+
+def is_sharded(state: dict[str, Any]) -> bool:
+    """Whether state.json is of a checkpoint that several processes wrote."""
+    return state.get("layout") == "sharded"
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the finished checkpoint of a step is."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def unfinished(final: Path) -> Path:
+    """Where a checkpoint is written before it gets the name `final`."""
+    return final.with_name(final.name + ".tmp")
+
+
+def begin(final: Path) -> Path:
+    """Make the folder that a checkpoint is written in; this folder."""
+    discard(final)
+    temporary = unfinished(final)
+    temporary.mkdir(parents=True, exist_ok=True)  # there, if it could not be removed
+    return temporary
+
+
+def discard(final: Path) -> None:
+    """Delete what a failed or killed save of the checkpoint `final` has left."""
+    temporary = unfinished(final)
+    if temporary.exists():
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(final: Path) -> Iterator[Path]:
+    """A block that fills the folder it is given, and ends with `commit`; if it fails nothing is left of it.
 
     Raises:
         LmimError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    final = run / "checkpoints" / f"step-{state['step']:08d}"
-    temporary = final.with_name(final.name + ".tmp")
     try:
-        temporary.mkdir(parents=True, exist_ok=True)  # there, if it could not be removed
-        files = {
-            MODEL_FILE: write_flushed(temporary / MODEL_FILE, safetensors.torch.save(model)),
-            OPTIMIZER_FILE: write_flushed(temporary / OPTIMIZER_FILE, safetensors.torch.save(optimizer)),
-        }
-        body = {**state, "files": files}
-        text = json.dumps({**body, "checksum": _checksum(body)}, indent=1)
-        write_flushed(temporary / STATE_FILE, text.encode())
-        flush_folder(temporary)
-        temporary.rename(final)
-        flush_folder(final.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise explain(error, final) from error
-    for old in finished(run)[keep:]:
-        _remove(old)
+        yield begin(final)
+    except Exception as failure:
+        discard(final)
+        told = explained(failure, final)
+        if told is failure:
+            raise
+        raise told from failure
+
+
+def write_whole(
+    temporary: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Write the files of a checkpoint that is not sharded; their lines of the manifest."""
+    files = {}
+    for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+        files[name] = write_tensors(temporary / name, tensors)
+        faults.point("save")
+    return files
+
+
+def commit(final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
+    """Write state.json beside the written `files` and give the folder its name; this folder."""
+    temporary = unfinished(final)
+    body = {**state, "files": files}
+    text = json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+    write_flushed(temporary / STATE_FILE, text.encode())
+    faults.point("save")
+    flush_folder(temporary)
+    faults.point("commit")
+    temporary.rename(final)
+    flush_folder(final.parent)
     return final
 
 
@@ -83,17 +145,27 @@ def finished(run: Path) -> list[Path]:
     return sorted(finished, key=lambda path: path.name, reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """Step of a finished checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def steps(run: Path) -> list[int]:
     """Steps of a run's finished checkpoints, good or damaged, newest first."""
-    return [int(path.name.removeprefix("step-")) for path in finished(run)]
+    return [step_of(path) for path in finished(run)]
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a state.json, checked against its own checksum.
+
+    Raises:
+        CheckpointError: it is missing or altered.
+        LmimError: it cannot be read.
+    """
     try:
-        body: dict[str, Any] = json.loads(path.read_text())
+        with reading(path):
+            body: dict[str, Any] = json.loads(path.read_text())
         checksum = body.pop("checksum")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint's state: {error}") from error
     if checksum != _checksum(body):
@@ -101,13 +173,30 @@ def _read_state(path: Path) -> dict[str, Any]:
     return body
 
 
-def read(path: Path) -> Checkpoint:
-    """A checkpoint folder, every byte of it checked against its manifest.
+def verify(path: Path) -> dict[str, Any]:
+    """Check every byte of a checkpoint folder against its manifest; its state.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the message names it.
+        LmimError: a file cannot be read.
     """
-    state = _read_state(path / STATE_FILE)
+    state = read_state(path / STATE_FILE)
+    for name, line in state["files"].items():
+        check_file(path / name, line)
+    return state
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint folder, every byte of it checked against its manifest, all tensors in host memory.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered; the message names it.
+        LmimError: a file cannot be read.
+    """
+    state = read_state(path / STATE_FILE)
+    if is_sharded(state):
+        verify(path)
+        return Checkpoint(path, state, *split(shards.read(path / SHARDS)))
     model, optimizer = (
         safetensors.torch.load(read_checked(path / name, state["files"][name]))
         for name in (MODEL_FILE, OPTIMIZER_FILE)
@@ -115,11 +204,48 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, state, model, optimizer)
 
 
-def newest(run: Path, damaged: Callable[[Path, CheckpointError], None] | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; `damaged` is called with every newer one that is not whole."""
+def split(values: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """What belongs to the tensors of the model, and of the optimiser, under names without prefix."""
+    model, optimizer = (
+        {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        for prefix in (MODEL_PREFIX, OPTIMIZER_PREFIX)
+    )
+    return model, optimizer
+
+
+def open_verified(path: Path) -> Checkpoint:
+    """As `read`, but the tensors of a sharded checkpoint stay in its files until a model takes its share.
+
+    Raises:
+        CheckpointError, LmimError: as of `read`.
+    """
+    if is_sharded(read_state(path / STATE_FILE)):
+        return Checkpoint(path, verify(path), {}, {})
+    return read(path)
+
+
+def open_trusted(path: Path) -> Checkpoint:
+    """As `open_verified`, of a checkpoint whose shards another process has just verified."""
+    state = read_state(path / STATE_FILE)
+    return Checkpoint(path, state, {}, {}) if is_sharded(state) else read(path)
+
+
+def newest(
+    run: Path,
+    damaged: Callable[[Path, CheckpointError], None] | None = None,
+    *,
+    in_memory: bool = True,
+) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; `damaged` is called with every newer one that is not whole.
+
+    Args:
+        in_memory: False leaves the tensors of a sharded one in its files.
+    Raises:
+        LmimError: a file cannot be read.
+    """
     for path in finished(run):
         try:
-            return read(path)
+            return read(path) if in_memory else open_verified(path)
         except CheckpointError as error:
             if damaged is not None:
                 damaged(path, error)
@@ -128,20 +254,38 @@ def newest(run: Path, damaged: Callable[[Path, CheckpointError], None] | None = 
 
 def latest(run_folder: str | Path) -> Path | None:
     """Folder of a run's newest whole checkpoint, or None."""
-    checkpoint = newest(Path(run_folder))
-    return None if checkpoint is None else checkpoint.path
+    for path in finished(Path(run_folder)):
+        with contextlib.suppress(CheckpointError):
+            verify(path)
+            return path
+    return None
+
+
+def weights_file(path: Path) -> Path:
+    """The safetensors file with the weights of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is sharded, so there is none; the message says how to make one.
+    """
+    if is_sharded(read_state(path / STATE_FILE)):
+        raise CheckpointError(
+            f"{path} is sharded: write its weights to a file with `lmim convert`, and name that file"
+        )
+    return path / MODEL_FILE
 
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an interrupted save left behind."""
     for path in run.glob("checkpoints/step-*.tmp"):
-        _remove(path)
+        delete(path)
 
 
-def _remove(folder: Path) -> None:
+def delete(folder: Path) -> None:
     """Delete a folder that nobody needs; where that fails the run is still healthy."""
+    doomed = folder if folder.suffix == ".tmp" else unfinished(folder)
     try:
-        shutil.rmtree(folder)
+        folder.rename(doomed)  # half deleted it must not look finished
+        shutil.rmtree(doomed)
     except OSError as error:
         # The same text for every folder, so that Python shows it once.
         reason = error.strerror or error

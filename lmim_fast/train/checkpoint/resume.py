@@ -17,16 +17,30 @@ from lmim_fast.train.world import World
 # the characters. `teacher` and `init` name what a run began with, and its folder holds that. `device` is the
 # exception, so that a run can move to another machine: matmuls then differ by rounding, views by how CPU and
 # GPU decode and resample. On one machine nothing need differ, so `loader.device` may not change.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "config.data",
     "config.output",
     "config.teacher",
     "config.init",
     "config.device",
+    "config.accumulation",
+    "config.parallel",
+    "config.shard_size",
+    "config.reshard",
+    "config.activation_checkpointing",
     "config.cuda_graph",
     "config.resume",
     "config.checkpoint_every",
     "config.keep_checkpoints",
+    "config.keep_every",
+    "config.checkpoint_layout",
+    "config.max_time",
+    "config.timeout",
+    "config.eval_data",
+    "config.eval_every",
+    "config.eval_images",
+    "config.profile",
+    "config.wandb",
     "config.log_every",
     "config.charset",
     "config.val",
@@ -46,11 +60,14 @@ def find(
 ) -> Checkpoint | None:
     """The checkpoint to continue from, None for a fresh start; every rank reads the same one.
 
+    Rank 0 checks every byte of it. The tensors of a sharded one stay in its files until `content.restore`.
+
     Args:
         fingerprint: of the records that `config.data` names.
     Raises:
         UsageError: the folder has checkpoints, and the config says not to resume or is of another run.
         CheckpointError: it has checkpoints and none of them is whole.
+        LmimError: a file of the newest cannot be read, which is no reason to take an older one.
     """
     saved = None
     with world.together():
@@ -60,7 +77,7 @@ def find(
     if path is None:
         return None
     with world.together():
-        saved = saved or folders.read(path)
+        saved = saved or folders.open_trusted(path)
         check_same_run(saved, config, fingerprint)
     return saved
 
@@ -71,7 +88,7 @@ def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpo
     if not config.resume:
         raise UsageError(f"{run} already has checkpoints: choose another --output, or drop --no-resume")
     damaged: list[tuple[Path, CheckpointError]] = []
-    saved = folders.newest(run, lambda path, error: damaged.append((path, error)))
+    saved = folders.newest(run, lambda path, error: damaged.append((path, error)), in_memory=False)
     if saved is None:
         reasons = "; ".join(str(error) for _, error in damaged)
         raise CheckpointError(f"no checkpoint in {run} is whole ({reasons}); choose another --output")
@@ -91,7 +108,7 @@ def check_same_run(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, 
         *differences(_completed(saved.state["config"]), to_dict(config), "config"),
         *differences(_content(saved.state["data"]), _content(fingerprint), "data"),
     ]
-    changed = [line for line in changed if line[0].partition("[")[0] not in _MAY_CHANGE]
+    changed = [line for line in changed if line[0].partition("[")[0] not in MAY_CHANGE]
     if changed:
         lines = "; ".join(
             f"{name.removeprefix('config.')} was {old!r}, now {new!r}" for name, old, new in changed[:3]

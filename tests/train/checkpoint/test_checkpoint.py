@@ -1,19 +1,24 @@
 import errno
+import hashlib
 import json
 import os
 import shutil
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
+from small_model import save_now
 
 from lmim_fast.config import ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config.io import to_dict
 from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train import optim
 from lmim_fast.train.checkpoint import content, folders
+from lmim_fast.train.checkpoint.saver import Saver
 from lmim_fast.train.export import load_model
 from lmim_fast.train.tasks import make_task
+from lmim_fast.train.world import World
 
 CONFIG = PretrainConfig(
     data=("x",),
@@ -42,7 +47,7 @@ def save(tmp_path, trained):
     def save_step(step: int, keep: int = 3):
         line = content.save_teacher(tmp_path, trained[0])
         state = {"step": step, "config": to_dict(CONFIG), "teacher": line}
-        return content.save(tmp_path, state, *trained, keep=keep)
+        return save_now(tmp_path, state, *trained, keep=keep)
 
     return save_step
 
@@ -101,7 +106,7 @@ def test_load_model_gives_student_teacher_and_config_back(save, tmp_path, traine
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
-def test_a_damaged_file_is_named_and_the_older_checkpoint_is_used(save, tmp_path, name, damage):
+def test_r05_a_damaged_file_is_named_and_the_older_checkpoint_is_used(save, tmp_path, name, damage):
     older, newer = save(1), save(2)
     path = newer / name
     if damage == "bit":
@@ -121,7 +126,7 @@ def test_latest_is_none_without_a_whole_checkpoint(save, tmp_path):
     assert folders.latest(tmp_path) is None
 
 
-def test_unfinished_and_foreign_folders_are_no_checkpoints(save, tmp_path):
+def test_r06_unfinished_and_foreign_folders_are_no_checkpoints(save, tmp_path):
     good = save(3)
     for name in ("step-00000009.tmp", "step-00000008.damaged", "step-9", "notes"):
         (tmp_path / "checkpoints" / name).mkdir()
@@ -158,7 +163,7 @@ def test_a_folder_that_cannot_be_deleted_is_warned_of_once_and_the_run_goes_on(s
 
 
 @pytest.mark.parametrize("fails_at", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_full_disk_is_one_clear_error_and_leaves_earlier_checkpoints_whole(
+def test_r08_a_full_disk_is_one_clear_error_and_leaves_earlier_checkpoints_whole(
     save, tmp_path, monkeypatch, fails_at
 ):
     first = save(1, keep=1)
@@ -191,3 +196,35 @@ def test_the_state_is_plain_json_with_a_checksum_of_each_file(save):
     assert {"model.safetensors", "optimizer.safetensors"} == set(state["files"])
     assert all(len(line["sha256"]) == 64 and line["bytes"] > 0 for line in state["files"].values())
     assert state["config"] == to_dict(CONFIG)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_restored(tmp_path, trained):
+    model, optimizer = trained
+    own, moments = content.live_tensors(model, optimizer)
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    folder.mkdir(parents=True)
+    lines = {}
+    for name, tensors in (("model.safetensors", own), ("optimizer.safetensors", moments)):
+        written = safetensors.torch.save({key: tensor.detach().clone() for key, tensor in tensors.items()})
+        (folder / name).write_bytes(written)
+        lines[name] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    body = {"step": 5, "config": to_dict(CONFIG), "teacher": None, "files": lines}
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (folder / "state.json").write_text(json.dumps({**body, "checksum": checksum}, indent=1))
+    fresh = make_task(CONFIG).build()
+    other = optim.make_optimizer(optim.decay_groups(fresh, 0.05), OptimConfig())
+    content.restore(folders.newest(tmp_path), fresh, other)
+    found, found_moments = content.live_tensors(fresh, other)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.items())
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in found_moments.items())
+    assert found_moments.keys() == moments.keys()
+
+
+def test_load_model_reads_a_sharded_checkpoint_too(tmp_path, trained):
+    state = {"step": 1, "config": to_dict(CONFIG), "teacher": content.save_teacher(tmp_path, trained[0])}
+    with Saver(tmp_path, World(0, 1, torch.device("cpu")), keep=1, layout="sharded") as saver:
+        saver.save(state, *trained)
+    model, config = load_model(tmp_path)
+    assert config == CONFIG
+    own = trained[0].state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,73 @@
+"""Real processes on gloo for a test: one function, called with the `World` of each of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from lmim_fast.train import world as worlds
+
+
+@dataclass
+class _Failure:
+    text: str
+
+
+def run_ranks(
+    function: Callable[..., Any], *arguments: Any, size: int = 2, grouped: bool = False
+) -> list[Any]:
+    """What `function(world, *arguments)` returns in `size` processes of one thread, rank 0 first."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, ends = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        place = rank, size, port, grouped
+        process = context.Process(target=_work, args=(place, theirs, function, arguments))
+        process.start()
+        theirs.close()
+        processes.append(process)
+        ends.append(ours)
+    answers = [_receive(end) for end in ends]
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    failures = [answer.text for answer in answers if isinstance(answer, _Failure)]
+    assert not failures, "\n".join([*failures, f"exit codes {codes}"])
+    return answers
+
+
+def _receive(end: Connection) -> Any:
+    try:
+        return end.recv()
+    except EOFError:
+        return _Failure("a process ended without an answer")
+
+
+def _work(
+    place: tuple[int, int, int, bool],
+    end: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    rank, size, port, grouped = place
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    answer: Any
+    try:
+        with worlds.join("cpu", timeout=60.0, grouped=grouped) as world:
+            answer = function(world, *arguments)
+    except BaseException:  # whatever it is, the test shows it
+        answer = _Failure(f"rank {rank}: {traceback.format_exc()}")
+    end.send(answer)
