@@ -6,10 +6,12 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lmim_fast.config import OptimConfig, RunConfig
 
@@ -201,9 +203,14 @@ def learning_rate(
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Global L2 norm of the gradients, 0-d, on the device."""
+    """Global L2 norm of the gradients, 0-d, on the device; of a split model, that of the whole one."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+    split = gradients[0]
+    if not isinstance(split, DTensor):
+        return nn.utils.get_total_norm(gradients)
+    square = nn.utils.get_total_norm([cast(DTensor, part).to_local() for part in gradients]).square()
+    dist.all_reduce(square, group=split.device_mesh.get_group("shard"))
+    return square.sqrt()
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, largest: float) -> None:

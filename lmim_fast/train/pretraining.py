@@ -59,10 +59,9 @@ class _Masked(Task):
     def _view_options(self, store: Records) -> dict[str, Any]:
         return {"guidance": self.config.view if self.guided else None}
 
-    def blank_batch(self, device: torch.device) -> Batch:
-        """Zeros for one process, with a guidance view where steps read one."""
-        size = self.config.batch_size // self.config.accumulation
-        return Batch.blank(size, self.config.model.image_size, device, guided=self.guided)
+    def blank_batch(self, images: int, device: torch.device) -> Batch:
+        """Zeros, with a guidance view where steps read one."""
+        return Batch.blank(images, self.config.model.image_size, device, guided=self.guided)
 
     def draw_patches(self, epochs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of the visible (B, K) and of the masked patches (B, L - K) of samples, both rising."""

@@ -21,6 +21,7 @@ from lmim_fast.models.recognizer import Recognizer
 from lmim_fast.models.recognizer_files import recognizer_bytes
 from lmim_fast.train import optim
 from lmim_fast.train.checkpoint.files import write_file
+from lmim_fast.train.checkpoint.resume import MAY_CHANGE
 from lmim_fast.train.recognizer_start import LAST, start_recognizer
 from lmim_fast.train.start import open_records
 from lmim_fast.train.task import Say, Task
@@ -32,20 +33,8 @@ if TYPE_CHECKING:
     from lmim_fast.train.validation import Validation
 
 # What a recipe does not decide.
-_FREE: tuple[str, ...] = (
-    "data",
-    "output",
-    "preset",
-    "init",
-    "seed",
-    "precision",
-    "device",
-    "compile",
-    "cuda_graph",
-    "resume",
-)
-_FREE += ("checkpoint_every", "keep_checkpoints", "log_every", "loader", "weights", "val", "validate_every")
-_FREE += ("charset", "characters", "accumulation")
+_FREE = {name.removeprefix("config.").partition(".")[0] for name in MAY_CHANGE}
+_FREE |= {"preset", "seed", "precision", "compile", "weights", "characters"}
 
 
 class RecognizerTask(Task):
@@ -153,12 +142,11 @@ class RecognizerTask(Task):
             "labels": cast("LabelledRecords", store).targets,
         }
 
-    def blank_batch(self, device: torch.device) -> Batch:
-        """Zeros for one process."""
+    def blank_batch(self, images: int, device: torch.device) -> Batch:
+        """Zeros."""
         config = self.config
-        size = config.batch_size // config.accumulation
         return Batch.blank(
-            size,
+            images,
             config.encoder.image_size,
             device,
             guided=False,

@@ -22,10 +22,10 @@ class TrainStep:
     """Callable: (step, micro batches, learning rate) to the step's losses and gradient norm.
 
     Args:
-        model:     in training mode on the world's device; its weights and gradients are changed.
+        model:     in training mode, after `parallel.apply`; its weights and gradients are changed.
         optimizer: of its parameters, from `optim.make_optimizer`.
         task:      of the run; with `cuda_graph` in its config, `capture_graph` comes before the first step.
-        world:     the ranks that gradients and losses are averaged over; a graph is for one alone.
+        world:     the ranks that gradients and losses are averaged over; on CUDA that is part of the graph.
         capture:   what captures a graph; tests put another one in its place.
     """
 
@@ -38,18 +38,20 @@ class TrainStep:
         *,
         capture: Callable[..., graph.Captured] = graph.capture,
     ) -> None:
-        self._model, self._synced = model, parallel.wrap(model, task.config, world)
-        self._optimizer, self._task, self._config, self._world = optimizer, task, task.config, world
+        self._model, self._gradients = model, parallel.gradients(model, world)
+        self._optimizer, self.task, self._config, self._world = optimizer, task, task.config, world
         self._capture = capture
         self._graph: graph.GraphedStep | None = None
         self._hold: Tensor | None = None
         """0-d, 1 while a graph is warmed up: such steps must not change a weight."""
 
-    def capture_graph(self, batch: Batch) -> None:
-        """Capture the step as a CUDA graph for batches of these shapes; weights and moments stay as they are.
+    def capture_graph(self) -> None:
+        """Capture the step as a CUDA graph for this rank's batches; weights and moments stay as they are.
 
         Before the input pipeline starts: its threads may wait for the device, which ends a capture.
         """
+        images = self._config.batch_size // (self._config.accumulation * self._world.size)
+        batch = self.task.blank_batch(images, self._world.device)
         device = self._world.device
         self._hold = torch.ones((), device=device)
         self._optimizer.make_state()  # in the memory of all steps, not in that of the warm-up
@@ -59,6 +61,12 @@ class TrainStep:
             capture=self._capture,
         )
         self._hold.zero_()
+
+    def release(self) -> None:
+        """Free the graph. Before the process groups end: NCCL waits for every graph that it is part of."""
+        if self._graph is not None and self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        self._graph = None
 
     def __call__(self, step: int, batches: Iterable[Batch], lr: float) -> Tensor:
         """Run a step.
@@ -77,21 +85,21 @@ class TrainStep:
             (batch,) = batches
             torch.manual_seed(dropout_seed(config.seed, step, 0, world.rank))
             return self._graph(*batch.tensors())
-        losses = torch.zeros(len(self._task.loss_names), device=world.device)
+        losses = torch.zeros(len(self.task.loss_names), device=world.device)
         for micro, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(config.seed, step, micro, world.rank))
-            with parallel.gradient_sync(self._synced, enabled=micro == config.accumulation - 1):
-                losses += self._differentiate(batch)
+            self._gradients.collect(last=micro == config.accumulation - 1)
+            losses += self._differentiate(batch)
         return self._update(losses)
 
     def _differentiate(self, batch: Batch) -> Tensor:
         """(k,) losses of a micro batch, whose gradients are added to those of the parameters."""
-        parts = self._task.losses(self._synced, batch) / self._config.accumulation
+        parts = self.task.losses(self._model, batch) / self._config.accumulation
         parts[0].backward()
         return parts.detach()
 
     def _update(self, losses: Tensor) -> Tensor:
-        self._world.mean_(losses)
+        self._gradients.average_(losses)
         norm = optim.gradient_norm(self._model)
         row = torch.cat([losses, norm.reshape(1)])
         # Losses and gradients are the same on all ranks by now, so all skip together; no host asks.

@@ -144,8 +144,8 @@ class Task(ABC):
         """What the pipeline makes beside the plain view: its options `guidance`, `augment`, `labels`."""
 
     @abstractmethod
-    def blank_batch(self, device: torch.device) -> Batch:
-        """A batch of zeros with the shapes of a process's batches, where it has no peers."""
+    def blank_batch(self, images: int, device: torch.device) -> Batch:
+        """A micro batch of zeros, of this many images."""
 
     def validation(self, world: World) -> Validation | None:
         """What measures the model during the run, if the run has data for that.

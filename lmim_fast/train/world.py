@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lmim_fast.errors import LmimError, UsageError, shared
 
-# Long enough for a slow checkpoint or a cold data disk, short enough that a hung rank is noticed.
-_TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT = 600.0
+"""Seconds: long enough for a slow save or a cold data disk, short enough to notice a hung rank."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """gloo group for messages between hosts; None in a world of one. It never waits for the GPU."""
+    """gloo group for messages between hosts; None without process groups. It never waits for the GPU."""
+    local_size: int = 1
+    """Processes of this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -37,52 +39,90 @@ class World:
 
     def mean_(self, values: Tensor) -> None:
         """Replace `values`, in place and on the device, by their mean over the ranks."""
-        if self.size > 1:
-            dist.all_reduce(values)
+        if self.size == 1:
+            return
+        if self.device.type == "cuda":
+            dist.all_reduce(values, dist.ReduceOp.AVG)
+        else:  # gloo knows no mean
+            with answered():
+                dist.all_reduce(values)
             values /= self.size
 
-    def largest(self, value: int) -> int:
-        """The largest `value` that any rank has; every rank gets the same answer."""
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value that any rank has; every rank gets the same answer."""
         if self.control is None:
-            return value
-        box = torch.tensor(value)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return int(box)
+            return list(values)
+        box = torch.tensor(values)
+        with answered():
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return [int(value) for value in box]
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank (small host objects only)."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        with answered():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *values: int) -> Iterator[list[int]]:
         """A block that every rank runs: if it fails on one, every rank raises and none waits for ever.
 
         A block ends on no rank before all have reached its end. What only one rank has to do is
         `with world.together():` around `if world.is_main:`.
 
+        Args:
+            values: what the ranks agree on by the same message.
+        Yields:
+            A list that holds, after the block, the largest of each value that any rank had.
         Raises:
             LmimError: on the ranks where the block did not fail, with the message of the one where it did.
                 Marked as `shared`, as the failure itself is: rank 0 reports it.
         """
+        agreed: list[int] = []
         if self.control is None:
-            yield
+            agreed += values
+            yield agreed
             return
         failure: Exception | None = None
         try:
-            yield
+            yield agreed
         except Exception as error:  # the peers hear of it first, it is raised again below
             failure = error
-        if self.largest(0 if failure is None else 1) == 0:
+        try:
+            failed, *largest = self.largest(0 if failure is None else 1, *values)
+            messages = self.gather(None if failure is None else _message(failure)) if failed else []
+        except LmimError as silence:
+            if failure is not None:  # which may be why the peers are gone
+                raise failure from silence
+            raise
+        agreed += largest
+        if not failed:
             return
-        messages = self.gather(None if failure is None else _message(failure))
         if failure is not None:
             raise shared(failure)
         rank, message = next((rank, text) for rank, text in enumerate(messages) if text is not None)
         raise shared(LmimError(f"{message} (rank {rank})"))
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """A block with collectives: the error about a silent peer becomes one that says what to look for.
+
+    Raises:
+        LmimError: a peer has ended or hangs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise LmimError(
+            f"another process of the run has ended or hangs, its output says more: {reason}"
+        ) from error
 
 
 def _message(failure: Exception) -> str:
@@ -115,32 +155,45 @@ def _warn_about_restarts() -> None:
 
 
 @contextlib.contextmanager
-def join(device: str = "auto") -> Iterator[World]:
+def join(device: str = "auto", *, timeout: float = TIMEOUT, grouped: bool = False) -> Iterator[World]:
     """This process's `World`; under torchrun with several processes also their process groups.
 
     Args:
-        device: "auto", "cpu" or "cuda"; a CUDA process takes the GPU of its local rank.
+        device:  "auto", "cpu" or "cuda"; a CUDA process takes the GPU of its local rank.
+        timeout: seconds that ranks wait for each other before they fail.
+        grouped: make process groups for a single process too, if torchrun has started it.
     Raises:
         UsageError: CUDA is asked for and not there, or there are fewer GPUs than local processes.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     try:
-        place = _device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+        place = _device(device, local_rank, local_size)
     except UsageError as error:
         if local_rank > 0:  # the first of each machine reports it: rank 0 may be on a healthy one
             shared(error)
         raise
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if size == 1:
+    if size == 1 and not (grouped and "MASTER_ADDR" in os.environ):
         yield World(0, 1, place)
         return
     if rank == 0:
         _warn_about_restarts()
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=place if place.type == "cuda" else None)
+    backend, limit = "nccl" if place.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=limit, device_id=place if place.type == "cuda" else None)
     try:
-        yield World(rank, size, place, dist.new_group(backend="gloo", timeout=_TIMEOUT))
-    finally:
-        dist.destroy_process_group()
+        control = dist.new_group(backend="gloo", timeout=limit)
+        yield World(rank, size, place, control, local_size)
+    except BaseException:
+        # NCCL waits at its end for collectives that the peers will never join: the process ends without it.
+        if backend == "gloo":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def is_stuck() -> bool:
+    """Whether this process left NCCL's groups as they were after a failure: an ordinary exit may hang."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"

@@ -80,14 +80,14 @@ def make_step(
     torch.manual_seed(0)
     world, task = World(0, 1, DEVICE), make_task(config)
     model = (LMIM if config.objective == "lmim" else MAE)(config.model)
-    parallel.place(model.train(), config, world)
-    graphed = DEVICE if config.cuda_graph else None
+    parallel.apply(model.train(), config, world)
+    graphed = DEVICE if config.cuda_graph == "on" else None
     optimizer = optim.make_optimizer(optim.decay_groups(model, 0.05), config.optim, graphed=graphed)
     step = TrainStep(
         model, optimizer, task, world, capture=capture or partial(replaying, size=1 + len(task.loss_names))
     )
-    if config.cuda_graph:
-        step.capture_graph(task.blank_batch(DEVICE))
+    if config.cuda_graph == "on":
+        step.capture_graph()
     return step, model, optimizer
 
 
@@ -100,7 +100,7 @@ def config_of(**changes: object) -> PretrainConfig:
 @pytest.mark.parametrize("objective", ["lmim", "mae"])
 def test_replayed_steps_are_bitwise_those_of_eager_steps(objective: str) -> None:
     curves, weights = [], []
-    for cuda_graph in (False, True):
+    for cuda_graph in ("off", "on"):
         step, model, optimizer = make_step(config_of(objective=objective, cuda_graph=cuda_graph))
         rows = []
         for number in range(5):
@@ -125,7 +125,7 @@ def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
         return replaying(function, 0)
 
     torch.manual_seed(0)
-    config = config_of(cuda_graph=True)
+    config = config_of(cuda_graph="on")
     model = LMIM(config.model).to(DEVICE).train()
     optimizer = optim.make_optimizer(optim.decay_groups(model, 0.05), config.optim, graphed=DEVICE)
     step = TrainStep(model, optimizer, make_task(config), World(0, 1, DEVICE), capture=capture)
@@ -136,7 +136,7 @@ def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
         optimizer.step_unless(torch.zeros((), device=DEVICE))
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {p: {kind: t.clone() for kind, t in state.items()} for p, state in optimizer.state.items()}
-    step.capture_graph(make_task(config).blank_batch(DEVICE))
+    step.capture_graph()
     assert len(seen) == 3
     assert all(row.isfinite().all() for row in seen)
     assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
@@ -150,10 +150,10 @@ def test_the_capture_of_a_graph_changes_nothing(trained: bool) -> None:
     assert optimizer.state[model.mask_token]["step"] == 1 + trained
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("cuda_graph", ["off", "on"])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
-    cuda_graph: bool, clip: float | None
+def test_r10_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
+    cuda_graph: str, clip: float | None
 ) -> None:
     config = config_of(cuda_graph=cuda_graph, optim=OptimConfig(clip_norm=clip))
     step, model, optimizer = make_step(config)
@@ -172,7 +172,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(
     assert not torch.equal(model.mask_token, before["mask_token"])
 
 
-def test_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r10_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     step, model, _ = make_step(config_of())
     before, forward = model.mask_token.detach().clone(), LMIM.forward
 
@@ -205,7 +207,7 @@ def test_every_pass_of_every_step_draws_dropout_of_its_own(monkeypatch: pytest.M
 
 
 def test_results_of_earlier_replays_are_not_overwritten() -> None:
-    step, _, _ = make_step(config_of(cuda_graph=True))
+    step, _, _ = make_step(config_of(cuda_graph="on"))
     first = step(0, iter([batch_of(0)]), lr=1e-3)
     kept = first.clone()
     step(1, iter([batch_of(1)]), lr=1e-3)
@@ -224,8 +226,8 @@ def test_a_graph_refuses_inputs_of_other_shapes() -> None:
 
 
 def test_a_graph_is_refused_with_accumulation() -> None:
-    with pytest.raises(ValueError, match="cuda_graph needs accumulation 1, got 2"):
-        config_of(cuda_graph=True, accumulation=2)
+    with pytest.raises(ValueError, match="cuda_graph on needs accumulation 1, got 2"):
+        config_of(cuda_graph="on", accumulation=2)
 
 
 def test_compiled_steps_follow_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,20 +255,20 @@ def test_a_captured_graph_equals_eager_steps_on_a_device(precision: str) -> None
     from lmim_fast.train import graph
 
     curves = []
-    for cuda_graph in (False, True):
+    for cuda_graph in ("off", "on"):
         config = config_of(precision=precision, cuda_graph=cuda_graph)
         step, _, _ = make_step(config, graph.capture)
         curves.append(torch.stack([step(i, iter([batch_of(i)]), lr=1e-3) for i in range(8)]))
     torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=0)
-    again = make_step(config_of(precision=precision, cuda_graph=True), graph.capture)[0]
+    again = make_step(config_of(precision=precision, cuda_graph="on"), graph.capture)[0]
     same = batch_of(0)
     first, second = (again(number, iter([same]), lr=0.0) for number in (0, 1))
     assert first[0] != second[0]  # the same weights and data: another step draws other dropout
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_never_waits_for_the_device(cuda_graph: bool) -> None:
+@pytest.mark.parametrize("cuda_graph", ["off", "on"])
+def test_r17_a_step_never_waits_for_the_device(cuda_graph: str) -> None:
     from lmim_fast.train import graph
 
     step, _, _ = make_step(config_of(precision="bf16", cuda_graph=cuda_graph), graph.capture)

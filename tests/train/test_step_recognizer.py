@@ -51,7 +51,7 @@ def replaying(function: Callable[[], Tensor], warmup: int) -> Captured:
 @pytest.mark.parametrize("kind", ["abinet", "none"])
 def test_replayed_steps_are_bitwise_those_of_eager_steps(kind: str) -> None:
     results = []
-    for cuda_graph in (False, True):
+    for cuda_graph in ("off", "on"):
         config = FinetuneConfig(
             data=("unused",),
             characters="0123456789",
@@ -64,12 +64,12 @@ def test_replayed_steps_are_bitwise_those_of_eager_steps(kind: str) -> None:
         )
         task, world = make_task(config), World(0, 1, DEVICE)
         model = task.build()
-        parallel.place(model.train(), config, world)
-        graphed = DEVICE if cuda_graph else None
+        parallel.apply(model.train(), config, world)
+        graphed = DEVICE if cuda_graph == "on" else None
         optimizer = optim.make_optimizer(task.parameter_groups(model), config.optim, graphed=graphed)
         step = TrainStep(model, optimizer, task, world, capture=replaying)
-        if cuda_graph:
-            step.capture_graph(task.blank_batch(DEVICE))
+        if cuda_graph == "on":
+            step.capture_graph()
         rows = [step(number, iter([batch_of(number)]), lr=1e-3) for number in range(4)]
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         with optim.averaged_weights(optimizer):

@@ -50,7 +50,7 @@ def test_every_objective_has_a_task() -> None:
 def test_losses_are_named_and_the_first_carries_the_gradient(objective: str) -> None:
     task = make_task(config_of(objective, precision="fp32"))
     model = task.build()
-    losses = task.losses(model, task.blank_batch(CPU))
+    losses = task.losses(model, task.blank_batch(3, CPU))
     assert losses.shape == (len(task.loss_names),)
     assert task.loss_names[0] == "loss"
     losses[0].backward()

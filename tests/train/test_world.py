@@ -1,22 +1,21 @@
-"""Real processes on gloo; each test starts its own."""
+"""Processes that train together: real ones on gloo."""
 
-import multiprocessing
+import contextlib
 import os
-import socket
 
 import pytest
 import torch
+from ranks import run_ranks
 
-from lmim_fast.config import PretrainConfig
+from lmim_fast import cli
 from lmim_fast.errors import DataError, LmimError, UsageError, is_shared
-from lmim_fast.train import parallel
 from lmim_fast.train import world as worlds
 
 
 def _talk(world):
     values = torch.tensor([1.0, 2.0]) * (world.rank + 1)
     world.mean_(values)
-    return values.tolist(), world.largest(10 * world.rank), world.gather(f"rank {world.rank}")
+    return values.tolist(), world.largest(10 * world.rank, 1), world.gather(f"rank {world.rank}")
 
 
 def _fail(world, kind, on):
@@ -31,56 +30,62 @@ def _fail(world, kind, on):
         return type(error).__name__, str(error), said, is_shared(error)
 
 
-def _average_gradients(world):
-    torch.manual_seed(0)
-    model = torch.nn.Linear(2, 1, bias=False)
-    wrapped = parallel.wrap(model, PretrainConfig(data=("x",)), world)
-    images = torch.tensor([[1.0, 0.0]]) if world.rank == 0 else torch.tensor([[0.0, 4.0]])
-    with parallel.gradient_sync(wrapped, enabled=False):
-        wrapped(images).sum().backward()
-    local = model.weight.grad.tolist()
-    with parallel.gradient_sync(wrapped, enabled=True):
-        wrapped(images).sum().backward()
-    return local, model.weight.grad.tolist()
+def _fail_when_the_peer_is_gone(world):
+    if world.rank == 1:
+        return None
+    try:
+        with world.together():
+            raise LmimError("disk full")
+    except LmimError as error:
+        return str(error), str(error.__cause__)
 
 
-def _worker(rank, port, results):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    with worlds.join("cpu") as world:
-        found = {
-            "talk": _talk(world),
-            "fail on 0": _fail(world, DataError, on=0),
-            "fail on 1": _fail(world, DataError, on=1),
-            "unexpected": _fail(world, KeyError, on=1),
-            "gradients": _average_gradients(world),
-        }
-    results.put((rank, found, torch.distributed.is_initialized()))
+def _sum_when_the_peer_is_gone(world):
+    if world.rank == 1:
+        return None
+    try:
+        with worlds.answered():
+            torch.distributed.all_reduce(torch.ones(3))
+    except LmimError as error:
+        return str(error)
+
+
+def test_a_collective_whose_peer_is_gone_says_what_to_look_for():
+    assert "another process of the run has ended or hangs" in run_ranks(_sum_when_the_peer_is_gone)[0]
+    with pytest.raises(RuntimeError, match="sizes differ"), worlds.answered():
+        raise RuntimeError("sizes differ")
+
+
+def test_the_own_failure_is_raised_where_the_peer_is_gone():
+    message, cause = run_ranks(_fail_when_the_peer_is_gone)[0]
+    assert message == "disk full"
+    assert "another process of the run has ended or hangs" in cause
+
+
+def _talk_of_all(world):
+    return {
+        "talk": _talk(world),
+        "fail on 0": _fail(world, DataError, on=0),
+        "fail on 1": _fail(world, DataError, on=1),
+        "unexpected": _fail(world, KeyError, on=1),
+        "agreed": _agree(world),
+    }
+
+
+def _agree(world):
+    with world.together(world.rank, 5 - world.rank) as agreed:
+        pass
+    return agreed
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    """What two real processes found, rank 0 first."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_worker, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    found = sorted(results.get() for _ in processes)
-    assert [still_initialized for _, _, still_initialized in found] == [False, False]
-    return [answers for _, answers, _ in found]
+    """What two real processes answered, rank 0 first."""
+    return run_ranks(_talk_of_all)
 
 
 def test_ranks_average_agree_and_gather(ranks):
-    assert ranks[0]["talk"] == ranks[1]["talk"] == ([1.5, 3.0], 10, ["rank 0", "rank 1"])
+    assert ranks[0]["talk"] == ranks[1]["talk"] == ([1.5, 3.0], [10, 1], ["rank 0", "rank 1"])
 
 
 @pytest.mark.parametrize("on", [0, 1])
@@ -95,9 +100,8 @@ def test_an_unexpected_failure_is_told_to_the_peers_with_its_type(ranks):
     assert ranks[1]["unexpected"][0] == "KeyError"
 
 
-def test_gradients_are_averaged_on_the_last_pass_only(ranks):
-    assert [rank["gradients"][0] for rank in ranks] == [[[1.0, 0.0]], [[0.0, 4.0]]]
-    assert [rank["gradients"][1] for rank in ranks] == [[[1.0, 4.0]]] * 2  # two passes, mean over the ranks
+def test_a_block_of_all_ranks_agrees_on_values_by_the_same_message(ranks):
+    assert [rank["agreed"] for rank in ranks] == [[1, 5]] * 2
 
 
 def test_a_single_process_needs_no_process_group(monkeypatch):
@@ -105,7 +109,7 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     with worlds.join("cpu") as world:
         assert not torch.distributed.is_initialized()
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
-        assert (world.gather(3), world.largest(4)) == ([3], 4)
+        assert (world.gather(3), world.largest(4)) == ([3], [4])
         with pytest.raises(LmimError, match="no") as caught, world.together():
             raise LmimError("no")
         assert not is_shared(caught.value)
@@ -136,3 +140,40 @@ def test_restarts_under_torchrun_warn_about_the_shared_store(monkeypatch):
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         worlds._warn_about_restarts()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_groups_are_left_alone_only_after_a_failure_on_nccl(monkeypatch, device, fails):
+    # Its end waits for collectives that the peers will never join.
+    ended = []
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *parts, **more: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(1))
+    monkeypatch.setattr(
+        worlds, "_device", lambda *parts: torch.device(device, 0 if device == "cuda" else None)
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.suppress(LmimError), worlds.join():
+        if fails:
+            raise LmimError("disk full")
+    assert ended == ([] if fails and device == "cuda" else [1])
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"), [(LmimError("disk full"), 1), (KeyError("a bug"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_a_process_whose_groups_were_left_says_why_and_ends_at_once(monkeypatch, capsys, failure, code):
+    def fail(arguments):
+        raise failure
+
+    codes = []
+    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(worlds, "is_stuck", lambda: True)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    cli.main(["pretrain"])
+    assert codes == [code]
+    if not isinstance(failure, KeyboardInterrupt):
+        assert str(failure.args[0]) in capsys.readouterr().err
