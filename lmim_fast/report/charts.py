@@ -43,8 +43,25 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Points:
+    """Marks beside the lines, where something else was measured at other steps.
+
+    name:   in the legend and the read-out, which gives the newest value up to a step.
+    steps:  (n,) increasing.
+    values: (n,) float64; NaN: no mark.
+    """
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
 class Chart:
-    """Series over the step; `percent`: fractions shown as per cent; `from_zero`: the axis starts at 0."""
+    """Series over the step, and perhaps points.
+
+    `percent`: fractions shown as per cent; `from_zero`: the axis starts at 0.
+    """
 
     title: str
     series: tuple[Series, ...]
@@ -53,6 +70,7 @@ class Chart:
     percent: bool = False
     from_zero: bool = False
     smooth: bool = True
+    points: Points | None = None
 
 
 def short(value: float, percent: bool = False) -> str:
@@ -101,19 +119,27 @@ def chart_html(chart: Chart, steps: np.ndarray, key: str) -> str:
     title = f"<h3>{html.escape(chart.title)}</h3>"
     if not drawn:
         return f'<figure class="chart">{title}<p class="absent">No value was logged.</p></figure>'
-    legend = "".join(f'<span class="key {one.colour}">{html.escape(one.name)}</span>' for one in drawn[:3])
-    legend = legend if len(drawn) > 1 else ""
+    keys = [(one.name, one.colour) for one in drawn[:3]]
+    if chart.points is not None:
+        keys.append((chart.points.name, "ink"))
+    legend = "".join(f'<span class="key {colour}">{html.escape(name)}</span>' for name, colour in keys)
+    legend = legend if len(keys) > 1 else ""
     head = f"<figcaption>{title}{legend}</figcaption>"
     body = _plot(chart, drawn, steps, key, log=False)
-    if not chart.percent and not chart.from_zero and _spans_decades(drawn):
+    if not chart.percent and not chart.from_zero and _spans_decades(_values(chart, drawn)):
         log = _plot(chart, drawn, steps, f"{key}-log", log=True)
         switch = f'<input type="checkbox" id="{key}-scale" checked><label for="{key}-scale">log scale</label>'
         body = f'{switch}<div class="linear">{body}</div><div class="log">{log}</div>'
     return f'<figure class="chart">{head}{body}</figure>'
 
 
-def _spans_decades(drawn: list[Series]) -> bool:
-    values = np.concatenate([series.values[np.isfinite(series.values)] for series in drawn])
+def _values(chart: Chart, drawn: list[Series]) -> np.ndarray:
+    """All finite values of a chart."""
+    values = [series.values for series in drawn] + ([] if chart.points is None else [chart.points.values])
+    return np.concatenate([some[np.isfinite(some)] for some in values])
+
+
+def _spans_decades(values: np.ndarray) -> bool:
     return bool(values.min() > 0 and values.max() / values.min() > _LOG_RANGE)
 
 
@@ -131,6 +157,8 @@ def _plot(chart: Chart, drawn: list[Series], steps: np.ndarray, key: str, log: b
         for place, series in enumerate(drawn):
             wide = len(drawn) > 1 and place == 0  # a total shows beside a part that it nearly equals
             _line(axes, steps, series, chart.smooth, width=3.0 if wide else 1.8)
+        if chart.points is not None:
+            _marks(axes, chart.points)
         _scales(axes, chart, drawn, log)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -151,6 +179,12 @@ def _line(axes: Axes, steps: np.ndarray, series: Series, smooth: bool, width: fl
         axes.plot(steps, values, color=colour, linewidth=width, marker=marker, markersize=3.5)
 
 
+def _marks(axes: Axes, points: Points) -> None:
+    values = np.where(np.isfinite(points.values), points.values, np.nan)
+    ink = _VARIABLES["ink"]
+    axes.plot(points.steps, values, color=ink, linestyle="", marker="o", markersize=5.5, zorder=3)
+
+
 def _scales(axes: Axes, chart: Chart, drawn: list[Series], log: bool) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_VARIABLES["muted"])
@@ -166,7 +200,7 @@ def _scales(axes: Axes, chart: Chart, drawn: list[Series], log: bool) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=max(3, chart.height // 45)))
     if not log and (chart.from_zero or chart.percent):
-        top = max(float(np.nanmax(np.where(np.isfinite(one.values), one.values, np.nan))) for one in drawn)
+        top = float(_values(chart, drawn).max())
         least = 0.05 if chart.percent else 0.0  # a share near 0 must not look large
         axes.set_ylim(0, 1.12 * max(top, least) or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, chart.percent)))
@@ -178,7 +212,7 @@ def _hover(
     """Points in shares of the SVG's width and height, with the text to show for each."""
     rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _HOVER_POINTS)).round().astype(int))
     size = figure.get_size_inches() * figure.dpi
-    lines = []
+    lines: list[dict[str, object]] = []
     for series in drawn:
         values = series.values[rows]
         safe = np.where(np.isfinite(values), values, axes.get_ylim()[0])
@@ -189,8 +223,19 @@ def _hover(
         ]
         texts = [short(float(value), chart.percent) for value in values]
         lines.append({"name": series.name, "colour": series.colour, "y": ys, "text": texts})
+    if chart.points is not None:
+        lines.append(_hover_points(chart.points, steps[rows], chart.percent))
     xs = [round(float(x), 4) for x in places[:, 0]]
     return {"x": xs, "step": [int(step) for step in steps[rows]], "lines": lines}
+
+
+def _hover_points(points: Points, steps: np.ndarray, percent: bool) -> dict[str, object]:
+    """The newest point up to each of the steps, as text without a place."""
+    texts = []
+    for place in np.searchsorted(points.steps, steps, side="right"):
+        value = short(float(points.values[place - 1]), percent) if place else ""
+        texts.append(f"{value} (step {points.steps[place - 1]:,})" if place else "not yet")
+    return {"name": points.name, "colour": "ink", "y": [None] * len(texts), "text": texts}
 
 
 def _inline(svg: str, key: str) -> str:

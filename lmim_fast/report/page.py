@@ -55,6 +55,7 @@ header { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; }
 .key.a::before { background: var(--a); }
 .key.b::before { background: var(--b); }
 .key.c::before { background: var(--c); }
+.key.ink::before { background: var(--ink); width: 8px; height: 8px; border-radius: 99px; }
 .chart > input { position: absolute; opacity: 0; }
 .chart > label { position: absolute; right: 16px; top: 14px; font-size: 13px; padding: 1px 10px;
   border: 1px solid var(--edge); border-radius: 99px; cursor: pointer; color: var(--muted); }

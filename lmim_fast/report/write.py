@@ -13,10 +13,11 @@ import numpy as np
 
 from lmim_fast.config import FinetuneConfig, ReportConfig
 from lmim_fast.errors import DataError, LmimError, UsageError
-from lmim_fast.report.charts import COLOURS, SMOOTH_FROM, Chart, Series, chart_html, short
+from lmim_fast.report.charts import COLOURS, SMOOTH_FROM, Chart, Points, Series, chart_html, short
 from lmim_fast.report.page import definitions, folded, page, warning
-from lmim_fast.report.run import Run, read_run
+from lmim_fast.report.run import Run, read_metrics, read_run
 from lmim_fast.train.optim import peak_learning_rate
+from lmim_fast.train.telemetry import HELD_OUT_FILE
 
 _TABLE_ROWS = 25
 
@@ -131,10 +132,11 @@ def _curves(run: Run) -> str:
         Series(title.removesuffix(" loss"), metrics.column(name), colour)
         for (name, title), colour in zip(run.task.loss_titles.items(), itertools.cycle(COLOURS), strict=False)
     ]
+    held_out, remark = _held_out(run)
     rate = Series("images/s", metrics.column("images_per_second"), "c")
     wait = Series("share", metrics.column("data_wait_fraction"), "b")
     charts = [
-        Chart("Loss", tuple(losses), width=1280, height=330),
+        Chart("Loss", tuple(losses), width=1280, height=330, points=held_out),
         Chart("Learning rate", (Series("rate", metrics.column("lr")),), from_zero=True, smooth=False),
         Chart("Gradient norm", (Series("norm", metrics.column("grad_norm")),)),
         Chart("Images per second", (rate,), from_zero=True),
@@ -148,7 +150,20 @@ def _curves(run: Run) -> str:
             f" The run was resumed: of {metrics.replayed} lines that it logged again, the later ones count."
         )
     drawn = [chart_html(chart, metrics.steps, f"chart{place}") for place, chart in enumerate(charts)]
-    return f'<p>{intro}</p><div class="charts">{"".join(drawn)}</div>'
+    return f'{remark}<p>{intro}</p><div class="charts">{"".join(drawn)}</div>'
+
+
+def _held_out(run: Run) -> tuple[Points | None, str]:
+    """The loss of held-out crops, and a remark if the run's file of it cannot be used."""
+    path = run.folder / HELD_OUT_FILE
+    if not path.is_file():
+        return None, ""
+    try:
+        measured = read_metrics(path)
+    except LmimError as error:
+        return None, warning(f"No held-out loss: {error}")
+    values = measured.column(next(iter(run.task.loss_titles)))
+    return Points("held-out", measured.steps, values), ""
 
 
 def _pictures(run: Run, config: ReportConfig) -> list[str]:

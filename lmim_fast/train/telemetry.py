@@ -1,4 +1,7 @@
-"""What a run logs: metrics.jsonl, TensorBoard, a progress bar. The device is read once per logged line."""
+"""What a run logs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar.
+
+The device is read once per logged line.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from lmim_fast.train.checkpoint.files import explain, write_file
+from lmim_fast.train.weights_biases import WandbRun
 
 Value = float | int | None
+
+HELD_OUT_FILE = "eval.jsonl"
+"""In the run folder: the losses of held-out crops, a line a measurement."""
 
 
 @dataclass
@@ -100,11 +107,23 @@ class Telemetry:
         loss_names: names in the lines to log, the total first.
         total:      optimiser steps of the run.
         start_step: steps done before; metrics past them are dropped, so that the file is one clean curve.
+        wandb:      project of Weights & Biases to log to as well; None: none.
+        config:     of the run, for that project.
     Raises:
+        UsageError: (with `wandb`) its package is not installed.
         LmimError: the disk is full or a file of the run folder cannot be written.
     """
 
-    def __init__(self, run: Path | None, loss_names: tuple[str, ...], *, total: int, start_step: int) -> None:
+    def __init__(
+        self,
+        run: Path | None,
+        loss_names: tuple[str, ...],
+        *,
+        total: int,
+        start_step: int,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.run = run
         self.loss_names = loss_names
         self.total = total
@@ -113,10 +132,13 @@ class Telemetry:
         self.console = Console(highlight=False, soft_wrap=True, quiet=run is None)
         self._bar: Progress | None = None
         self._board: Any = None
+        self._wandb: WandbRun | None = None
         if run is None:
             return
         drop_lines_after(run / "metrics.jsonl", start_step)
         self._board = self._open_tensorboard(run, start_step)
+        if wandb is not None:
+            self._wandb = WandbRun(wandb, run, config or {}, self.say)
         if self.console.is_terminal:
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -154,7 +176,7 @@ class Telemetry:
             return
         append(self.run / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
         step = int(line["step"] or 0)
-        self._add_to_board(line, step)
+        self._add_to_boards(line, step)
         if self._bar is not None:
             self._bar.update(self._task, description=describe(line, self.loss_names))
         else:
@@ -162,15 +184,26 @@ class Telemetry:
             self.say(f"step {step}/{self.total}  {describe(line, self.loss_names)}  {rate}")
 
     def validated(self, line: dict[str, Any]) -> None:
-        """Show the scores of a validation, and add them to TensorBoard."""
+        """Show the scores of a validation, and add them to the boards."""
         if self.run is None:
             return
         sets = {f"val/{name}": score["accuracy"] for name, score in line["sets"].items()}
-        self._add_to_board({"val/mean": line["accuracy"], **sets}, line["step"])
+        self._add_to_boards({"val/mean": line["accuracy"], **sets}, line["step"])
         each = "  ".join(f"{name.removeprefix('val/')} {value:.2%}" for name, value in sets.items())
         self.say(f"step {line['step']}/{self.total}  accuracy {line['accuracy']:.2%}  ({each})")
 
-    def _add_to_board(self, line: Mapping[str, Value], step: int) -> None:
+    def held_out(self, line: Mapping[str, Value]) -> None:
+        """Show the loss of held-out crops, and add their losses to the boards."""
+        if self.run is None:
+            return
+        step, loss = int(line["step"] or 0), line[self.loss_names[0]]
+        self._add_to_boards({f"eval/{name}": line[name] for name in self.loss_names}, step)
+        self.say(f"step {step}/{self.total}  held-out loss {'not finite' if loss is None else f'{loss:.3f}'}")
+
+    def _add_to_boards(self, line: Mapping[str, Value], step: int) -> None:
+        """Add numbers to TensorBoard and W&B, those that are there and finite."""
+        if self._wandb is not None:
+            self._wandb.log(line, step)
         if self._board is None or self.run is None:
             return
         try:
@@ -198,6 +231,8 @@ class Telemetry:
                 self._board.close()
             except OSError as problem:  # the curve is in metrics.jsonl too: not worth hiding `error` for
                 self.say(f"warning: TensorBoard files are incomplete ({problem})")
+        if self._wandb is not None:
+            self._wandb.finish(failed=error is not None)
 
 
 def describe(line: dict[str, Value], loss_names: Sequence[str]) -> str:
@@ -221,7 +256,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     """Keep the lines of a .jsonl file of `step` or before (a torn last line goes too)."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _is_of(line, step)]
     if kept != lines:
         write_file(path, "".join(kept).encode())

@@ -161,6 +161,18 @@ def test_lines_of_a_resumed_run_are_one_curve(tmp_path: Path) -> None:
     assert "2 lines that it logged again" in report(make_run(tmp_path / "run", first + again, steps=50))
 
 
+def test_held_out_losses_are_points_beside_the_loss(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "held-out" not in report(run)
+    (run / "eval.jsonl").write_text('{"step": 15, "loss": 1.0}\n{"step": 30, "loss": null}\n')
+    page = report(run)
+    assert page.count('<span class="key ink">held-out</span>') == 1
+    assert "1 (step 15)" in page
+    assert "not finite (step 30)" in page
+    (run / "eval.jsonl").write_text("torn")
+    assert "No held-out loss: " in report(run)
+
+
 def test_malformed_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     bad = ["{torn\n", "[1, 2]\n", '{"loss": 1}\n', '{"step": "7"}\n', '{"step": true}\n', '{"step": -1}\n']
     bad += ["\x00\xff\n", "[" * 100_000 + "\n"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmim_fast.reference import normalise_patches, patchify
-from lmim_fast.report.charts import Chart, Series, chart_html, short, smoothed
+from lmim_fast.report.charts import Chart, Points, Series, chart_html, short, smoothed
 from lmim_fast.report.images import boxed_html, crop_pixels, data_uri, heat_pixels, masked_pixels
 
 STEPS = np.arange(1, 61) * 10
@@ -53,6 +53,21 @@ def test_gaps_and_infinities_leave_the_rest_of_the_line() -> None:
     assert points["step"] == STEPS.tolist()
     assert all(earlier <= later for earlier, later in zip(line["y"][1:17], line["y"][2:17], strict=False))
     assert "No value was logged" in chart(np.full(60, np.nan))
+
+
+def test_points_of_other_steps_are_marked_and_read_out() -> None:
+    points = Points("held-out", np.array([25, 205]), np.array([40.0, 0.5]))
+    page = chart(np.linspace(2, 1, 60), points=points)
+    assert page.count("<svg") == 2, "the points too decide whether a log scale is offered"
+    assert '<span class="key ink">held-out</span>' in page
+    assert re.search(r'<use [^>]*style="[^"]*fill: var\(--ink\)', page)
+    hover = json.loads(re.search(r'data-points="([^"]*)"', page)[1].replace("&quot;", '"'))  # type: ignore[index]
+    texts = dict(zip(hover["step"], hover["lines"][1]["text"], strict=True))
+    newest = {step: text for step, text in texts.items() if text != "not yet"}
+    assert min(newest) >= 25
+    assert newest[min(newest)] == "40 (step 25)"
+    assert texts[hover["step"][-1]] == "0.5 (step 205)"
+    assert len(page) > len(chart(np.linspace(2, 1, 60)))
 
 
 def test_one_logged_step_makes_a_chart() -> None:

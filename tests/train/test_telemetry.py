@@ -1,12 +1,14 @@
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmim_fast.errors import LmimError
+from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.train.telemetry import Meter, Telemetry, add_new_lines, append, describe, drop_lines_after
+from lmim_fast.train.weights_biases import require_wandb
 
 LOSSES = ("loss", "loss_recon", "loss_align")
 CPU = torch.device("cpu")
@@ -159,3 +161,106 @@ def test_the_progress_line_names_the_losses_of_the_task():
     shown = describe(LINE | {"loss": 1.25}, ("loss", "loss_recon"))
     assert shown.startswith("loss 1.250 recon 1.000  800 images/s")
     assert describe(LINE, ("loss",)).startswith("loss 1.250  800 images/s")
+
+
+def test_a_held_out_loss_is_shown_and_reaches_tensorboard(tmp_path, capsys):
+    with Telemetry(tmp_path, LOSSES, total=10000, start_step=0) as telemetry:
+        telemetry.held_out({"step": 500, "loss": 1.234, "loss_recon": 1.0, "loss_align": None})
+        telemetry.held_out({"step": 1000, "loss": None, "loss_recon": None, "loss_align": None})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["eval/loss", "eval/loss_recon"]
+    assert [(event.step, round(event.value, 3)) for event in board.Scalars("eval/loss")] == [(500, 1.234)]
+    shown = capsys.readouterr().out
+    assert "step 500/10000  held-out loss 1.234\n" in shown
+    assert "step 1000/10000  held-out loss not finite\n" in shown
+    assert not (tmp_path / "metrics.jsonl").exists(), "the curve of training is a file of its own"
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: keeps what it is asked for, and fails from `fails_at` calls on."""
+    calls, module = [], types.ModuleType("wandb")
+    module.calls, module.fails_at = calls, 10**6
+
+    def keep(name, /, **values):
+        calls.append((name, values))
+        if len(calls) >= module.fails_at:
+            raise ConnectionError("no network")
+
+    class Run:
+        def log(self, numbers, step):
+            keep("log", numbers=numbers, step=step)
+
+        def finish(self, exit_code):
+            keep("finish", exit_code=exit_code)
+
+    def init(**values):
+        keep("init", **values)
+        return Run()
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def boarded(run, **settings):
+    return Telemetry(run, LOSSES, total=4, start_step=0, wandb="scene-text", config={"seed": 3}, **settings)
+
+
+def test_wandb_gets_every_number_and_a_resume_continues_its_run(tmp_path, wandb):
+    with boarded(tmp_path) as telemetry:
+        telemetry.log(LINE | {"grad_norm": None})
+        telemetry.held_out({"step": 2, "loss": 1.5, "loss_recon": 1.0, "loss_align": 0.5})
+        telemetry.validated({"step": 2, "accuracy": 0.5, "sets": {"IC15": {"accuracy": 0.5}}})
+    (_, first), (_, line), (_, held_out), (_, validated), (last, end) = wandb.calls
+    assert (first["project"], first["resume"], first["config"]) == ("scene-text", "allow", {"seed": 3})
+    assert (first["name"], first["dir"]) == (tmp_path.name, str(tmp_path))
+    numbers = {name: value for name, value in LINE.items() if name not in ("step", "grad_norm")}
+    assert line == {"step": 2, "numbers": numbers}
+    assert held_out["numbers"] == {"eval/loss": 1.5, "eval/loss_recon": 1.0, "eval/loss_align": 0.5}
+    assert validated["numbers"] == {"val/mean": 0.5, "val/IC15": 0.5}
+    assert (last, end["exit_code"]) == ("finish", 0)
+    wandb.calls.clear()
+    with pytest.raises(ZeroDivisionError), boarded(tmp_path):
+        raise ZeroDivisionError
+    assert wandb.calls[0][1]["id"] == first["id"]
+    assert wandb.calls[-1] == ("finish", {"exit_code": 1})
+    (tmp_path / "wandb_id").write_bytes(b"\xff../")
+    wandb.calls.clear()
+    with boarded(tmp_path):
+        pass
+    new = wandb.calls[0][1]["id"]
+    assert new != first["id"]
+    assert (tmp_path / "wandb_id").read_text() == new
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_wandb_that_fails_is_said_once_and_the_run_goes_on(tmp_path, capsys, wandb, fails_at):
+    wandb.fails_at = fails_at
+    with boarded(tmp_path) as telemetry:
+        telemetry.log(LINE)
+        telemetry.log(LINE | {"step": 4})
+    assert (
+        capsys.readouterr().out.count("warning: no more is logged to Weights & Biases (ConnectionError") == 1
+    )
+    assert len(wandb.calls) == fails_at
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_wandb_without_its_package_is_refused_before_training(tmp_path, monkeypatch):
+    require_wandb(None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="--wandb scene-text needs the package wandb: pip install wandb"):
+        require_wandb("scene-text")
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # a folder of that name
+    with pytest.raises(UsageError, match="pip install wandb"):
+        require_wandb("scene-text")
+
+
+def test_ranks_other_than_the_first_start_no_wandb_run(wandb):
+    with boarded(None) as telemetry:
+        telemetry.log(LINE)
+        telemetry.held_out({"step": 2, "loss": 1.5})
+    assert wandb.calls == []
