@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -142,6 +143,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _shorten_spinning()
+    try:
+        code = _run_and_complain(arguments)
+    except BaseException:
+        if not _is_stuck():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _is_stuck():  # the launcher ends the peers when it sees this process gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _is_stuck() -> bool:
+    world = sys.modules.get("lmim_fast.train.world")
+    return world is not None and bool(world.is_stuck())
+
+
+def _run_and_complain(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except LmimError as error:

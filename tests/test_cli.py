@@ -252,7 +252,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_converts_to_the_released_layout_and_back_bit_for_bit(run, tmp_path, capsys):
+def test_r22_a_run_converts_to_the_released_layout_and_back_bit_for_bit(run, tmp_path, capsys):
     target = tmp_path / "released.pth"
     assert cli.main(["convert", str(run), str(target)]) == 0
     assert capsys.readouterr().out.strip() == str(target)
@@ -267,7 +267,7 @@ def test_a_run_converts_to_the_released_layout_and_back_bit_for_bit(run, tmp_pat
     assert all(torch.equal(value, own[name]) for name, value in fresh.state_dict().items())
 
 
-def test_an_encoder_comes_out_of_a_run_a_checkpoint_folder_and_a_pth_alike(run, tmp_path):
+def test_r22_an_encoder_comes_out_of_a_run_a_checkpoint_folder_and_a_pth_alike(run, tmp_path):
     assert cli.main(["convert", str(run), str(tmp_path / "released.pth")]) == 0
     assert cli.main(["convert", str(run), str(tmp_path / "a.safetensors")]) == 0
     newest = run / "checkpoints" / "step-00000002"
@@ -299,7 +299,7 @@ def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_converted(run, tmp_path, capsys, value):
+def test_r22_weights_that_are_not_finite_are_not_converted(run, tmp_path, capsys, value):
     state = load_model(run)[0].state_dict()
     state["model_maeenc.norm.weight"][3] = value
     torch.save({"model": state}, tmp_path / "bad.pth")

@@ -19,11 +19,12 @@ ROOT = Path(__file__).parents[1]
 # below a sub-package and others above it: train.world is below train.checkpoint, train.loop above.
 FILES_ARE_ROOMS = ("lmim_fast", "lmim_fast.train", "benchmarks")
 
-_TRAIN = ("evaluation", "data", "models", "ops", "config", "errors", "")
+_TRAIN = ("evaluation", "data", "models", "layers", "ops", "config", "errors", "faults", "")
 # What each place in lmim_fast may import beside itself; "" is lmim_fast/__init__.py (version, public names).
 # The longest place that contains a module applies to it. A new file or package at the top needs a line here.
 MAY_IMPORT = {
     "errors": (),
+    "faults": (),
     "config": (),
     "kernels": (),
     "reference": ("config",),
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "accelerate": ("layers", "ops"),
     "": ("config", "layers", "accelerate"),
     "models": ("layers", "ops", "config", "errors"),
-    "data": ("ops", "config", "errors"),
+    "data": ("ops", "config", "errors", "faults"),
     "data.store": ("config", "errors"),
     "data.guidance": ("ops", "config", "errors"),
     "data.augment": ("data.guidance", "ops", "config", "errors"),
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "train": _TRAIN,
     "train.world": ("config", "errors"),
     "evaluation": ("train.world", "data", "models", "ops", "config", "errors"),
-    "train.checkpoint": ("train.world", "models", "config", "errors"),
+    "train.checkpoint": ("train.world", "models", "config", "errors", "faults"),
     "report": ("train", *_TRAIN),
     "cli_options": ("config", "errors"),
     "cli": ("cli_options", "report", "train", *_TRAIN),
@@ -56,6 +57,7 @@ OUTSIDE = {
     "kernels": {"torch", "triton"},
     "config": set[str](),
     "errors": {"torch"},
+    "faults": {"torch"},
 }
 
 

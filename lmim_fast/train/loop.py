@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmim_fast import faults
 from lmim_fast.config import RunConfig
 from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.errors import LmimError
-from lmim_fast.train import optim
-from lmim_fast.train.checkpoint import content
+from lmim_fast.train import optim, parallel
+from lmim_fast.train.checkpoint.saver import SLOWEST, Saver
+from lmim_fast.train.held_out import HeldOut
+from lmim_fast.train.memory import explain_out_of_memory
+from lmim_fast.train.profiling import Trace
+from lmim_fast.train.signals import stop_signals
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.telemetry import Meter, Telemetry, Value, add_new_lines, memory_bytes
 from lmim_fast.train.validation import Validation
-from lmim_fast.train.world import World
+from lmim_fast.train.watchdog import Watchdog
+from lmim_fast.train.world import World, answered
 
 # A bad batch or two pass; a run that diverged does not come back.
 MAX_SKIPPED_IN_A_ROW = 20
+MAX_TIME = "--max-time"
+_LOOK_EVERY = 0.05  # seconds, while a checkpoint is waited for
 
 
 @dataclass
@@ -62,20 +69,28 @@ class Session:
     telemetry: Telemetry
     identity: dict[str, Any]
     """What every checkpoint of this run says of it: config, versions, data, seed, teacher."""
+    saver: Saver
+    watchdog: Watchdog
+    trace: Trace
     validation: Validation | None = None
+    held_out: HeldOut | None = None
     bad_named: int = 0
     """Broken records of this process that are in bad_records.jsonl."""
     bad_records: int = 0
     """Distinct broken records that the run met; counted on rank 0."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint."""
+    score: float | None = None
+    """Held-out loss of the weights as they are; None where it was not measured after the last step."""
 
 
-def train(session: Session, batches: ViewPipeline) -> int:
-    """Train from `session.progress.step` to the end of the run; a checkpoint is written before it returns.
+def train(session: Session, batches: ViewPipeline) -> str | None:
+    """Train from `session.progress.step` to the end of the run, which is saved when this returns.
 
     Args:
         batches: micro batches in training order, from that step on.
     Returns:
-        0 when the run is complete, or the number of the signal that stopped it.
+        None when the run is complete, or what stopped it: a signal's name or `MAX_TIME`.
     Raises:
         LmimError: too many steps in a row were not finite, or a part failed on some rank.
     """
@@ -86,41 +101,70 @@ def train(session: Session, batches: ViewPipeline) -> int:
     schedule, final = config.optim.schedule, config.optim.final_lr
     clock = _Clock(progress.seconds)
 
-    def micro_batches() -> Iterator[Batch]:
-        for _ in range(config.accumulation):
-            batch = _next_batch(session, batches)
-            clock.waited += batch.wait_seconds
-            yield batch
+    def others() -> Iterator[Batch]:
+        for _ in range(1, config.accumulation):
+            yield clock.count(_next_batch(session, batches)[0])
 
-    with _stop_signals() as stop_signals:
+    with stop_signals() as stop:
         while progress.step < total:
             step = progress.step
+            late = config.max_time is not None and clock.sitting() > 3600 * config.max_time
+            own = stop.received, late, session.saver.failed
+            batch, (number, time_is_up, unsaved) = _next_batch(session, batches, *own)
+            if unsaved:
+                with world.together():
+                    session.saver.check()
+            if number or time_is_up:
+                _end(session, batches, clock)
+                return signal.Signals(number).name if number else MAX_TIME
             lr = optim.learning_rate(
                 step, peak=peak, warmup=warmup, total=total, schedule=schedule, final=final
             )
-            row = session.run_step(step, micro_batches(), lr)
+            try:
+                faults.point("step")
+                with answered():  # FSDP talks to the peers by itself
+                    row = session.run_step(step, itertools.chain([clock.count(batch)], others()), lr)
+            except torch.OutOfMemoryError as error:
+                told = error, session.run, session.run_step.task, session.model, config, world
+                raise explain_out_of_memory(*told) from error
 
-            progress.step = step + 1
+            progress.step, session.score = step + 1, None
             progress.meter.add(progress.step, row)
             clock.steps += 1
             telemetry.advance(progress.step)
+            session.watchdog.beat(f"step {progress.step}")
+            session.trace.step()
             if progress.step % config.log_every == 0 or progress.step == total:
                 _log(session, batches, clock, lr)
-            if session.validation is not None and session.validation.is_due(progress.step, total):
-                _validate(session, session.validation)
-            stop = world.largest(stop_signals.received)
-            if stop or progress.step % config.checkpoint_every == 0 or progress.step == total:
+            _measure(session, total)
+            if progress.step % config.checkpoint_every == 0:
                 _save(session, batches, clock)
-            if stop:
-                return stop if progress.step < total else 0
-    return 0
+            for path in session.saver.published():
+                telemetry.say(f"checkpoint {path}")
+        _end(session, batches, clock)
+    return None
 
 
-def _next_batch(session: Session, batches: ViewPipeline) -> Batch:
-    """The next batch; where there is none on some rank, all raise, after the broken records are named."""
+def _end(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
+    """Save the last step, and wait until that is on the disk."""
+    if session.saved_step != session.progress.step:
+        _save(session, batches, clock)
+    _await_save(session)
+    with session.world.together():
+        session.saver.wait()
+    for path in session.saver.published():
+        session.telemetry.say(f"checkpoint {path}")
+
+
+def _next_batch(session: Session, batches: ViewPipeline, *values: int) -> tuple[Batch, list[int]]:
+    """The next batch, and the largest of each value over the ranks, by the same message.
+
+    Where there is no batch on some rank, all raise, after the broken records are named.
+    """
     try:
-        with session.world.together():
-            return next(batches)
+        with session.world.together(*values) as agreed:
+            batch = next(batches)
+        return batch, agreed
     except Exception:
         try:
             _name_bad_records(session, batches)
@@ -140,9 +184,18 @@ class _Clock:
     def __post_init__(self) -> None:
         self.started = self.window_started = time.monotonic()
 
+    def count(self, batch: Batch) -> Batch:
+        """The batch, whose time of waiting is added up."""
+        self.waited += batch.wait_seconds
+        return batch
+
+    def sitting(self) -> float:
+        """Seconds of this sitting."""
+        return time.monotonic() - self.started
+
     def elapsed(self) -> float:
         """Training time of the run, earlier sittings included."""
-        return self.before + time.monotonic() - self.started
+        return self.before + self.sitting()
 
     def close_window(self) -> tuple[float, float]:
         """Steps per second and share of the time spent waiting for data; starts the next window."""
@@ -183,12 +236,26 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
         )
 
 
-def _validate(session: Session, validation: Validation) -> None:
-    """Measure the model, its averaged weights if there are any, and keep it if it is the best so far."""
-    with optim.averaged_weights(session.optimizer):
-        line = validation(session.model, session.progress.step)
-    if line is not None:
-        session.telemetry.validated(line)
+def _measure(session: Session, total: int) -> None:
+    """Measure what is due: the averaged weights if there are any."""
+    step, held_out, validation = session.progress.step, session.held_out, session.validation
+    due = held_out is not None and held_out.is_due(step, total)
+    validated = validation is not None and validation.is_due(step, total)
+    if not (due or validated):
+        return
+    with session.watchdog.pause("measuring"), optim.averaged_weights(session.optimizer):
+        if held_out is not None and due:
+            losses = held_out(session.model, step)
+            with session.world.together():
+                session.telemetry.held_out(losses)
+            session.score = losses[session.telemetry.loss_names[0]]
+        if validation is not None and validated:
+            with session.world.together():
+                faults.point("evaluation")
+                whole = parallel.whole(session.model, session.run_step.task, session.world)
+            line = validation(whole, step)
+            with session.world.together():
+                session.telemetry.validated(line)
 
 
 def _name_bad_records(session: Session, batches: ViewPipeline) -> None:
@@ -221,41 +288,32 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
 
 
 def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
-    """Write a checkpoint, and what is known of broken records by then; every rank waits for it."""
+    """Name the broken records known by now, and begin a checkpoint; training waits for a copy only."""
     _name_bad_records(session, batches)
     progress = session.progress
+    session.saved_step = progress.step
     state = {
         **session.identity,
         "step": progress.step,
         "meter": progress.meter.state(),
         "seconds": clock.elapsed(),
+        "score": session.score,
     }
-    with session.world.together():
-        if session.world.is_main:
-            keep = session.config.keep_checkpoints
-            path = content.save(session.run, state, session.model, session.optimizer, keep=keep)
-            session.telemetry.say(f"checkpoint {path}")
+    _await_save(session)
+    session.saver.save(state, session.model, session.optimizer)
 
 
-class _StopSignals:
-    """Remembers a request to stop until the step is done."""
+def _await_save(session: Session) -> None:
+    """Wait for the checkpoint in flight: a slow disk is no hung process, unless it is slower than all reason.
 
-    received = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler; a second Ctrl-C does not wait."""
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_StopSignals]:
-    """SIGTERM, SIGUSR1 and Ctrl-C end the run after a checkpoint, at the next step's end."""
-    handler = _StopSignals()
-    previous = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield handler
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+    Raises:
+        LmimError: on every rank, if it takes longer than `SLOWEST`.
+    """
+    end = time.monotonic() + SLOWEST
+    writing, late = session.world.largest(session.saver.writing, time.monotonic() > end)
+    while writing:
+        if late:
+            raise LmimError(f"a checkpoint was not written within {SLOWEST / 60:.0f} minutes: the disk hangs")
+        time.sleep(_LOOK_EVERY)
+        session.watchdog.beat("a look at the checkpoint in flight")
+        writing, late = session.world.largest(session.saver.writing, time.monotonic() > end)

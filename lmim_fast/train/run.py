@@ -6,30 +6,42 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from lmim_fast import faults
 from lmim_fast.config import RunConfig
-from lmim_fast.config.io import config_hash, to_dict
+from lmim_fast.config.io import config_hash, differences, to_dict
 from lmim_fast.data.store.records import Records
-from lmim_fast.errors import UsageError
+from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.train import optim, parallel
 from lmim_fast.train.checkpoint import content, folders, resume
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
+from lmim_fast.train.checkpoint.saver import Saver
+from lmim_fast.train.held_out import HeldOut
 from lmim_fast.train.loop import Progress, Session, train
+from lmim_fast.train.memory import explain_out_of_memory
+from lmim_fast.train.profiling import Trace
 from lmim_fast.train.start import versions
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.task import Task
 from lmim_fast.train.tasks import make_task
 from lmim_fast.train.telemetry import Meter, Telemetry
+from lmim_fast.train.watchdog import COLLECTIVE_GRACE, Watchdog, flight_recorder_environment
+from lmim_fast.train.weights_biases import require_wandb
 from lmim_fast.train.world import World, join
 
 Say = Callable[[str], None]
+
+_MACHINES_OWN = re.compile(r"run\.config\.((data|val|eval_data)\[\d+\]|loader\.threads)|run\.data\..*\.name")
 
 
 def run_training(config: RunConfig) -> Path:
@@ -45,13 +57,20 @@ def run_training(config: RunConfig) -> Path:
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
     make_task(config).check()
-    with join(config.device) as world:
+    require_wandb(config.wandb)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one run a process: the environment names its folder
+        os.environ.update(flight_recorder_environment(Path(config.output)))
+    faults.arm_from_environment()
+    split = config.parallel in ("shard", "hybrid")
+    timeout = config.timeout + COLLECTIVE_GRACE
+    with contextlib.ExitStack() as outside, join(config.device, timeout=timeout, grouped=split) as world:
         with world.together():
             config = resolve(config, world)
-        return _run(make_task(config), world, _say if world.is_main else _say_nothing)
+        return _run(make_task(config), world, _say if world.is_main else _say_nothing, outside)
 
 
-def _run(task: Task, world: World, say: Say) -> Path:
+def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> Path:
+    # `outside` closes after the process groups, whose end can hang too.
     # What can fail on one rank runs `together`: the others then end with its message and do not wait for it.
     config, run = task.config, Path(task.config.output)
     with world.together():
@@ -59,10 +78,13 @@ def _run(task: Task, world: World, say: Say) -> Path:
         order = task.order(store)
         validation = task.validation(world)
         identity = _identity(config, store)
+    _agree(world, identity)
     saved = resume.find(run, config, identity["data"], world, say)
 
     with world.together():
         model = task.build()
+        config = parallel.settle(config, model, world)
+        task = make_task(config)
         if saved is None:
             task.start(model, say)
         else:
@@ -73,48 +95,73 @@ def _run(task: Task, world: World, say: Say) -> Path:
         if world.is_main:
             _prepare_folder(run, identity)
             teacher = teacher or content.save_teacher(run, model)
+    watchdog = outside.enter_context(Watchdog(config.timeout, run, world.rank))
     identity["teacher"] = world.gather(teacher)[0]
 
     with world.together():
-        parallel.place(model, config, world)
-    graphed = world.device if config.cuda_graph else None
+        parallel.apply(model, config, world)
+    graphed = world.device if config.cuda_graph == "on" else None
     optimizer = optim.make_optimizer(task.parameter_groups(model), config.optim, graphed=graphed)
-    progress = Progress(Meter(task.loss_names))
+    progress, resumed = Progress(Meter(task.loss_names)), False
     if saved is not None:
         with world.together():
             content.restore(saved, model, optimizer)
             progress = Progress.from_state(saved.state, task.loss_names, world.device)
         saved = None  # frees the host's copy of weights and moments
+        resumed = True
         say(f"continuing {run} from step {progress.step}")
     _summarise(config, world, model, store, say)
 
     total, start = optim.total_steps(config, len(store)), progress.step
-    with world.together():
-        run_step = TrainStep(model.train(), optimizer, task, world)
-        if config.cuda_graph:
-            run_step.capture_graph(task.blank_batch(world.device))
     with contextlib.ExitStack() as stack:  # closes also what was made while another rank failed
+        with world.together(), watchdog.pause("the capture of a graph"):
+            run_step = TrainStep(model.train(), optimizer, task, world)
+            stack.callback(run_step.release)
+            if graphed is not None:
+                _capture(run_step, model, world)
+        saver = stack.enter_context(
+            Saver(
+                run,
+                world,
+                keep=config.keep_checkpoints,
+                keep_every=config.keep_every,
+                layout=config.checkpoint_layout,
+            )
+        )
         with world.together():
             telemetry = stack.enter_context(
-                Telemetry(run if world.is_main else None, task.loss_names, total=total, start_step=start)
+                Telemetry(
+                    run if world.is_main else None,
+                    task.loss_names,
+                    total=total,
+                    start_step=start,
+                    wandb=config.wandb,
+                    config=identity["config"],
+                )
             )
+        with world.together(), watchdog.pause("held-out views"):
+            held_out = HeldOut(task, world, say) if config.eval_every else None
         with world.together():
             batches = stack.enter_context(task.pipeline(store, order, world, start, total))
+        steps = config.profile if world.is_main else 0
+        trace = stack.enter_context(Trace(run, world.rank, steps, world.device, telemetry.say))
         session = Session(
-            config, run, world, model, optimizer, run_step, order, progress, telemetry, identity, validation
+            *(config, run, world, model, optimizer, run_step, order, progress, telemetry, identity),
+            *(saver, watchdog, trace, validation, held_out),
+            saved_step=start if resumed else None,
         )
         stopped_by = train(session, batches)
 
     if stopped_by:
-        name = signal.Signals(stopped_by).name
-        say(f"stopped by {name} after step {progress.step} of {total}; the same command continues the run")
-        if stopped_by == signal.SIGINT:
+        done = f"after step {progress.step} of {total}"
+        say(f"stopped by {stopped_by} {done}; the same command continues the run")
+        if stopped_by == signal.SIGINT.name:
             raise KeyboardInterrupt
         return run
-    with world.together():
+    with world.together(), optim.averaged_weights(optimizer):
+        complete = parallel.whole(model, task, world)
         if world.is_main:
-            with optim.averaged_weights(optimizer):
-                left = task.finish(model, run)
+            left = task.finish(complete, run)
     if session.bad_records:
         say(f"{session.bad_records} broken records were replaced by others: {run / 'bad_records.jsonl'}")
     if world.is_main:
@@ -122,20 +169,34 @@ def _run(task: Task, world: World, say: Say) -> Path:
     return run
 
 
+def _capture(run_step: TrainStep, model: nn.Module, world: World) -> None:
+    """Capture the step as a CUDA graph, or say what to do where that is not possible."""
+    task = run_step.task
+    config = task.config
+    try:
+        run_step.capture_graph()
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__context__  # the end of a capture raises its own error
+        if cause is not None:
+            told = explain_out_of_memory(cause, Path(config.output), task, model, config, world)
+            raise told from error
+        traceback.clear_frames(error.__traceback__)  # they hold what was captured
+        message = f"a step cannot be captured as a CUDA graph, pass --cuda-graph off: {error}"
+        raise LmimError(message) from error
+
+
 def resolve(config: RunConfig, world: World) -> RunConfig:
     """The config with "auto" precision settled, checked against the number of processes.
 
     Raises:
-        UsageError: the batch cannot be shared, or a CUDA graph is not possible here.
+        UsageError: the batch cannot be shared.
     """
     if config.batch_size % (world.size * config.accumulation):
         raise UsageError(
             f"--batch-size {config.batch_size} must be a multiple of {world.size} processes "
             f"x {config.accumulation} accumulation passes"
-        )
-    if config.cuda_graph and (world.size > 1 or world.device.type != "cuda"):
-        raise UsageError(
-            f"--cuda-graph is for one process on CUDA, not for {world.size} on {world.device.type}: drop it"
         )
     if config.precision != "auto":
         return config
@@ -151,6 +212,25 @@ def _identity(config: RunConfig, store: Records) -> dict[str, Any]:
         "data": store.fingerprint(),
         "seed": config.seed,
     }
+
+
+def _agree(world: World, identity: dict[str, Any]) -> None:
+    """Refuse ranks that were started with other options, on other data or with other packages.
+
+    Where the data is mounted may differ between machines, and how many threads read it.
+
+    Raises:
+        UsageError: names the first things that differ from rank 0's.
+    """
+    ranks = world.gather({name: identity[name] for name in ("config", "data", "versions")})
+    for rank, other in enumerate(ranks):
+        changed = [
+            f"{name} is {old!r}, there {new!r}"
+            for name, old, new in differences(ranks[0], other, "run")
+            if not _MACHINES_OWN.fullmatch(name)
+        ]
+        if changed:
+            raise shared(UsageError(f"rank {rank} differs from rank 0: {'; '.join(changed[:3])}"))
 
 
 def _warn_of_unread_weights(config: RunConfig, saved: Checkpoint, say: Say) -> None:
@@ -183,11 +263,15 @@ def _summarise(config: RunConfig, world: World, model: nn.Module, store: Records
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     passes = world.size * config.accumulation
     share = f"{world.size} x {config.accumulation} x {config.batch_size // passes}"
+    if world.control is not None:
+        say(f"processes: {world.size}, --parallel {config.parallel}")
     rule = "" if config.optim.lr is not None else f" = {config.optim.base_lr:g} x {config.batch_size} / 256"
     say(
         f"{config.objective}, {config.preset} preset: {trainable:,} trainable parameters, "
         f"{config.precision} on {world.device}"
     )
+    if config.cuda_graph == "on":
+        say("each step is one CUDA graph")
     say(f"data: {len(store):,} records, {len(store.databases)} LMDB")
     say(f"batch: {config.batch_size} (processes x passes x images: {share})")
     say(f"steps: {total:,} = {total * config.batch_size / len(store):.2f} epochs, warm-up {warmup:,}")

@@ -204,7 +204,7 @@ def test_help_shows_the_numbers_of_the_recipe(capsys):
     assert "parseq" in shown
 
 
-def test_the_curve_of_a_run_is_repeatable(finished, data, held_out, tmp_path):
+def test_r20_the_curve_of_a_seed_is_repeatable(finished, data, held_out, tmp_path):
     more = ["--val", str(held_out), "--validate-every", "5", "--optim.ema-decay", "0.5"]
     more += ["--model.drop-path", "0.2", "--model.label-smoothing", "0.1"]
     assert cli.main(["finetune", *options(data, tmp_path / "again", *more)]) == 0

@@ -19,7 +19,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize("recipe", ["lmim", "strong"])
-def test_resume_after_kill_9_is_bitwise_equal(tmp_path, recipe):
+def test_r01_fine_tuning_after_kill_9_is_bitwise_equal(tmp_path, recipe):
     data, held = write_words(tmp_path / "data", 30), write_words(tmp_path / "held", 9)
     more = ["--recipe", recipe, "--val", str(held), "--validate-every", "3", "--optim.ema-decay", "0.9"]
     more += ["--model.drop-path", "0.1", "--log-every", "3"]

@@ -16,6 +16,7 @@ from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.models.mae import MAE
 from lmim_fast.train.checkpoint import content, folders, resume
+from lmim_fast.train.checkpoint.saver import Saver
 from lmim_fast.train.telemetry import Telemetry
 from lmim_fast.train.world import World
 
@@ -87,7 +88,7 @@ def test_bf16_follows_fp32_closely_and_keeps_fp32_weights(data, mae, tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
-def test_accumulated_passes_give_the_curve_of_the_whole_batch(data, mae, tmp_path):
+def test_r16_accumulated_passes_give_the_curve_of_the_whole_batch(data, mae, tmp_path):
     run = tmp_path / "accumulated"
     assert pretrain(options(data, run, "--accumulation", "2", steps=30)) == 0
     for parts, whole in zip(lines(run), lines(mae), strict=True):
@@ -138,13 +139,13 @@ def test_broken_records_are_named_before_a_run_ends_for_too_many_of_them(tmp_pat
 
 def test_broken_records_are_named_with_each_checkpoint(tmp_path, monkeypatch):
     data = write_lmdb(tmp_path / "words", 8, broken=(3,))  # met in the first batch, which is all of them
-    named, save = [], content.save
+    named, save = [], Saver.save
 
-    def look(run, state, *parts, **more):
-        named.append((state["step"], (run / "bad_records.jsonl").exists()))
-        return save(run, state, *parts, **more)
+    def look(self, state, *parts):
+        named.append((state["step"], (tmp_path / "run" / "bad_records.jsonl").exists()))
+        save(self, state, *parts)
 
-    monkeypatch.setattr(content, "save", look)
+    monkeypatch.setattr(Saver, "save", look)
     more = ("--log-every", "1000", "--loader.max-bad-fraction", "0.5")
     assert pretrain(options(data, tmp_path / "run", *more, steps=5)) == 0
     assert named[0] == (4, True)
@@ -198,8 +199,8 @@ def test_what_can_fail_on_one_rank_before_training_is_done_together(data, mae, t
 
 
 def test_a_cuda_graph_is_refused_on_a_cpu(data, tmp_path, capsys):
-    assert pretrain(options(data, tmp_path / "run", "--cuda-graph")) == 2
-    assert "--cuda-graph is for one process on CUDA, not for 1 on cpu: drop it" in only_error(capsys)
+    assert pretrain(options(data, tmp_path / "run", "--cuda-graph", "on")) == 2
+    assert "--cuda-graph on is for CUDA, not for cpu: drop it" in only_error(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -241,7 +242,7 @@ def poison(monkeypatch):
     return start
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_can_be_replayed(data, mae, tmp_path, poison):
+def test_r10_a_step_that_is_not_finite_is_skipped_counted_and_can_be_replayed(data, mae, tmp_path, poison):
     poison({5, 6})
     run = tmp_path / "run"
     assert pretrain(options(data, run, steps=30)) == 0
@@ -257,13 +258,13 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_can_be_replayed(data, 
     assert stored["step.norm.weight"] == 28
 
 
-def test_steps_that_are_never_finite_stop_the_run_with_a_message(data, tmp_path, poison, capsys):
+def test_r10_steps_that_are_never_finite_stop_the_run_with_a_message(data, tmp_path, poison, capsys):
     poison(set(range(3, 100)))
     assert pretrain(options(data, tmp_path / "run", steps=60)) == 1
     assert "not finite in the last 20 steps up to 22" in only_error(capsys)
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_to_continue_from(
+def test_r08_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_to_continue_from(
     data, mae, tmp_path, monkeypatch, capsys
 ):
     run, fsync = tmp_path / "run", os.fsync

@@ -80,7 +80,7 @@ def kill(arguments, where, step=0):
 
 
 @pytest.mark.parametrize("kind", ["mae", "lmim"])
-def test_resume_after_kill_9_in_mid_epoch_is_bitwise_equal(data, whole, tmp_path, kind):
+def test_r01_resume_after_kill_9_in_mid_epoch_is_bitwise_equal(data, whole, tmp_path, kind):
     run = tmp_path / "run"
     arguments = arguments_of(kind, data, run)
     kill(arguments, "step", 10)
@@ -89,7 +89,7 @@ def test_resume_after_kill_9_in_mid_epoch_is_bitwise_equal(data, whole, tmp_path
     assert_same_run(run, whole(kind))
 
 
-def test_resume_after_kill_9_during_a_save_is_bitwise_equal(data, whole, tmp_path):
+def test_r01_resume_after_kill_9_during_a_save_is_bitwise_equal(data, whole, tmp_path):
     run = tmp_path / "run"
     arguments = arguments_of("mae", data, run)
     kill(arguments, "step-00000008.tmp/optimizer")
@@ -113,7 +113,7 @@ def stop_at(monkeypatch, step, number):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)], ids=lambda n: str(n)
 )
-def test_a_signal_saves_at_the_next_step_and_the_run_continues_bitwise(
+def test_r09_a_signal_saves_at_the_next_step_and_the_run_continues_bitwise(
     data, whole, tmp_path, monkeypatch, capsys, number, code
 ):
     run = tmp_path / "run"
@@ -132,7 +132,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_continues_bitwise(
     assert_same_run(run, whole("mae"))
 
 
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_older_one_continues_bitwise(
+def test_r05_a_damaged_checkpoint_is_named_set_aside_and_the_older_one_continues_bitwise(
     data, whole, tmp_path, monkeypatch, capsys
 ):
     run = tmp_path / "run"
@@ -220,12 +220,14 @@ def test_the_checkpoint_is_not_kept_in_memory_while_the_run_goes_on(data, tmp_pa
         (["--no-resume"], "already has checkpoints"),
     ],
 )
-def test_a_run_folder_of_other_settings_is_refused_by_field(data, whole, capsys, change, message):
+def test_r14_a_run_folder_of_other_settings_is_refused_by_field(data, whole, capsys, change, message):
     assert cli.main(["pretrain", *arguments_of("mae", data, whole("mae")), *change]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_run_folder_of_other_data_is_refused_and_a_renamed_database_is_not(data, whole, tmp_path, capsys):
+def test_r14_a_run_folder_of_other_data_is_refused_and_a_renamed_database_is_not(
+    data, whole, tmp_path, capsys
+):
     other = write_lmdb(tmp_path / "other" / "words", 31)
     assert cli.main(["pretrain", *arguments_of("mae", other, whole("mae"))]) == 2
     assert "data.count was 30, now 31" in capsys.readouterr().err
