@@ -53,7 +53,7 @@ def group_of(groups, index):
     stop=st.integers(0, 6),
     steps=st.integers(1, 8),
 )
-def test_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_one_mixture(
+def test_r03_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_one_mixture(
     mixture, size, seed, before, after, stop, steps
 ):
     batch_size = size * int(np.lcm(np.prod(before), np.prod(after)))

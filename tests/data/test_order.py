@@ -41,7 +41,7 @@ def pairs_of(epochs, indices):
     stop=st.integers(0, 6),
     steps=st.integers(1, 8),
 )
-def test_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_one_sequence(
+def test_r03_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_one_sequence(
     num_samples, size, seed, before, after, stop, steps
 ):
     batch_size = size * int(np.lcm(np.prod(before), np.prod(after)))
@@ -61,7 +61,7 @@ def test_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_one_s
 
 @settings(deadline=None, max_examples=50)
 @given(num_samples=counts, batch_size=st.integers(1, 130), seed=seeds, steps=st.integers(1, 6))
-def test_each_epoch_holds_each_sample_once_and_batches_run_over_its_edge(
+def test_r03_each_epoch_holds_each_sample_once_and_batches_run_over_its_edge(
     num_samples, batch_size, seed, steps
 ):
     order = SampleOrder(num_samples, batch_size, seed)

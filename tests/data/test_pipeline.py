@@ -41,14 +41,14 @@ def test_batches_come_in_training_order_with_the_shares_of_the_order(folder):
         assert plain.dtype == guidance.dtype == torch.bfloat16
 
 
-def test_views_are_bit_equal_for_any_batch_size_prefetch_and_thread_count(folder, expected):
+def test_r20_views_are_bit_equal_for_any_batch_size_prefetch_and_thread_count(folder, expected):
     assert len(expected) == 32
     loader = DataConfig(threads=1, prefetch=5)
     assert_same(samples(folder, batch_size=1, end_step=32, loader=loader), expected)
     assert_same(samples(folder, batch_size=16, end_step=2, loader=DataConfig(threads=3)), expected)
 
 
-def test_views_are_bit_equal_for_any_world_size_and_accumulation(folder, expected):
+def test_r20_views_are_bit_equal_for_any_world_size_and_accumulation(folder, expected):
     actual = {}
     for rank in range(2):
         actual |= samples(folder, rank=rank, world_size=2, accumulation=2)

@@ -25,7 +25,7 @@ def images(folder, kind, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_views_are_bit_equal_for_any_batch_size_and_thread_count(folder, kind):
+def test_r20_views_are_bit_equal_for_any_batch_size_and_thread_count(folder, kind):
     expected = images(folder, kind, batch_size=8, end_step=6)
     for size, threads in ((1, 1), (16, 2)):
         loader = DataConfig(threads=threads, prefetch=1)
@@ -35,7 +35,7 @@ def test_views_are_bit_equal_for_any_batch_size_and_thread_count(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_make_the_views_that_one_process_makes(folder, kind):
+def test_r20_ranks_make_the_views_that_one_process_makes(folder, kind):
     expected = images(folder, kind, end_step=3)
     parts = [images(folder, kind, end_step=3, rank=rank, world_size=2) for rank in (0, 1)]
     actual = parts[0] | parts[1]

@@ -79,7 +79,7 @@ def test_an_encoder_is_no_recogniser_and_a_missing_tensor_is_named(tmp_path: Pat
         load_recognizer(tmp_path / "broken.pth")
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+def test_r22_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     model = reader("ab")
     model.get_submodule("decoder.classifier").bias.data[0] = float("nan")
     with pytest.raises(WeightsError, match=r"non-finite values in decoder\.classifier\.bias"):

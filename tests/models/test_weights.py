@@ -35,7 +35,7 @@ def released_file(path: Path, key: str | None = "model") -> tuple[Path, LMIM]:
 
 
 @pytest.mark.parametrize("key", ["model", "module", None])
-def test_released_file_loads_bit_for_bit(tmp_path: Path, key: str | None) -> None:
+def test_r15_released_file_loads_bit_for_bit(tmp_path: Path, key: str | None) -> None:
     path, source = released_file(tmp_path / "checkpoint.pth", key)
     for model in (LMIM(CONFIG), ReferenceLMIM(CONFIG)):
         load_released(path, model)
@@ -52,7 +52,7 @@ def test_export_and_import_are_inverse(tmp_path: Path) -> None:
     assert all(torch.equal(exported[name], value) for name, value in source.state_dict().items())
 
 
-def test_encoder_loads_from_every_kind_of_file(tmp_path: Path) -> None:
+def test_r15_an_encoder_loads_from_every_kind_of_file_with_a_report_of_its_keys(tmp_path: Path) -> None:
     lmim_path, lmim = released_file(tmp_path / "lmim.pth")
     mae = MAE(CONFIG)
     torch.save({"model": mae.state_dict(), "args": argparse.Namespace()}, tmp_path / "maerec.pth")
@@ -116,7 +116,7 @@ def test_an_encoder_of_another_size_is_refused_with_names_and_shapes(tmp_path: P
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_missing_and_extra_tensors_are_listed() -> None:
+def test_r15_missing_and_extra_tensors_are_listed() -> None:
     state = to_released(LMIM(CONFIG))
     removed = state.pop("decoder_norm.weight")
     state["decoder_norm.scale"] = removed
@@ -126,7 +126,7 @@ def test_missing_and_extra_tensors_are_listed() -> None:
     assert "1 extra: decoder_norm.scale [96]" in str(caught.value)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_r15_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     witness = tmp_path / "ran"
 
     class Trap:
@@ -166,7 +166,7 @@ def test_a_file_without_an_encoder_says_what_it_holds(tmp_path: Path) -> None:
         load_encoder(tmp_path / "head.pth", Encoder(CONFIG))
 
 
-def test_non_finite_weights_are_not_exported() -> None:
+def test_r22_non_finite_weights_are_not_exported() -> None:
     model = LMIM(CONFIG)
     with torch.no_grad():
         model.decoder_pred.bias[3] = float("nan")

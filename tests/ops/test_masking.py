@@ -25,7 +25,7 @@ def test_ties_are_ranked_by_position() -> None:
     assert ids_masked.tolist() == [[4, 5, 6, 7, 8, 9]] * 2
 
 
-def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
+def test_r20_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     epochs, indices = torch.tensor([3, 3, 4]), torch.tensor([10, 99, 10])
     together = mask_noise(7, epochs, indices, 256)
     for row, (epoch, index) in enumerate([(3, 10), (3, 99), (4, 10)]):

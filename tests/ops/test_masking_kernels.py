@@ -77,7 +77,7 @@ def test_every_seed_epoch_and_stream_is_drawn_alike(seed: int) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_drawn_mask_depends_on_seed_epoch_index_and_stream_alone() -> None:
+def test_r20_a_drawn_mask_depends_on_seed_epoch_index_and_stream_alone() -> None:
     indices, epochs = torch.tensor([4, 9, 4], device=DEVICE), torch.tensor([0, 0, 1], device=DEVICE)
     together, _ = draw_patches(3, epochs, indices, 64, 20)
     alone, _ = draw_patches(3, 0, indices[1:2], 64, 20)
