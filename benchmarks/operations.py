@@ -12,7 +12,7 @@ from benchmarks import static_cases
 from benchmarks.operation import Operation, kernel_name
 from lmim_fast.kernels import runtime
 
-SCRIPTS = ("bench_data", "bench_step")  # not of operations
+SCRIPTS = ("bench_checkpoint", "bench_data", "bench_parallel", "bench_step")  # not of operations
 WHOLE = ("bench_reading",)  # of a whole model, timed by pytest too
 
 

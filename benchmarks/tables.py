@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import goals, tables_model
 from benchmarks.markdown import machine, table
+from benchmarks.tables_parallel import checkpoint, parallel
 from benchmarks.tables_value import value
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +225,8 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(
     tune=tune,
     data=data,
     value=value,
+    parallel=parallel,
+    checkpoint=checkpoint,
     static=static,
 )
 
