@@ -78,7 +78,12 @@ def _hooks_after_steps(world):
 
     train(world, config_of(parallel="shard"), wrap=count)
     units = [module for module in counts[0].modules() if isinstance(module, FSDPModule)]
-    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    states = [unit._get_fsdp_state() for unit in units]
+    groups = [
+        group
+        for state in states  # torch 2.11 has one group a unit
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    ]
     weights = [weight._unsharded_param for group in groups for weight in group.fsdp_params]
     assert len(weights) > 20
     return max(len(weight._backward_hooks or ()) for weight in weights)
