@@ -11,7 +11,8 @@ vector, and a few queries more than whole blocks are transposed, so that they ar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,6 +30,7 @@ from lmim_fast.kernels.attention_tiles import (
     store_tile,
 )
 from lmim_fast.kernels.dropout import keep_column, keep_tile, keep_tile_transposed
+from lmim_fast.kernels.rows import padded_width
 
 
 @triton.jit
@@ -162,9 +164,9 @@ def _forward_rows_transposed(
     store_tile(out_ptr, tl.trans(context), rows, stride_o, N, False, D)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "in_blocks"])
-def attention_forward(
-    q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, lengths_ptr, out_ptr, normaliser_ptr,
+@triton.jit
+def forward_head(
+    program, q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, lengths_ptr, out_ptr, normaliser_ptr,
     first_sequence, in_blocks, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr,
     stride_k: tl.constexpr, stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
@@ -176,7 +178,6 @@ def attention_forward(
     `in_blocks` is N - REST, HIDDEN says that the compiler may not know it: see `hides_trips`. CAUSAL and
     `lengths_ptr` are for keys without a TAIL, CAUSAL for queries without a REST.
     """
-    program = tl.program_id(0)
     head = program % H
     number = (program // H).to(tl.int64)
     q_ptr += number * stride_qs + head * D
@@ -190,7 +191,9 @@ def attention_forward(
         q_bias_ptr += head * D
     if v_bias_ptr is not None:
         v_bias_ptr += head * D
-    seen = seen_keys(lengths_ptr, number, M)
+    seen = None
+    if lengths_ptr is not None:
+        seen = seen_keys(lengths_ptr, number, M)
     keys = ()
     values = ()
     for chunk in tl.static_range(CHUNKS):
@@ -213,9 +216,26 @@ def attention_forward(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["first_sequence", "in_blocks"])
+def attention_forward(
+    q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, lengths_ptr, out_ptr, normaliser_ptr,
+    first_sequence, in_blocks, stride_qs, stride_ks, stride_os, stride_q: tl.constexpr,
+    stride_k: tl.constexpr, stride_o: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TAIL: tl.constexpr, HIDDEN: tl.constexpr,
+    CAUSAL: tl.constexpr, threshold: tl.constexpr,
+):  # fmt: skip
+    """A program for each head of each sequence."""
+    forward_head(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, q_bias_ptr, v_bias_ptr, seed_ptr, lengths_ptr, out_ptr,
+        normaliser_ptr, first_sequence, in_blocks, stride_qs, stride_ks, stride_os, stride_q, stride_k,
+        stride_o, N, M, H, D, BLOCK_M, REST, REST_BLOCK, BLOCK_N, CHUNKS, TAIL, HIDDEN, CAUSAL, threshold,
+    )  # fmt: skip
+
+
 def tile(count: int, largest: int) -> int:
     """The smallest power of two, 16 at least, that holds `count`; `largest` at most."""
-    return min(max(16, triton.next_power_of_2(count)), largest)
+    return min(padded_width(count), largest)
 
 
 def geometry(keys: int) -> tuple[bool, int]:
@@ -262,22 +282,39 @@ def forward(
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
-    tail, resident = geometry(keys)
-    block_n, block_m = BLOCKS.keys, BLOCKS.queries
-    rest = queries % block_m if queries > block_m else 0
-    if rest > BLOCKS.transposed:  # a block of their own, with masked rows
-        rest = 0
-    major, _ = runtime.capability(q.device)
-    # On Blackwell ptxas would spill a few bytes to fit one program more than tensor memory allows.
-    limited = major == 10 and (dim == 64 or resident <= 128)
-    registers = runtime.registers(3, BLOCKS.num_warps) if limited else None
+    constants = constants_of(queries, keys, dim, runtime.capability(q.device)[0], BLOCKS)
+    stride_qs, stride_q, _ = q.stride()
+    stride_ks, stride_k, _ = k.stride()
+    stride_os, stride_o, _ = out.stride()
     runtime.launch(
         attention_forward, (sequences * heads,),
-        q, k, v, q_bias, v_bias, seed, lengths, out, normaliser, first_sequence, queries - rest,
-        q.stride(0), k.stride(0), out.stride(0), stride_q=q.stride(1), stride_k=k.stride(1),
-        stride_o=out.stride(1), N=queries, M=keys, H=heads, D=dim, BLOCK_M=block_m,
-        REST=rest, REST_BLOCK=tile(rest, 32), BLOCK_N=block_n, CHUNKS=triton.cdiv(resident, block_n),
-        TAIL=tail, HIDDEN=major == 9 and hides_trips(queries - rest, block_m, dim),
-        CAUSAL=causal, threshold=threshold, maxnreg=registers, num_warps=BLOCKS.num_warps,
-        num_stages=BLOCKS.num_stages,
+        q, k, v, q_bias, v_bias, seed, lengths, out, normaliser, first_sequence, queries - constants["REST"],
+        stride_qs, stride_ks, stride_os, stride_q=stride_q, stride_k=stride_k, stride_o=stride_o, H=heads,
+        CAUSAL=causal, threshold=threshold, **constants,
     )  # fmt: skip
+
+
+@functools.cache
+def constants_of(queries: int, keys: int, dim: int, major: int, blocks: Blocks) -> dict[str, Any]:
+    """What follows from the lengths, the width of a head and the device; shared, and so not to be changed."""
+    tail, resident = geometry(keys)
+    rest = queries % blocks.queries if queries > blocks.queries else 0
+    if rest > blocks.transposed:  # a block of their own, with masked rows
+        rest = 0
+    # On Blackwell ptxas would spill a few bytes to fit one program more than tensor memory allows.
+    limited = major == 10 and (dim == 64 or resident <= 128)
+    return dict(
+        N=queries,
+        M=keys,
+        D=dim,
+        BLOCK_M=blocks.queries,
+        REST=rest,
+        REST_BLOCK=tile(rest, 32),
+        BLOCK_N=blocks.keys,
+        CHUNKS=-(-resident // blocks.keys),
+        TAIL=tail,
+        HIDDEN=major == 9 and hides_trips(queries - rest, blocks.queries, dim),
+        maxnreg=runtime.registers(3, blocks.num_warps) if limited else None,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )

@@ -12,7 +12,8 @@ The key bias has no gradient: it shifts all scores of a query alike.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,156 +22,15 @@ from torch import Tensor
 
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.attention import geometry, hides_trips, tile
-from lmim_fast.kernels.attention_tiles import (
-    LOG2E,
-    factor,
-    hide,
-    load_keys,
-    load_row,
-    load_tile,
-    seen_keys,
-    store_tile,
-)
-from lmim_fast.kernels.dropout import keep_column, keep_tile_transposed
+from lmim_fast.kernels.attention_backward_rows import backward_rows, prepare_rows, store_row, transposes_dq
+from lmim_fast.kernels.attention_tiles import factor, load_keys, load_row, seen_keys, store_tile
 
 
 @triton.jit
-def _queries(
-    q_ptr, q_bias_ptr, rows, stride_q: tl.constexpr, whole: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Queries with their bias, (R, D) in their own type."""
-    q = load_tile(q_ptr, rows, stride_q, N, whole, D)
-    if q_bias_ptr is not None:
-        q = (q.to(tl.float32) + load_row(q_bias_ptr, D)[None, :]).to(q.dtype)
-    return q
-
-
-@triton.constexpr_function
-def transposes_dq(dim: int, rows: int) -> bool:
-    """Queries are columns of the product that makes dq: few fill the rows of a tensor core product badly."""
-    return dim >= 64 and rows < 64
-
-
-@triton.jit
-def _prepare_rows(
-    q_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, k_tail_ptr, v_tail_ptr, dk_tail, dv_tail, q_bias_ptr,
-    v_bias_ptr, seed_ptr, sequence, start, stride_q: tl.constexpr, stride_do: tl.constexpr,
-    stride_out: tl.constexpr, N: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, TAIL: tl.constexpr, threshold: tl.constexpr,
-):  # fmt: skip
-    """Write delta of ROWS queries and the score gradients of a key apart; add to that key's gradients."""
-    rows = start + tl.arange(0, ROWS)
-    do = load_tile(do_ptr, rows, stride_do, N, N % ROWS == 0, D).to(tl.float32)
-    out = load_tile(out_ptr, rows, stride_out, N, N % ROWS == 0, D).to(tl.float32)
-    v_bias = load_row(v_bias_ptr, D)[None, :]
-    if threshold == 0:  # d_p leaves out the bias then: its part in d_p is the same for all keys
-        out -= v_bias
-    delta = tl.sum(do * out, 1)
-    tl.store(delta_ptr + rows, delta * ((256 - threshold) / 256), mask=rows < N)
-    if TAIL:
-        q = _queries(q_ptr, q_bias_ptr, rows, stride_q, N % ROWS == 0, N, D).to(tl.float32)
-        normaliser = tl.load(normaliser_ptr + rows, mask=rows < N, other=float("inf"))
-        scores = tl.sum(q * load_row(k_tail_ptr, D)[None, :], 1) * (factor(D) * LOG2E)
-        p = tl.exp2(scores - normaliser)
-        if threshold > 0:
-            keep = keep_column(tl.load(seed_ptr), rows, M - 1, sequence, threshold)
-            d_p = tl.sum(do * (load_row(v_tail_ptr, D)[None, :] + v_bias), 1)
-            d_scores = p * (tl.where(keep, d_p * (256 / (256 - threshold)), 0.0) - delta) * factor(D)
-            p = tl.where(keep, p * (256 / (256 - threshold)), 0.0)
-        else:
-            d_p = tl.sum(do * load_row(v_tail_ptr, D)[None, :], 1)
-            d_scores = p * (d_p - delta) * factor(D)
-        tl.store(delta_ptr + N + rows, d_scores, mask=rows < N)
-        dk_tail += d_scores[:, None] * q
-        dv_tail += p[:, None] * do
-    return dk_tail, dv_tail
-
-
-@triton.jit
-def _backward_rows(
-    q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr, q_bias_ptr,
-    seed_ptr, sequence, seen, start, stride_q: tl.constexpr, stride_do: tl.constexpr, stride_dq: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TAIL: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    threshold: tl.constexpr,
-):  # fmt: skip
-    """Add ROWS queries to the gradients of keys and values, which are scaled at the end; write their dq."""
-    whole: tl.constexpr = N % ROWS == 0
-    rows = start + tl.arange(0, ROWS)
-    q = _queries(q_ptr, q_bias_ptr, rows, stride_q, whole, N, D)
-    do = load_tile(do_ptr, rows, stride_do, N, whole, D)
-    if seen is not None:
-        do = tl.where(seen > 0, do, 0.0)
-    dq = tl.zeros([D, ROWS] if transposes_dq(D, ROWS) else [ROWS, D], tl.float32)
-    new_dk = ()
-    new_dv = ()
-    for chunk in tl.static_range(len(keys)):
-        if chunk > 0:
-            tl.debug_barrier()  # one chunk after the other: products of both at once would spill
-        k = keys[chunk]
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (factor(D) * LOG2E)  # (KEYS, ROWS)
-        if normaliser_ptr is not None:
-            normaliser = tl.load(normaliser_ptr + rows, mask=rows < N, other=float("inf"))
-            scores -= normaliser[None, :]
-            if MASKED:
-                # Rows without a key are zeros: any finite weight will do. No true one is above 1.
-                scores = tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            p = tl.exp2(scores)
-        else:  # all keys are in this chunk
-            if MASKED:
-                scores = tl.where(tl.arange(0, KEYS)[:, None] < M, scores, float("-inf"))
-            if CAUSAL or seen is not None:
-                scores = hide(scores, tl.arange(0, KEYS)[:, None], rows[None, :], seen, CAUSAL)
-            p = tl.exp2(scores - tl.max(scores, 0)[None, :])
-            p *= (1 / tl.sum(p, 0))[None, :]
-        if threshold > 0:
-            groups = chunk * (KEYS // 16) + tl.arange(0, KEYS // 16)
-            seed = tl.load(seed_ptr)
-            keep = keep_tile_transposed(seed, rows, groups, sequence, threshold, ROWS, KEYS // 16)
-            new_dv += (tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv[chunk], input_precision="ieee"),)
-        else:
-            new_dv += (tl.dot(p.to(do.dtype), do, dv[chunk], input_precision="ieee"),)
-        d_p = tl.dot(values[chunk], tl.trans(do), input_precision="ieee")
-        if threshold > 0:
-            d_p = tl.where(keep, d_p, 0.0)
-        if normaliser_ptr is not None:
-            delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
-        else:
-            delta = tl.sum(p * d_p, 0)
-        d_scores = (p * (d_p - delta[None, :])).to(q.dtype)
-        new_dk += (tl.dot(d_scores, q, dk[chunk], input_precision="ieee"),)
-        if transposes_dq(D, ROWS):
-            dq = tl.dot(tl.trans(k), d_scores, dq, input_precision="ieee")
-        else:
-            dq = tl.dot(tl.trans(d_scores), k, dq, input_precision="ieee")
-    dq *= factor(D) * (256 / (256 - threshold))
-    if TAIL:
-        d_tail = tl.load(delta_ptr + N + rows, mask=rows < N, other=0.0)
-        k_tail = load_row(k_tail_ptr, D)
-        if transposes_dq(D, ROWS):
-            dq += d_tail[None, :] * k_tail[:, None]
-        else:
-            dq += d_tail[:, None] * k_tail[None, :]
-    if transposes_dq(D, ROWS):
-        if BIAS:
-            dq_sum += tl.sum(dq, 1)  # within a warp
-        dq = tl.trans(dq)
-    elif BIAS:
-        dq_sum += dq
-    store_tile(dq_ptr, dq, rows, stride_dq, N, whole, D)
-    return new_dk, new_dv, dq_sum
-
-
-@triton.jit
-def _store_row(ptr, row, D: tl.constexpr):
-    tl.store(ptr + tl.arange(0, D), row.to(ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["first_sequence", "queries"])
-def attention_backward(
-    q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr, v_bias_ptr, seed_ptr,
-    lengths_ptr, dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, queries, stride_qs,
-    stride_ks, stride_dos, stride_outs, stride_dqs, stride_dks, stride_q: tl.constexpr,
+def backward_head(
+    program, q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr, v_bias_ptr,
+    seed_ptr, lengths_ptr, dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, queries,
+    stride_qs, stride_ks, stride_dos, stride_outs, stride_dqs, stride_dks, stride_q: tl.constexpr,
     stride_k: tl.constexpr, stride_do: tl.constexpr, stride_out: tl.constexpr, stride_dq: tl.constexpr,
     stride_dk: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, PREPARED: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -181,7 +41,6 @@ def attention_backward(
     `queries` is N, HIDDEN says that the compiler may not know it: see `attention.hides_trips`. CAUSAL and
     `lengths_ptr` are for one chunk without a normaliser.
     """
-    program = tl.program_id(0)
     head = program % H
     number = (program // H).to(tl.int64)
     sequence = first_sequence * H + program
@@ -209,19 +68,21 @@ def attention_backward(
         dk_tail = tl.zeros([PREPARED, D], tl.float32)
         dv_tail = tl.zeros([PREPARED, D], tl.float32)
         for start in range(0, N, PREPARED):
-            dk_tail, dv_tail = _prepare_rows(
+            dk_tail, dv_tail = prepare_rows(
                 q_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, k_tail_ptr, v_tail_ptr, dk_tail, dv_tail,
                 q_bias_ptr, v_bias_ptr, seed_ptr, sequence, start, stride_q, stride_do, stride_out,
                 N, M, D, PREPARED, TAIL, threshold,
             )  # fmt: skip
         if TAIL:
-            _store_row(dk_ptr + (M - 1) * stride_dk, tl.sum(dk_tail, 0), D)
-            _store_row(dv_ptr + (M - 1) * stride_dk, tl.sum(dv_tail, 0), D)
+            store_row(dk_ptr + (M - 1) * stride_dk, tl.sum(dk_tail, 0), D)
+            store_row(dv_ptr + (M - 1) * stride_dk, tl.sum(dv_tail, 0), D)
             if BIAS:
-                _store_row(dv_bias_ptr, tl.sum(dv_tail, 0), D)
+                store_row(dv_bias_ptr, tl.sum(dv_tail, 0), D)
         tl.debug_barrier()  # what this program wrote is read below by other threads of it
     MASKED: tl.constexpr = CHUNKS * KEYS > M
-    seen = seen_keys(lengths_ptr, number, M)
+    seen = None
+    if lengths_ptr is not None:
+        seen = seen_keys(lengths_ptr, number, M)
     keys = ()
     values = ()
     dk = ()
@@ -238,7 +99,7 @@ def attention_backward(
         dv += (tl.zeros([KEYS, D], tl.float32),)
     dq_sum = tl.zeros([D] if transposes_dq(D, BLOCK_M) else [BLOCK_M, D], tl.float32)
     for start in range(0, queries if HIDDEN else N, BLOCK_M):
-        dk, dv, dq_sum = _backward_rows(
+        dk, dv, dq_sum = backward_rows(
             q_ptr, do_ptr, dq_ptr, normaliser_ptr, delta_ptr, keys, values, dk, dv, dq_sum, k_tail_ptr,
             q_bias_ptr, seed_ptr, sequence, seen, start, stride_q, stride_do, stride_dq, N, M, D,
             BLOCK_M, KEYS, TAIL, MASKED, BIAS, CAUSAL, threshold,
@@ -258,8 +119,28 @@ def attention_backward(
             tl.debug_barrier()  # all have read it before it is written again
         if not transposes_dq(D, BLOCK_M):
             dq_sum = tl.sum(dq_sum, 0)
-        _store_row(dq_bias_ptr, dq_sum, D)
-        _store_row(dv_bias_ptr, dv_bias, D)
+        store_row(dq_bias_ptr, dq_sum, D)
+        store_row(dv_bias_ptr, dv_bias, D)
+
+
+@triton.jit(do_not_specialize=["first_sequence", "queries"])
+def attention_backward(
+    q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr, v_bias_ptr, seed_ptr,
+    lengths_ptr, dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence, queries, stride_qs,
+    stride_ks, stride_dos, stride_outs, stride_dqs, stride_dks, stride_q: tl.constexpr,
+    stride_k: tl.constexpr, stride_do: tl.constexpr, stride_out: tl.constexpr, stride_dq: tl.constexpr,
+    stride_dk: tl.constexpr, N: tl.constexpr, M: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, PREPARED: tl.constexpr, KEYS: tl.constexpr, CHUNKS: tl.constexpr,
+    TAIL: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, threshold: tl.constexpr,
+):  # fmt: skip
+    """A program for each head of each sequence."""
+    backward_head(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, normaliser_ptr, delta_ptr, q_bias_ptr,
+        v_bias_ptr, seed_ptr, lengths_ptr, dq_ptr, dk_ptr, dv_ptr, dq_bias_ptr, dv_bias_ptr, first_sequence,
+        queries, stride_qs, stride_ks, stride_dos, stride_outs, stride_dqs, stride_dks, stride_q, stride_k,
+        stride_do, stride_out, stride_dq, stride_dk, N, M, H, D, BLOCK_M, PREPARED, KEYS, CHUNKS, TAIL,
+        HIDDEN, CAUSAL, threshold,
+    )  # fmt: skip
 
 
 def backward(
@@ -277,28 +158,63 @@ def backward(
     """
     sequences, queries, width = q.shape
     keys, dim = k.shape[1], width // heads
-    tail, resident = geometry(keys)
-    resident = max(64, tile(resident, 256))  # fewer do not fill the rows of a tensor core product
-    major, _ = runtime.capability(q.device)
-    blocks = _blocks(resident, dim, threshold, wgmma=major in (9, 10))
-    if causal and major not in (9, 10) and dim == 64 and threshold > 0 and keys > 40:
-        blocks = blocks._replace(queries=16)  # ptxas spills 32 bytes with 32
-    chunk, delta = min(blocks.keys, resident), None
-    hidden = major == 9 and (hides_trips(queries, blocks.queries, dim) or 64 < keys < resident)
+    major = runtime.capability(q.device)[0]
+    blocks = blocks_for(keys, dim, threshold, major)
+    delta = None
     if normaliser is not None:
-        delta = torch.empty(sequences * heads, 2, queries, dtype=torch.float32, device=q.device)
+        delta = q.new_empty((sequences * heads, 2, queries), dtype=torch.float32)
+    constants = constants_of(queries, keys, dim, threshold, major, causal, normaliser is not None, blocks)
+    stride_qs, stride_q, _ = q.stride()
+    stride_ks, stride_k, _ = k.stride()
+    stride_dos, stride_do, _ = d_out.stride()
+    stride_outs, stride_out, _ = out.stride()
+    stride_dqs, stride_dq, _ = dq.stride()
+    stride_dks, stride_dk, _ = dk.stride()
     runtime.launch(
         attention_backward, (sequences * heads,),
         q, k, v, d_out, out, normaliser, delta, q_bias, v_bias, seed, lengths, dq, dk, dv, dq_bias, dv_bias,
-        first_sequence, queries, q.stride(0), k.stride(0), d_out.stride(0), out.stride(0), dq.stride(0),
-        dk.stride(0), stride_q=q.stride(1), stride_k=k.stride(1), stride_do=d_out.stride(1),
-        stride_out=out.stride(1), stride_dq=dq.stride(1), stride_dk=dk.stride(1), N=queries, M=keys, H=heads,
-        D=dim, BLOCK_M=blocks.queries,
-        PREPARED=blocks.prepared if normaliser is not None else 16,  # unused then
-        KEYS=chunk, CHUNKS=resident // chunk, TAIL=tail, HIDDEN=hidden, CAUSAL=causal,
-        threshold=threshold,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        first_sequence, queries, stride_qs, stride_ks, stride_dos, stride_outs, stride_dqs, stride_dks,
+        stride_q=stride_q, stride_k=stride_k, stride_do=stride_do, stride_out=stride_out,
+        stride_dq=stride_dq, stride_dk=stride_dk, H=heads, **constants,
     )  # fmt: skip
+
+
+@functools.cache
+def _resident(keys: int) -> int:
+    """Keys in tiles: fewer than 64 do not fill the rows of a tensor core product."""
+    return max(64, tile(geometry(keys)[1], 256))
+
+
+@functools.cache
+def constants_of(
+    queries: int, keys: int, dim: int, threshold: int, major: int, causal: bool, prepares: bool,
+    blocks: Blocks,
+) -> dict[str, Any]:  # fmt: skip
+    """What follows from the lengths, the width of a head and the device; shared, and so not to be changed."""
+    resident = _resident(keys)
+    if causal and major not in (9, 10) and dim == 64 and threshold > 0 and keys > 40:
+        blocks = blocks._replace(queries=16)  # ptxas spills 32 bytes with 32
+    chunk = min(blocks.keys, resident)
+    # On Blackwell ptxas would spill 8 bytes to fit one program more.
+    few = dim == 64 and resident == 256 and queries <= 32
+    many = dim == 32 and resident == 64 and queries > 64
+    roomy = (1 if few else 2) if major == 10 and (few or many) else 0
+    return dict(
+        N=queries,
+        M=keys,
+        D=dim,
+        BLOCK_M=blocks.queries,
+        PREPARED=blocks.prepared if prepares else 16,  # unused then
+        KEYS=chunk,
+        CHUNKS=resident // chunk,
+        TAIL=geometry(keys)[0],
+        HIDDEN=major == 9 and (hides_trips(queries, blocks.queries, dim) or 64 < keys < resident),
+        CAUSAL=causal,
+        threshold=threshold,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        maxnreg=runtime.registers(roomy, blocks.num_warps) if roomy else None,
+    )
 
 
 class Blocks(NamedTuple):
@@ -309,6 +225,16 @@ class Blocks(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int = 1
+
+
+def prepares(keys: int) -> bool:
+    """Whether row sums are computed in a walk of their own, from what the forward pass kept."""
+    return _resident(keys) > 64
+
+
+def blocks_for(keys: int, dim: int, threshold: int, major: int) -> Blocks:
+    """The launch for so many keys."""
+    return _blocks(_resident(keys), dim, threshold, wgmma=major in (9, 10))
 
 
 def _blocks(resident: int, dim: int, threshold: int, *, wgmma: bool) -> Blocks:

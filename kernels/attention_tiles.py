@@ -23,11 +23,8 @@ def load_tile(ptr, rows, stride: tl.constexpr, limit: tl.constexpr, whole: tl.co
 
 @triton.jit
 def seen_keys(lengths_ptr, number, M: tl.constexpr):
-    """How many keys sequence `number` sees, 0 to M; None where it sees all."""
-    if lengths_ptr is None:
-        return None
-    else:
-        return tl.minimum(tl.maximum(tl.load(lengths_ptr + number), 0), M).to(tl.int32)
+    """How many keys sequence `number` sees, 0 to M. Callers have None where all are seen."""
+    return tl.minimum(tl.maximum(tl.load(lengths_ptr + number), 0), M).to(tl.int32)
 
 
 @triton.jit

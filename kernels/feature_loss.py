@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
-from lmim_fast.kernels.rows import as_rows, padded_width
+from lmim_fast.kernels.rows import halved_tile, with_stride
 
 TILE = 2048  # values: 16 a thread, two 16-byte loads of each bf16 input
 NUM_WARPS = 4
@@ -114,12 +114,9 @@ def _forward(
 
 
 @triton.jit
-def _scale(gradient_ptr, upstream_ptr, out_ptr, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+def _scale(gradient_ptr, upstream_ptr, out_ptr, factor, size, BLOCK: tl.constexpr):
     scale = tl.load(upstream_ptr).to(tl.float32) * factor
-    tiles = tl.cdiv(size, BLOCK)
-    if IN_PLACE:
-        tiles = tl.where(scale == 1.0, 0, tiles)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
         at = (tl.zeros((BLOCK,), tl.int64) + tile) * BLOCK + tl.arange(0, BLOCK)
         gradient = tl.load(gradient_ptr + at, mask=at < size, other=0.0).to(tl.float32) * scale
         tl.store(out_ptr + at, gradient.to(out_ptr.dtype.element_ty), mask=at < size)
@@ -146,7 +143,7 @@ def features_forward(
         gradient:      that of product is wanted.
         bias_gradient: that of bias is wanted.
     Returns:
-        loss () fp32; the gradient of product (B, M, D) in its dtype, to be multiplied by `pending_factor`, or
+        loss () fp32; the gradient of product (B, M, D) in its dtype, to be multiplied by `scale`, or
         None; the gradient of bias (D,) fp32, or None.
     """
     batch_stride, token_stride, column_stride = features.stride()
@@ -220,13 +217,13 @@ def _launch_forward(
     (_, masked, width), device = product.shape, product.device
     out = torch.empty(product.shape, dtype=product.dtype, device=device) if gradient else None
     mean = 1 / product.numel()
-    kept = 2 * mean / pending_factor(product)
-    product = as_rows(product)
-    rows, half = product.shape[0], padded_width(width) // 2
-    tile = max(1, min(MOST_ROWS, TILE // (2 * half)))
-    programs = min(triton.cdiv(rows, tile), PROGRAMS * runtime.multiprocessors(device))
-    bias_sums = torch.empty((programs, width), dtype=torch.float32, device=device) if bias_gradient else None
-    squares = torch.empty(programs, dtype=torch.float32, device=device)
+    kept = 2 * mean / _pending_factor(product)
+    rows = product.numel() // width
+    product, product_stride = with_stride(product)
+    tile, half = halved_tile(width, TILE, MOST_ROWS)
+    programs = min(-(-rows // tile), PROGRAMS * runtime.multiprocessors(device))
+    bias_sums = product.new_empty((programs, width), dtype=torch.float32) if bias_gradient else None
+    squares = product.new_empty((programs,), dtype=torch.float32)
     runtime.launch(
         _forward,
         (programs,),
@@ -237,7 +234,7 @@ def _launch_forward(
         out,
         bias_sums,
         squares,
-        product.stride(0),
+        product_stride,
         *strides,
         *grid,
         masked,
@@ -257,35 +254,29 @@ def _launch_forward(
     return squares.sum(), out, None if bias_sums is None else bias_sums.sum(0)
 
 
-def pending_factor(product: Tensor) -> float:
-    """What a kept gradient of product has still to be multiplied by, besides the gradient of the loss.
-
-    1 but for fp16, in which the mean's gradient would vanish before it meets the scale of the loss.
-    """
+def _pending_factor(product: Tensor) -> float:
+    """What `scale` brings in fp16: with it the gradient would vanish before it meets the loss scale."""
     return 2 / product.numel() if product.dtype == torch.float16 else 1.0
 
 
-def scale(gradient: Tensor, upstream: Tensor, factor: float, *, in_place: bool) -> Tensor:
-    """gradient x upstream x factor; in place nothing is read or written where that product is 1.
+def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """What the forward pass keeps of the gradient of product, times all that is still to come.
 
     Args:
         gradient: contiguous.
         upstream: one number, on the same device; it is not read on the host.
-        factor:   another.
-        in_place: the result is `gradient` itself.
     """
-    out = gradient if in_place else torch.empty_like(gradient)
-    tiles = triton.cdiv(gradient.numel(), SCALED_TILE)
+    out = torch.empty_like(gradient)
+    tiles = -(-gradient.numel() // SCALED_TILE)
     runtime.launch(
         _scale,
         (min(tiles, SCALING_PROGRAMS * runtime.multiprocessors(gradient.device)),),
         gradient,
         upstream,
         out,
-        factor,
+        _pending_factor(gradient),
         gradient.numel(),
         num_warps=NUM_WARPS,
-        IN_PLACE=in_place,
         BLOCK=SCALED_TILE,
     )
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.dropout import keep_tile
-from lmim_fast.kernels.rows import as_rows, padded_width
+from lmim_fast.kernels.rows import new_rows, tile_shape, with_stride
 
 NUM_WARPS = 4
 MAX_BLOCK = 512  # columns of a program; divides the hidden widths 1536, 2048 and 3072
@@ -85,6 +85,7 @@ def _backward(
     seed_ptr,
     grad_x_ptr,
     sums_ptr,
+    activated_ptr,
     grad_stride,
     x_stride,
     rows,
@@ -110,12 +111,18 @@ def _backward(
         grad = tl.load(grad_ptr + at * grad_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         x += bias[None, :]
         distance = tl.abs(x)
-        slope = normal_tail(distance, EXACT) - distance * normal_density(distance)
+        tail = normal_tail(distance, EXACT)
+        activated = tl.maximum(x, 0.0) - distance * tail  # the bits of `_forward`
+        slope = tail - distance * normal_density(distance)
         grad *= tl.where(x < 0, slope, 1 - slope)
         if THRESHOLD > 0:
             group = block * (BLOCK // 16) + tl.arange(0, BLOCK // 16)
             keep = keep_tile(tl.load(seed_ptr), row, group, 0, THRESHOLD, R, BLOCK // 16)
             grad = tl.where(keep, grad * (256 / (256 - THRESHOLD)), 0.0)
+            activated = tl.where(keep, activated * (256 / (256 - THRESHOLD)), 0.0)
+        if activated_ptr is not None:
+            out = activated.to(activated_ptr.dtype.element_ty)
+            tl.store(activated_ptr + at * F + column[None, :], out, mask=inside)
         tl.store(grad_x_ptr + at * F + column[None, :], grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
         if sums_ptr is not None:
             total += grad
@@ -134,20 +141,19 @@ def forward(x: Tensor, bias: Tensor, seed: Tensor | None, threshold: int) -> Ten
     Returns:
         (..., F) in x's dtype.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x = as_rows(x)
-    rows, width = x.shape
-    block = min(MAX_BLOCK, padded_width(width))
-    blocks = triton.cdiv(width, block)
-    tile = min(MOST_ROWS, FORWARD_TILE // block)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = new_rows(x, x.dtype)
+    x, x_stride = with_stride(x)
+    tile, block, blocks = tile_shape(width, FORWARD_TILE, MAX_BLOCK, MOST_ROWS)
     runtime.launch(
         _forward,
-        (triton.cdiv(rows, tile) * blocks,),
+        (-(-rows // tile) * blocks,),
         x,
         bias.contiguous(),
         seed,
         out,
-        x.stride(0),
+        x_stride,
         rows,
         num_warps=NUM_WARPS,
         F=width,
@@ -161,7 +167,15 @@ def forward(x: Tensor, bias: Tensor, seed: Tensor | None, threshold: int) -> Ten
 
 
 def backward(
-    grad: Tensor, x: Tensor, bias: Tensor, seed: Tensor | None, threshold: int, *, bias_wanted: bool
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    *,
+    bias_wanted: bool,
+    activated: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `forward`.
 
@@ -169,18 +183,23 @@ def backward(
         grad:        (..., F) of the result.
         x:           as in `forward`, and so bias, seed and threshold.
         bias_wanted: the gradient of the bias is wanted.
+        activated:   (..., F) contiguous output in x's dtype, or None: the result of `forward` again.
+        in_place:    the gradient of x takes the memory of grad, which is contiguous and of x's dtype.
     Returns:
         gradient of x (..., F) in its dtype; of the bias (F,) fp32, or None.
     """
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, grad = as_rows(x), as_rows(grad)
-    rows, width = x.shape
-    block = min(MAX_BLOCK, padded_width(width))
-    blocks = triton.cdiv(width, block)
-    tile = min(MOST_ROWS, BACKWARD_TILE // block)
-    most = max(1, BACKWARD_PROGRAMS * runtime.multiprocessors(x.device) // blocks)
-    parts = min(triton.cdiv(rows, tile), most)
-    sums = torch.empty((parts, width), dtype=torch.float32, device=x.device) if bias_wanted else None
+    width = x.shape[-1]
+    rows = x.numel() // width
+    grad_x = grad if in_place else new_rows(x, x.dtype)
+    x, x_stride = with_stride(x)
+    grad, grad_stride = with_stride(grad)
+    tile, block, blocks = tile_shape(width, BACKWARD_TILE, MAX_BLOCK, MOST_ROWS)
+    # On Blackwell ptxas would spill a few bytes to fit as many programs as there are without `activated`.
+    crowded = activated is not None and runtime.capability(x.device)[0] == 10
+    programs = min(4, BACKWARD_PROGRAMS) if crowded else BACKWARD_PROGRAMS
+    most = max(1, programs * runtime.multiprocessors(x.device) // blocks)
+    parts = min(-(-rows // tile), most)
+    sums = x.new_empty((parts, width), dtype=torch.float32) if bias_wanted else None
     runtime.launch(
         _backward,
         (parts * blocks,),
@@ -190,10 +209,12 @@ def backward(
         seed,
         grad_x,
         sums,
-        grad.stride(0),
-        x.stride(0),
+        activated,
+        grad_stride,
+        x_stride,
         rows,
         num_warps=NUM_WARPS,
+        maxnreg=runtime.registers(programs, NUM_WARPS) if crowded else None,
         F=width,
         THRESHOLD=threshold,
         EXACT=x.dtype == torch.float32,

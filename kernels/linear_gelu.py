@@ -10,6 +10,7 @@ a thread.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,29 +156,34 @@ class Blocks:
 def blocks(x: Tensor, columns: int) -> Blocks:
     """For x (M, K) times `columns` columns: 128 x 128 for tensor cores, less where the widths do not fit."""
     if x.dtype == torch.float32 or columns % 128 or x.shape[1] % 64:
-        return Blocks(64, 64, 32, num_warps=4, num_stages=2)
-    if runtime.capability(x.device)[0] in (9, 10):
-        return Blocks(128, 128, 64, num_warps=4, num_stages=3)  # 96 KiB of shared memory
-    return Blocks(128, 128, 32, num_warps=4, num_stages=4)  # 48 KiB
+        return SMALL
+    return LARGE if runtime.capability(x.device)[0] in (9, 10) else MEDIUM
 
 
-def _launch(kernel: Any, columns: int, *tensors: Tensor | None) -> None:
-    x = tensors[0]
-    assert x is not None
+SMALL = Blocks(64, 64, 32, num_warps=4, num_stages=2)
+MEDIUM = Blocks(128, 128, 32, num_warps=4, num_stages=4)  # 48 KiB of shared memory
+LARGE = Blocks(128, 128, 64, num_warps=4, num_stages=3)  # 96 KiB
+
+
+@functools.cache
+def _constants(cut: Blocks, columns: int, depth: int, exact: bool) -> dict[str, Any]:
+    """Shared, and so not to be changed."""
+    even = columns % cut.BLOCK_N == 0 and depth % cut.BLOCK_K == 0
+    return dict(EVEN=even, EXACT=exact, GROUP=8) | asdict(cut)  # GROUP: row tiles
+
+
+def _launch(kernel: Any, cut: Blocks, columns: int, x: Tensor, *tensors: Tensor | None) -> None:
     rows, depth = x.shape
-    cut = blocks(x, columns)
-    tiles = triton.cdiv(rows, cut.BLOCK_M) * triton.cdiv(columns, cut.BLOCK_N)
+    tiles = -(-rows // cut.BLOCK_M) * -(-columns // cut.BLOCK_N)
     runtime.launch(
         kernel,
         (min(tiles, RESIDENT * runtime.multiprocessors(x.device)),),
+        x,
         *tensors,
         rows,
         columns,
         depth,
-        EVEN=columns % cut.BLOCK_N == 0 and depth % cut.BLOCK_K == 0,
-        EXACT=x.dtype == torch.float32,
-        GROUP=8,  # row tiles
-        **asdict(cut),
+        **_constants(cut, columns, depth, x.dtype == torch.float32),
     )
 
 
@@ -192,10 +198,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, *, keep_hidden: bool) -> tu
     Returns:
         hidden = x @ weight.T + bias (M, N) and gelu(hidden) (M, N), both in x's dtype.
     """
-    activated = x.new_empty(len(x), len(weight))
+    columns = weight.shape[0]
+    activated = x.new_empty((x.shape[0], columns))
     hidden = torch.empty_like(activated) if keep_hidden else None
     tensors = (x.contiguous(), weight.contiguous(), bias.contiguous(), hidden, activated)
-    _launch(linear_gelu_kernel, len(weight), *tensors)
+    _launch(linear_gelu_kernel, blocks(x, columns), columns, *tensors)
     return hidden, activated
 
 
@@ -216,8 +223,9 @@ def backward(
     columns, hidden = weight.shape[1], hidden.contiguous()
     grad_hidden = torch.empty_like(hidden)
     activated = torch.empty_like(hidden) if activated_wanted else None
-    row_tiles = triton.cdiv(len(grad), blocks(grad, columns).BLOCK_M)
-    sums = grad.new_empty(row_tiles, columns, dtype=torch.float32) if bias_wanted else None
+    cut = blocks(grad, columns)
+    row_tiles = -(-grad.shape[0] // cut.BLOCK_M)
+    sums = grad.new_empty((row_tiles, columns), dtype=torch.float32) if bias_wanted else None
     tensors = (grad.contiguous(), weight.contiguous(), hidden, grad_hidden, activated, sums)
-    _launch(linear_gelu_backward_kernel, columns, *tensors)
+    _launch(linear_gelu_backward_kernel, cut, columns, *tensors)
     return grad_hidden, activated, None if sums is None else sums.sum(0)

@@ -78,9 +78,9 @@ def draw_patches_kernel(
     _store_split(keys, visible_ptr, masked_ptr, sample, L, K, UNIFORM_BITS, BLOCK)
 
 
-def _outputs(samples: int, patches: int, num_visible: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    visible = torch.empty((samples, num_visible), dtype=torch.int64, device=device)
-    return visible, torch.empty((samples, patches - num_visible), dtype=torch.int64, device=device)
+def _outputs(like: Tensor, samples: int, patches: int, num_visible: int) -> tuple[Tensor, Tensor]:
+    visible = like.new_empty((samples, num_visible), dtype=torch.int64)
+    return visible, like.new_empty((samples, patches - num_visible), dtype=torch.int64)
 
 
 def select(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def select(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
         the places of the K smallest values (B, K) and of the others (B, L - K), int64, rising.
     """
     samples, patches = noise.shape
-    visible, masked = _outputs(samples, patches, num_visible, noise.device)
+    visible, masked = _outputs(noise, samples, patches, num_visible)
     runtime.launch(
         select_patches_kernel, (samples,), noise, visible, masked, noise.stride(0), noise.stride(1),
         L=patches, K=num_visible, BLOCK=padded_width(patches), num_warps=1,
@@ -116,7 +116,7 @@ def draw(
         stream:      last word of the counter.
     """
     samples = len(indices)
-    visible, masked = _outputs(samples, patches, num_visible, indices.device)
+    visible, masked = _outputs(indices, samples, patches, num_visible)
     runtime.launch(
         draw_patches_kernel, (samples,), indices, epochs, visible, masked, _signed(seed), _signed(seed >> 32),
         _signed(epoch), indices.stride(0), 0 if epochs is None else epochs.stride(0), STREAM=stream,

@@ -7,6 +7,8 @@ take tile after tile and keep column sums in registers, to be added up in a fixe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from lmim_fast.kernels import runtime
 from lmim_fast.kernels.dropout import keep_tile
-from lmim_fast.kernels.rows import as_rows, padded_width
+from lmim_fast.kernels.rows import halved_tile, new_rows, with_stride
 
 TILE = 2048  # values: 16 a thread, two 16-byte loads of each bf16 input
 NUM_WARPS = 4
@@ -83,7 +85,9 @@ def _forward(
         total = kept.to(tl.float32)  # the statistics are those of the residual that is kept
     weight = _parameter(weight_ptr, column, D, R, HALF)
     bias = _parameter(bias_ptr, column, D, R, HALF)
-    mean = _row_mean(total, D)
+    # Chosen, so that the difference below is from the mean as it is stored, and `_backward` can make the same
+    # rows. Else the compiler fuses it with the product that made the mean, before that is rounded.
+    mean = tl.where(row < rows, _row_mean(total, D), 0.0)
     centred = tl.where(column < D, total - mean[None, :, None], 0.0)
     deviation = tl.rsqrt(_row_mean(centred * centred, D) + eps)
     tl.store(statistics_ptr + row, mean, mask=row < rows)
@@ -92,7 +96,7 @@ def _forward(
     tl.store(normalised_ptr + at * D + column, normalised.to(normalised_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "first"])
 def _backward(
     grad_ptr,
     grad_total_ptr,
@@ -103,14 +107,23 @@ def _backward(
     grad_x_ptr,
     grad_residual_ptr,
     sums_ptr,
+    bias_ptr,
+    normalised_ptr,
+    more_ptr,
+    most_ptr,
     grad_stride,
     grad_total_stride,
     total_stride,
+    more_stride,
+    most_stride,
     rows,
+    tokens,
+    first,
     D: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PARAMETERS: tl.constexpr,
     X_BIAS: tl.constexpr,
+    SHIFTED: tl.constexpr,
     R: tl.constexpr,
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
@@ -128,11 +141,28 @@ def _backward(
         change = tl.zeros((2, R, HALF), tl.float32)
         if grad_ptr is not None:
             grad = tl.load(grad_ptr + at * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+            if more_ptr is not None:
+                more_at, more_inside = at, inside
+                if SHIFTED:  # its rows are those from `first` on of each sequence
+                    more_at = (row - (row // tokens + 1) * first).to(tl.int64)[None, :, None]
+                    more_inside = inside & (row % tokens >= first)[None, :, None]
+                more = tl.load(more_ptr + more_at * more_stride + column, mask=more_inside, other=0.0)
+                grad += more.to(tl.float32)
+                if most_ptr is not None:
+                    most = tl.load(most_ptr + more_at * most_stride + column, mask=more_inside, other=0.0)
+                    grad += most.to(tl.float32)
             total = tl.load(total_ptr + at * total_stride + column, mask=inside, other=0.0).to(tl.float32)
             mean = tl.load(statistics_ptr + row, mask=row < rows, other=0.0)[None, :, None]
             deviation = tl.load(statistics_ptr + rows + row, mask=row < rows, other=0.0)[None, :, None]
             # Outside, grad is 0, and so is all that is summed up.
             normal = (total - mean) * deviation
+            if normalised_ptr is not None:
+                bias = tl.zeros((2, R, HALF), tl.float32)  # over the loop it would not fit the registers
+                if tile < tl.cdiv(rows, R):  # always: a load in a branch gets no buffers in shared memory
+                    bias = _parameter(bias_ptr, column, D, R, HALF)
+                # The same bits as in `_forward`: the same operations in the same order.
+                normalised = (normal * weight + bias).to(normalised_ptr.dtype.element_ty)
+                tl.store(normalised_ptr + at * D + column, normalised, mask=inside)
             if PARAMETERS:
                 weight_sum += grad * normal
                 bias_sum += grad
@@ -160,12 +190,6 @@ def _backward(
     if X_BIAS:
         sums_at += 2 * step if PARAMETERS else 0
         tl.store(sums_at, tl.sum(branch_sum, axis=1, keep_dims=True), mask=column < D)
-
-
-def _tile(width: int) -> tuple[int, int]:
-    """Rows of a tile and columns of half a row."""
-    half = padded_width(width) // 2
-    return max(1, min(MOST_ROWS, TILE // (2 * half))), half
 
 
 def forward(
@@ -196,16 +220,16 @@ def forward(
         statistics (2, rows) fp32: mean, inverse of the deviation.
     """
     width = residual.shape[-1]
-    normalised = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    total = None if x is None else torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    residual = as_rows(residual)
-    branch = None if x is None else as_rows(x)
-    rows = residual.shape[0]
-    statistics = torch.empty((2, rows), dtype=torch.float32, device=residual.device)
-    tile, half = _tile(width)
+    rows = residual.numel() // width
+    normalised = new_rows(residual, dtype)
+    total = None if x is None else new_rows(residual, residual.dtype)
+    statistics = residual.new_empty((2, rows), dtype=torch.float32)
+    residual, residual_stride = with_stride(residual)
+    branch, branch_stride = (None, 0) if x is None else with_stride(x)
+    tile, half = halved_tile(width, TILE, MOST_ROWS)
     runtime.launch(
         _forward,
-        (triton.cdiv(rows, tile),),
+        (-(-rows // tile),),
         branch,
         None if x_bias is None else x_bias.contiguous(),
         residual,
@@ -215,8 +239,8 @@ def forward(
         normalised,
         total,
         statistics,
-        0 if branch is None else branch.stride(0),
-        residual.stride(0),
+        branch_stride,
+        residual_stride,
         rows,
         eps,
         num_warps=NUM_WARPS,
@@ -241,6 +265,10 @@ def backward(
     residual_dtype: torch.dtype | None,
     parameters: bool,
     x_bias: bool,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    extra: Sequence[Tensor] = (),
+    first: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients of `forward`.
 
@@ -256,22 +284,41 @@ def backward(
         residual_dtype: of the gradient of the residual; None if it is not wanted.
         parameters:     the gradients of weight and bias are wanted; grad is given.
         x_bias:         the gradient of x_bias is wanted.
+        rows:           (..., D) contiguous output, or None: the normalised rows again, as `forward` made them
+                        for this dtype; grad and bias are given.
+        bias:           (D,) as in `forward`; only `rows` needs it.
+        extra:          up to two gradients (..., D) to be added to grad, which is given.
+        first:          where it is above 0, those in extra are (B, N - first, D): of tokens first to N - 1
+                        of a total (B, N, D).
     Returns:
         gradients of x and of the residual (..., D), or None;
         (k, D) fp32 gradients of weight, bias and x_bias, those that are wanted.
+    Raises:
+        ValueError: rows or extra without grad, rows without bias, or more in extra or of another shape.
     """
+    if grad is None and (rows is not None or extra):
+        raise ValueError("rows and extra need the gradient of the normalised rows, got None")
+    if rows is not None and bias is None:
+        raise ValueError("rows need the bias, got None")
     width, device = total.shape[-1], total.device
-    grad_x = None if x_dtype is None else torch.empty(total.shape, dtype=x_dtype, device=device)
-    grad_residual = (
-        None if residual_dtype is None else torch.empty(total.shape, dtype=residual_dtype, device=device)
-    )
-    total = as_rows(total)
-    grad = None if grad is None else as_rows(grad)
-    grad_total = None if grad_total is None else as_rows(grad_total)
-    rows = total.shape[0]
-    tile, half = _tile(width)
-    programs = min(triton.cdiv(rows, tile), BACKWARD_PROGRAMS * runtime.multiprocessors(device))
-    sums = torch.empty((2 * parameters + x_bias, programs, width), dtype=torch.float32, device=device)
+    tokens = total.shape[-2] if first else 0
+    if extra:
+        _check_extra(extra, total, first)
+    count = total.numel() // width
+    grad_x = None if x_dtype is None else new_rows(total, x_dtype)
+    grad_residual = None if residual_dtype is None else new_rows(total, residual_dtype)
+    total, total_stride = with_stride(total)
+    grad, grad_stride = (None, 0) if grad is None else with_stride(grad)
+    grad_total, grad_total_stride = (None, 0) if grad_total is None else with_stride(grad_total)
+    more, more_stride = with_stride(extra[0]) if extra else (None, 0)
+    most, most_stride = with_stride(extra[1]) if len(extra) > 1 else (None, 0)
+    major = runtime.capability(device)[0]
+    tile, half = halved_tile(width, TILE, MOST_ROWS)
+    # One more would spill a few bytes: rows are made beside three sums, and fp32 takes more registers.
+    crowded = rows is not None and x_bias and (total.dtype == torch.float32 or major == 10)
+    resident = min(2, BACKWARD_PROGRAMS) if crowded else BACKWARD_PROGRAMS
+    programs = min(-(-count // tile), resident * runtime.multiprocessors(device))
+    sums = total.new_empty((2 * parameters + x_bias, programs, width), dtype=torch.float32)
     runtime.launch(
         _backward,
         (programs,),
@@ -284,18 +331,39 @@ def backward(
         grad_x,
         grad_residual,
         sums,
-        0 if grad is None else grad.stride(0),
-        0 if grad_total is None else grad_total.stride(0),
-        total.stride(0),
+        None if bias is None or rows is None else bias.contiguous(),
         rows,
+        more,
+        most,
+        grad_stride,
+        grad_total_stride,
+        total_stride,
+        more_stride,
+        most_stride,
+        count,
+        tokens,
+        first,
         num_warps=NUM_WARPS,
-        maxnreg=runtime.registers(BACKWARD_PROGRAMS, NUM_WARPS),
+        maxnreg=runtime.registers(resident, NUM_WARPS),
         D=width,
         THRESHOLD=threshold,
         PARAMETERS=parameters,
         X_BIAS=x_bias,
+        SHIFTED=first > 0,
         R=tile,
         HALF=half,
         STAGES=BACKWARD_STAGES,
     )
     return grad_x, grad_residual, sums.sum(1)
+
+
+def _check_extra(extra: Sequence[Tensor], total: Tensor, first: int) -> None:
+    """Raise ValueError unless `extra` is up to two gradients with a row for each token from `first` on."""
+    expected = [*total.shape]
+    if first:
+        expected[-2] -= first
+    if len(extra) > 2:
+        raise ValueError(f"extra takes up to two gradients, got {len(extra)}")
+    for grad in extra:
+        if [*grad.shape] != expected or 0 in expected[-2:]:
+            raise ValueError(f"extra {tuple(grad.shape)} must be {tuple(expected)} from token {first} on")

@@ -8,6 +8,7 @@ in memory, and the weights with them.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,18 +159,19 @@ class Tiles:
 EXACT = Tiles(32, 32, 16, programs=8, num_warps=4)
 
 
+@functools.cache
 def _forward_tiles(compute: torch.dtype) -> Tiles:
     if compute == torch.float32:
         return replace(EXACT, programs=5, maxnreg=runtime.registers(5, 4))
     return Tiles(64, 128, 64, programs=2, num_warps=8, num_stages=2)
 
 
-def _run(images: Tensor, patch: int, channels_last: bool) -> int:
-    """Values that can be loaded at a time: a power of two that divides a row of a patch and its place."""
-    colour, row, column = images.stride()[1:]
+def _run(strides: tuple[int, ...], size: int, patch: int, channels_last: bool) -> int:
+    """Values of `size` bytes that can be loaded at a time: a power of two that divides a row of a patch."""
+    colour, row, column = strides
     if column != (3 if channels_last else 1):
         return 1
-    pixels = math.gcd(column * patch, row, 16 // images.element_size(), *(() if channels_last else (colour,)))
+    pixels = math.gcd(column * patch, row, 16 // size, *(() if channels_last else (colour,)))
     return pixels & -pixels
 
 
@@ -179,24 +181,36 @@ def geometry(
     """Images as a (B, 3, height, width) view, and the constants that the two kernels share."""
     if images.dtype == torch.uint8:
         images = images.permute(0, 3, 1, 2)
-    across = images.shape[3] // patch
-    patches = images.shape[2] // patch * across
-    kept = patches if ids is None else ids.shape[1]
-    channels_last = images.stride(1) == 1
+    strides, (_, _, height, width_of_image) = images.stride()[1:], images.shape
+    kept = None if ids is None else ids.shape[1]
+    size = images.element_size()
+    return images, _constants(strides, size, height, width_of_image, kept, patch, width, tiles)
+
+
+@functools.cache
+def _constants(
+    strides: tuple[int, ...], size: int, height: int, across: int, kept: int | None, patch: int, width: int,
+    tiles: Tiles,
+) -> dict[str, Any]:  # fmt: skip
+    """Of images `across` pixels wide, whose values have `size` bytes; shared, and so not to be changed."""
+    across //= patch
+    patches = height // patch * across
+    kept = patches if kept is None else kept
+    channels_last = strides[0] == 1
     rows = min(tiles.patches, padded_width(kept))
-    return images, dict(
-        STRIDES=images.stride()[1:],
+    return dict(
+        STRIDES=strides,
         P=patch,
         ACROSS=across,
         CHANNELS_LAST=channels_last,
-        RUN=_run(images, patch, channels_last),
+        RUN=_run(strides, size, patch, channels_last),
         L=patches,
         K=kept,
         D=width,
         R=rows,
-        CHUNKS=triton.cdiv(kept, rows),
+        CHUNKS=-(-kept // rows),
         BLOCK_D=tiles.columns,  # in 16 bits no line of a tile is below 128 bytes: see benchmarks/wgmma.py
-        BLOCKS=triton.cdiv(width, tiles.columns),
+        BLOCKS=-(-width // tiles.columns),
         BLOCK_K=tiles.pixels,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

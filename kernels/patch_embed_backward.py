@@ -7,6 +7,7 @@ product with the gradient is the gradient of the bias.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def patch_embed_backward_kernel(
             tl.store(sums_ptr + 3 * P * P * D + column, bias_sum, mask=inside)
 
 
+@functools.cache
 def _tiles(grad: torch.dtype, compute: torch.dtype, capability: tuple[int, int]) -> Tiles:
     if compute == torch.float32:
         return EXACT
@@ -101,10 +103,11 @@ def backward(
     launches: list[tuple[Tensor, Tensor | None, int, int, dict[str, Any]]] = []
     for images, ids in views:
         images, constants = geometry(images, ids, patch, width, tiles)
-        parts = triton.cdiv(values, constants["BLOCK_K"])
+        parts = -(-values // constants["BLOCK_K"])
         shares = constants["BLOCKS"] * parts
         workers = min(tiles.workers(grad.device, shares), len(images) * constants["CHUNKS"])
-        constants |= dict(PARTS=parts, ONES=grad.dtype == compute and values % constants["BLOCK_K"] != 0)
+        ones = grad.dtype == compute and values % constants["BLOCK_K"] != 0
+        constants = constants | dict(PARTS=parts, ONES=ones)
         launches.append((images, ids, workers, shares, constants))
     rows = sum(workers for _, _, workers, _, _ in launches)
     sums = grad.new_empty((rows, (values + 2) * width), dtype=torch.float32)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
+from lmim_fast.kernels.rows import power_of_two
 
 MOST_PIXELS = 4096  # of a block: 24 registers a thread hold its colours; the size of a word crop
 MANY_PIXELS = 2048  # of a block of a larger image, which is worked on block by block
@@ -194,11 +195,10 @@ def forward(
     batch, height, width, _ = plain.shape
     pixels = height * width
     views = [
-        torch.empty((batch, 3, height, width), dtype=dtype, device=plain.device)
-        for _ in range(1 if warped is None else 2)
+        plain.new_empty((batch, 3, height, width), dtype=dtype) for _ in range(1 if warped is None else 2)
     ]
     guidance = None if warped is None else views[1]
-    block = max(4, triton.next_power_of_2(pixels))
+    block = max(4, power_of_two(pixels))
     block = block if block <= MOST_PIXELS else MANY_PIXELS
     fields: list[Tensor | None] = [None] * 8
     if warped is not None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+LAUNCHES = ("triton", "direct")  # through Triton's JIT, or without it where that was there before: direct.py
 INTERPRETED_MULTIPROCESSORS = 2  # few, so that the loops over rows are run in the interpreter too
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch of a kernel, as it would be compiled; `options` are the compiler's."""
 
     kernel: Any
@@ -51,10 +53,17 @@ def recording(capability: tuple[int, int], multiprocessors: int = 132) -> Iterat
 
 
 def can_run(device: torch.device) -> bool:
-    """True on a CUDA device with Triton installed, and on a CPU under Triton's interpreter."""
+    """True on a CUDA device with Triton installed, on a CPU under Triton's interpreter, while recording."""
     if not TRITON_INSTALLED:
         return False
+    if _recording is not None:
+        return True
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def interpreted(device: torch.device) -> bool:
+    """Kernels on the device run in Triton's interpreter, whose products of bf16 are wrong."""
+    return device.type == "cpu" and _recording is None
 
 
 def launch(
@@ -77,18 +86,81 @@ def launch(
         maxnreg:    registers that a thread may have (`registers`); None: the compiler's choice.
         constants:  the kernel's constexpr arguments.
     """
-    options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
-    options["enable_fp_fusion"] = True  # Triton 3.10 will fuse products and sums only if asked to
+    options = _options(num_warps, num_stages, maxnreg)
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, arguments, constants, options))
         return
     if 0 in grid:
         return
-    settle_key(kernel)
-    device = next(value.device for value in arguments if isinstance(value, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[grid](*arguments, **options, **constants)
+    if id(kernel) not in _settled:
+        settle_key(kernel)
+    start = _start or _chosen()
+    elsewhere = _elsewhere(arguments)
+    if elsewhere is None:
+        start(kernel, grid, arguments, options, constants)
+    else:
+        with torch.cuda.device(elsewhere):
+            start(kernel, grid, arguments, options, constants)
+
+
+Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any], dict[str, Any]], None]
+_start: Start | None = None  # of the innermost `launching` block
+
+
+@contextlib.contextmanager
+def launching(name: str) -> Iterator[None]:
+    """Inside the block kernels are launched as `LMIM_FAST_LAUNCH=name` would have it."""
+    global _start
+    previous, _start = _start, _named(name)
+    try:
+        yield
+    finally:
+        _start = previous
+
+
+@functools.cache
+def _chosen() -> Start:
+    """What `LMIM_FAST_LAUNCH` says, once: launches are too many to read it at each."""
+    return _named(os.environ.get("LMIM_FAST_LAUNCH", "triton"))
+
+
+def _named(name: str) -> Start:
+    if name not in LAUNCHES:
+        raise ValueError(f"unknown LMIM_FAST_LAUNCH {name!r}; choose from {', '.join(LAUNCHES)}")
+    if name == "direct":
+        from lmim_fast.kernels import direct  # it imports Triton
+
+        reason = direct.unfit()
+        if reason is None:
+            return direct.launch
+        warnings.warn(f"{reason}: kernels are launched through Triton's JIT", stacklevel=2)
+    return _through_triton
+
+
+def _through_triton(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    constants: dict[str, Any],
+) -> None:
+    kernel[grid](*arguments, **options, **constants)
+
+
+@functools.cache
+def _options(num_warps: int, num_stages: int, maxnreg: int | None) -> dict[str, Any]:
+    """The compiler's options; they are shared, and so not to be changed."""
+    # Triton 3.10 will fuse products and sums only if asked to.
+    return dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, enable_fp_fusion=True)
+
+
+def _elsewhere(arguments: tuple[Any, ...]) -> int | None:
+    """The CUDA device of the first tensor where it is not the current one."""
+    for value in arguments:
+        if isinstance(value, Tensor):
+            index = value.get_device()
+            return index if value.is_cuda and index != torch.cuda.current_device() else None
+    return None
 
 
 _settled: set[int] = set()  # ids of functions, which live as long as the process
@@ -110,6 +182,7 @@ def settle_key(kernel: Any) -> None:
     kernel.cache_key  # noqa: B018 - computed at the first access
 
 
+@functools.cache
 def registers(programs: int, num_warps: int) -> int:
     """Registers of a thread if so many programs of so many warps share a multiprocessor.
 
@@ -124,8 +197,7 @@ def capability(device: torch.device) -> tuple[int, int]:
         return _recording.capability
     if device.type != "cuda":
         return (9, 0)
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor)
+    return _properties(device.index)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -134,4 +206,15 @@ def multiprocessors(device: torch.device) -> int:
         return _recording.multiprocessors
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _properties(device.index)[1]
+
+
+def _properties(index: int | None) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors of a CUDA device; None: of the current one."""
+    return _properties_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _properties_of(index: int) -> tuple[tuple[int, int], int]:
+    found = torch.cuda.get_device_properties(index)
+    return (found.major, found.minor), found.multi_processor_count

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmim_fast.kernels import runtime
-from lmim_fast.kernels.rows import padded_width
+from lmim_fast.kernels import rows, runtime
 
 NUM_WARPS = 4
 MAX_BLOCK = 512  # columns of a program; divides the widths 512, 1024 and 1536
@@ -114,12 +113,12 @@ def _sum_table(
 def append_rows(shown: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """(B, S + M, F): rows `shown` (B, S, F), behind them the rows `ids` (B, M) int64 of `table` (L, F)."""
     (images, appended), (patches, width), count = ids.shape, table.shape, shown.shape[1]
-    out = torch.empty((images, count + appended, width), dtype=table.dtype, device=table.device)
+    out = table.new_empty((images, count + appended, width))
     shown, table = side_by_side(shown), side_by_side(table)
     tile, block, blocks = tile_shape(width, FORWARD_TILE)
     runtime.launch(
         _append_rows,
-        (triton.cdiv(images, tile) * (count + appended) * blocks,),
+        (-(-images // tile) * (count + appended) * blocks,),
         shown,
         table,
         ids.contiguous(),
@@ -144,11 +143,11 @@ def table_gradient(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
     """Sum of the rows (B, M, F) of `grad` by their patch `ids` (B, M) int64, fp32 (patches, F)."""
     (images, count, width), device = grad.shape, grad.device
     grad = side_by_side(grad)
-    places = torch.empty((images, patches), dtype=torch.int32, device=device)
+    places = grad.new_empty((images, patches), dtype=torch.int32)
     searched, together = SEARCH_TILE
     runtime.launch(
         _invert,
-        (images * triton.cdiv(patches, searched),),
+        (images * -(-patches // searched),),
         ids.contiguous(),
         places,
         count,
@@ -158,9 +157,9 @@ def table_gradient(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
         BLOCK=together,
     )
     tile, block, blocks = tile_shape(width, BACKWARD_TILE)
-    tiles = triton.cdiv(patches, tile) * blocks
+    tiles = -(-patches // tile) * blocks
     parts = max(1, min(images, PROGRAMS * runtime.multiprocessors(device) // max(1, tiles)))
-    sums = torch.empty((parts, patches, width), dtype=torch.float32, device=device)
+    sums = grad.new_empty((parts, patches, width), dtype=torch.float32)
     runtime.launch(
         _sum_table,
         (parts * tiles,),
@@ -183,10 +182,9 @@ def table_gradient(grad: Tensor, ids: Tensor, patches: int) -> Tensor:
 
 def tile_shape(width: int, size: int) -> tuple[int, int, int]:
     """Rows and columns of a tile of at most `size` values, and tiles side by side."""
-    block = min(MAX_BLOCK, padded_width(width))
-    return min(MOST_ROWS, size // block), block, triton.cdiv(width, block)
+    return rows.tile_shape(width, size, MAX_BLOCK, MOST_ROWS)
 
 
-def side_by_side(rows: Tensor) -> Tensor:
-    """The rows with their columns side by side in memory; a copy only where it must be."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def side_by_side(tensor: Tensor) -> Tensor:
+    """Rows with their columns side by side in memory; a copy only where it must be."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

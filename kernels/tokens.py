@@ -72,10 +72,13 @@ def _decoder_tokens(
 @triton.jit
 def _decoder_tokens_backward(
     grad_ptr,
+    grad_shown_ptr,
     grad_visible_ptr,
     sums_ptr,
     image_stride,
     token_stride,
+    shown_image_stride,
+    shown_token_stride,
     images,
     shown,
     tokens,
@@ -97,6 +100,9 @@ def _decoder_tokens_backward(
         at = (image * image_stride + token * token_stride)[:, None] + column[None, :]
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         own = (token < shown)[:, None]
+        if grad_shown_ptr is not None:
+            shown_at = (image * shown_image_stride + token * shown_token_stride)[:, None] + column[None, :]
+            grad += tl.load(grad_shown_ptr + shown_at, mask=inside & own, other=0.0).to(tl.float32)
         if grad_visible_ptr is not None:
             out_at = (image * shown + token)[:, None] * D + column[None, :]
             out = grad.to(grad_visible_ptr.dtype.element_ty)
@@ -131,12 +137,12 @@ def decoder_tokens(
         (B, 1 + K + M, D).
     """
     (images, kept), masked, width = ids_visible.shape, ids_masked.shape[1], visible.shape[2]
-    out = torch.empty((images, 1 + kept + masked, width), dtype=dtype, device=visible.device)
+    out = visible.new_empty((images, 1 + kept + masked, width), dtype=dtype)
     visible, position = side_by_side(visible), side_by_side(position)
     tile, block, blocks = tile_shape(width, FORWARD_TILE)
     runtime.launch(
         _decoder_tokens,
-        (triton.cdiv(images, tile) * (1 + kept + masked) * blocks,),
+        (-(-images // tile) * (1 + kept + masked) * blocks,),
         visible,
         bias.contiguous(),
         mask_token.contiguous(),
@@ -160,7 +166,12 @@ def decoder_tokens(
 
 
 def decoder_tokens_backward(
-    grad: Tensor, shown: int, *, visible_dtype: torch.dtype | None, mask_token: bool
+    grad: Tensor,
+    shown: int,
+    *,
+    visible_dtype: torch.dtype | None,
+    mask_token: bool,
+    grad_shown: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of `decoder_tokens`.
 
@@ -169,34 +180,43 @@ def decoder_tokens_backward(
         shown:         1 + K.
         visible_dtype: of the gradient of visible; None if it is not wanted.
         mask_token:    the gradient of mask_token is wanted; without it only the shown rows are read.
+        grad_shown:    (B, 1 + K, D) a gradient to be added to that of the shown rows, or None.
     Returns:
         gradient of visible (B, 1 + K, D), or None;
         (2, D) fp32: gradients of bias and of mask_token, which is 0 if it is not wanted.
+    Raises:
+        ValueError: grad_shown has another shape.
     """
     (images, tokens, width), device = grad.shape, grad.device
     tokens = tokens if mask_token else shown
-    grad_visible = (
-        None
-        if visible_dtype is None
-        else torch.empty((images, shown, width), dtype=visible_dtype, device=device)
-    )
+    grad_visible = None
+    if visible_dtype is not None:
+        grad_visible = grad.new_empty((images, shown, width), dtype=visible_dtype)
     grad = side_by_side(grad)
+    if grad_shown is not None:
+        if grad_shown.shape != (images, shown, width):
+            raise ValueError(f"grad_shown {tuple(grad_shown.shape)} must be {(images, shown, width)}")
+        grad_shown = side_by_side(grad_shown)
     tile, block, blocks = tile_shape(width, BACKWARD_TILE)
     most = max(1, PROGRAMS * runtime.multiprocessors(device) // blocks)
-    parts = min(triton.cdiv(images * tokens, tile), most)
-    sums = torch.empty((2, parts, width), dtype=torch.float32, device=device)
+    parts = min(-(-images * tokens // tile), most)
+    sums = grad.new_empty((2, parts, width), dtype=torch.float32)
     runtime.launch(
         _decoder_tokens_backward,
         (parts * blocks,),
         grad,
+        grad_shown,
         grad_visible,
         sums,
         grad.stride(0),
         grad.stride(1),
+        0 if grad_shown is None else grad_shown.stride(0),
+        0 if grad_shown is None else grad_shown.stride(1),
         images,
         shown,
         tokens,
         num_warps=NUM_WARPS,
+        maxnreg=None if grad_shown is None else runtime.registers(PROGRAMS, NUM_WARPS),
         D=width,
         R=tile,
         BLOCK=block,

@@ -1,4 +1,4 @@
-"""Cases of kernels/attention.py and kernels/attention_backward.py."""
+"""Cases of kernels/attention.py, kernels/attention_backward.py and kernels/attention_pair.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.shapes import DECODER, MASKED, MODELS, TOKENS
+from benchmarks.shapes import BASE, DECODER, MASKED, MODELS, SMALL, TOKENS
 from benchmarks.static_build import Case
 from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
-from lmim_fast.kernels import attention, attention_backward, runtime
+from lmim_fast.kernels import attention, attention_backward, attention_pair, runtime
 from lmim_fast.ops.attention_reach import ALL_ON_CHIP, WIDTHS, reach
 from lmim_fast.ops.dropout import threshold
 
@@ -45,7 +45,22 @@ def cases() -> Iterator[Case]:
             for queries, keys in ((1, 257), (25, 257), (257, 25), (257, 50), (25, 77)):
                 name = f"cross-attention 4 heads of {dim}, {queries} x {keys} bfloat16, p={p}"
                 yield name, partial(_attention, 4 * dim, 4, queries, keys, torch.bfloat16, p, packed=False)
+    yield from _pair_cases()
     yield from _recognizer_cases()
+
+
+def _pair_cases() -> Iterator[Case]:
+    """Two segments: as many as the encoders' own, fewer, and one for each way to cut queries and keys."""
+    for p in (0.0, 0.1):
+        for dtype in DTYPES:
+            for model in (SMALL, BASE):
+                for tokens in (TOKENS, (25, 52)):
+                    name = f"self-attention {model.name} {tokens[0]} + {tokens[1]} {named(dtype)}, p={p}"
+                    yield name, partial(_pair, model.width, model.heads, tokens, dtype, p)
+        for dim in WIDTHS:
+            for tokens in ((64, 25), (52, 50), (52, 129), (77, 129), (256, 129), (256, 257), TOKENS):
+                name = f"self-attention 4 heads of {dim}, {tokens[0]} + {tokens[1]} bfloat16, p={p}"
+                yield name, partial(_pair, 4 * dim, 4, tokens, torch.bfloat16, p)
 
 
 def _recognizer_cases() -> Iterator[Case]:
@@ -107,3 +122,31 @@ def _attention(
         q, k, v, out, out, normaliser, q_bias, v_bias, dq, dk, dv, of_q, of_v, heads, *dropout, first, *masks
     )
     return None
+
+
+def _pair(width: int, heads: int, tokens: tuple[int, ...], dtype: torch.dtype, p: float) -> str | None:
+    """Both segments in one launch where the kernels go so far and can be compiled for both."""
+    capability, segments = runtime.capability(torch.device("meta")), (BATCH, tokens[0], BATCH, tokens[1])
+    largest = min(reach(capability, width // heads, p, count, count) for count in tokens)
+    if max(tokens) > largest:
+        return f"up to {largest} keys, got {max(tokens)}"
+    rows, dropout = BATCH * sum(tokens), threshold(p)
+    qkv, out = empty(rows, 3 * width, dtype=dtype), empty(rows, width, dtype=dtype)
+    q_bias, v_bias = empty(3 * width), empty(width)
+    kept = sum(BATCH * count * heads for count in tokens if count > ALL_ON_CHIP)
+    given = segments, heads, width // heads, dropout, capability, 2 * BATCH * heads
+    refused = []
+    if attention_pair.pairs(*given, backward=False):
+        attention_pair.forward_pair(
+            qkv, q_bias, v_bias, out, empty(kept) if kept else None, heads, segments, dropout, seed_for(p)
+        )
+    else:
+        refused.append("the forward passes")
+    if attention_pair.pairs(*given, backward=True):
+        of_q, of_v = empty(2, 2 * BATCH, width).unbind()
+        attention_pair.backward_pair(
+            qkv, out, q_bias, v_bias, qkv, of_q, of_v, heads, segments, dropout, seed_for(p)
+        )
+    else:
+        refused.append("the backward passes")
+    return f"no one kernel for {' and '.join(refused)}" if refused else None

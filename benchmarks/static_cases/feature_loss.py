@@ -30,8 +30,7 @@ def _features(width: int, dtype: torch.dtype) -> None:
             product, empty(width), features, _ids(), 1e-5, gradient=wanted, bias_gradient=wanted
         )
     assert gradient is not None
-    for in_place in (False, True):
-        feature_loss.scale(gradient, empty(), 1.0, in_place=in_place)
+    feature_loss.scale(gradient, empty())
 
 
 def _pixels(dtype: torch.dtype) -> None:

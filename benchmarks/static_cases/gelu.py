@@ -31,7 +31,8 @@ def _gelu_cases() -> Iterator[Case]:
 def _gelu(rows: int, width: int, dtype: torch.dtype, p: float) -> None:
     x, bias, dropout = empty(rows, width, dtype=dtype), empty(width), (seed_for(p), threshold(p))
     gelu.forward(x, bias, *dropout)
-    gelu.backward(x, x, bias, *dropout, bias_wanted=True)
+    for activated in (None, x):
+        gelu.backward(x, x, bias, *dropout, bias_wanted=True, activated=activated)
 
 
 def _linear_gelu_cases() -> Iterator[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,21 +14,39 @@ from benchmarks.static_cases.common import BATCH, DTYPES, empty, named, seed_for
 from lmim_fast.kernels import norm
 from lmim_fast.ops.dropout import threshold
 
+# What the backward kernel may do besides: write the normalised rows, add a second gradient of all or some.
+EXTRAS = ((True, None), (False, 0), (True, 0), (False, 1), (True, 1))
+NO_EXTRAS = (False, None)
+
 
 def cases() -> Iterator[Case]:
-    rows = BATCH * 257
     for model in MODELS:
         for dtype in DTYPES:
             for residual in (torch.float32, dtype):
-                name = f"{model.name} {rows}x{model.width} {named(dtype)}, residual {named(residual)}"
-                for p in model.dropouts:
-                    arguments = rows, model.width, dtype, residual, p
-                    yield f"add + LayerNorm {name}, p={p}", partial(_add_norm, *arguments)
-                yield f"LayerNorm {name}", partial(_norm, rows, model.width, dtype, residual)
+                shape = BATCH, 257, model.width
+                name = f"{model.name} {BATCH * 257}x{model.width} {named(dtype)}, residual {named(residual)}"
+                for extras in (NO_EXTRAS, *EXTRAS):
+                    told, arguments = _named(*extras), (shape, dtype, residual)
+                    for p in model.dropouts:
+                        call = partial(_add_norm, *arguments, p, *extras)
+                        yield f"add + LayerNorm {name}, p={p}{told}", call
+                    yield f"LayerNorm {name}{told}", partial(_norm, *arguments, *extras)
 
 
-def _add_norm(rows: int, width: int, dtype: torch.dtype, residual: torch.dtype, p: float) -> None:
-    x, stream, parameter = empty(rows, width, dtype=dtype), empty(rows, width, dtype=residual), empty(width)
+def _named(rows: bool, first: int | None) -> str:
+    return (", rows" if rows else "") + ("" if first is None else f", more from {first}")
+
+
+def _extras(out: torch.Tensor, parameter: torch.Tensor, rows: bool, first: int | None) -> dict[str, Any]:
+    """Arguments of `norm.backward`."""
+    made: dict[str, Any] = dict(rows=out, bias=parameter) if rows else {}
+    return made if first is None else made | dict(extra=[out[:, first:]] * (2 if first else 1), first=first)
+
+
+def _add_norm(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: torch.dtype, p: float, rows: bool, first: int | None
+) -> None:
+    x, stream, parameter = empty(*shape, dtype=dtype), empty(*shape, dtype=residual), empty(shape[-1])
     dropout = seed_for(p), threshold(p)
     _, total, statistics = norm.forward(x, parameter, stream, parameter, parameter, *dropout, dtype, 1e-6)
     assert total is not None
@@ -42,11 +61,14 @@ def _add_norm(rows: int, width: int, dtype: torch.dtype, residual: torch.dtype, 
         residual_dtype=residual,
         parameters=True,
         x_bias=True,
+        **_extras(x, parameter, rows, first),
     )
 
 
-def _norm(rows: int, width: int, dtype: torch.dtype, residual: torch.dtype) -> None:
-    stream, parameter = empty(rows, width, dtype=residual), empty(width)
+def _norm(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: torch.dtype, rows: bool, first: int | None
+) -> None:
+    stream, parameter = empty(*shape, dtype=residual), empty(shape[-1])
     normalised, _, statistics = norm.forward(None, None, stream, parameter, parameter, None, 0, dtype, 1e-6)
     norm.backward(
         normalised,
@@ -60,4 +82,5 @@ def _norm(rows: int, width: int, dtype: torch.dtype, residual: torch.dtype) -> N
         residual_dtype=residual,
         parameters=True,
         x_bias=False,
+        **_extras(normalised, parameter, rows, first),
     )

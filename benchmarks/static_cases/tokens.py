@@ -30,7 +30,10 @@ def _tokens(width: int, dtype: torch.dtype) -> None:
     for result in (dtype, torch.float32):
         out = tokens.decoder_tokens(visible, empty(width), empty(1, 1, width), position, *ids, result)
         for visible_dtype in (dtype, None):
-            tokens.decoder_tokens_backward(out, SHOWN, visible_dtype=visible_dtype, mask_token=True)
+            for more in (None, visible):
+                tokens.decoder_tokens_backward(
+                    out, SHOWN, visible_dtype=visible_dtype, mask_token=True, grad_shown=more
+                )
 
 
 def _append(width: int, dtype: torch.dtype) -> None:

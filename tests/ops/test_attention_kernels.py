@@ -16,6 +16,7 @@ from attention_cases import (
 )
 from torch import Tensor
 
+from benchmarks.operation import launches
 from lmim_fast.ops import attention
 
 Segments = list[tuple[int, int]]
@@ -263,13 +264,8 @@ def test_a_segment_without_sequences_leaves_the_others_as_they_are() -> None:
         assert all(torch.equal(mine, other) for mine, other in zip(found[1], expected[1], strict=True))
 
 
-def test_the_kernels_are_what_backend_triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmim_fast.kernels import attention as kernels
-
-    launched = []
-    real = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *given: (launched.append(given), real(*given)))
+def test_the_kernels_are_what_backend_triton_runs() -> None:
     form, inputs = packed(1, 32, [(1, 4), (1, 5)], DTYPES[0])
-    with attention.backend("triton"):
+    with launches() as names, attention.backend("triton"):
         form(*inputs)
-    assert len(launched) == 2
+    assert names == ["attention_pair.attention_forward_pair"]
