@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lmim_fast.ops.transforms import batched
 
 Stop = Literal["none", "masked", "guidance"]
 
@@ -81,6 +84,8 @@ class _SplitAligned(torch.autograd.Function):
         ctx: Any, grad_latent: Tensor | None, grad_memory: Tensor | None, grad_loss: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:
         (distance,) = ctx.saved_tensors
+        if any(given is not None and batched(given) for given in (grad_latent, grad_memory, grad_loss)):
+            return _plain_gradient(ctx, distance, grad_latent, grad_memory, grad_loss), None, None, None
         grad = distance.new_empty(ctx.shape, dtype=ctx.dtype)
         parts = _split(grad, len(distance), ctx.shown)
         for part, given in zip(parts, (grad_latent, grad_memory), strict=True):
@@ -92,3 +97,24 @@ class _SplitAligned(torch.autograd.Function):
             if ctx.stop != "guidance":
                 parts[1][:, 0] -= change
         return grad, None, None, None
+
+
+def _plain_gradient(
+    ctx: Any,
+    distance: Tensor,
+    grad_latent: Tensor | None,
+    grad_memory: Tensor | None,
+    grad_loss: Tensor | None,
+) -> Tensor:
+    """The same out of place."""
+    zeros = _split(distance.new_zeros(ctx.shape, dtype=ctx.dtype), len(distance), ctx.shown)
+    parts = []
+    for name, sign, zero, given in zip(
+        ("masked", "guidance"), (1, -1), zeros, (grad_latent, grad_memory), strict=True
+    ):
+        part = zero if given is None else given
+        if grad_loss is not None and ctx.stop != name:
+            change = (distance * (grad_loss * (sign * 2 / distance.numel()))).to(ctx.dtype)
+            part = part + F.pad(change[:, None], (0, 0, 0, zero.shape[1] - 1))
+        parts.append(part.reshape(-1, ctx.shape[1]))
+    return torch.cat(parts)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmim_fast.ops import attention_backends, attention_kernels, attention_plain, dispatch, dropout, routes
+from lmim_fast.ops import attention_backends, attention_plain, attention_reach, dispatch, dropout, routes
 from lmim_fast.ops.attention_backends import backend
+from lmim_fast.ops.operators import attention as operators
+from lmim_fast.ops.operators.operator import differentiable
 from lmim_fast.ops.routes import Route
 
-__all__ = ["Segment", "attention_weights", "backend", "cross_attention", "self_attention"]
+__all__ = ["Segment", "attention_weights", "backend", "cross_attention", "product_bias", "self_attention"]
 
 Segment = tuple[int, int]  # sequences, tokens of each
+BIAS_VARIABLE, BIAS_FORMS = "LMIM_FAST_ATTENTION_BIAS", ("load", "product")
 
 
 def self_attention(
@@ -27,6 +31,7 @@ def self_attention(
     p: float = 0.0,
     seed: Tensor | None = None,
     causal: bool = False,
+    added: bool = False,
 ) -> Tensor:
     """Self-attention of several groups of sequences that lie in one matrix.
 
@@ -40,6 +45,7 @@ def self_attention(
                   given or the kernel runs (`ops/dropout.py`).
         seed:     one int64: the dropout mask is a function of it; None draws from torch's generator.
         causal:   query i of a sequence sees its keys 0..i alone; the kernel then takes up to 64 tokens.
+        added:    qkv has its bias, by `linear(..., added=...)`; its gradient still comes out of this op.
     Returns:
         (rows, D) context in qkv's dtype.
     Raises:
@@ -47,21 +53,29 @@ def self_attention(
         RuntimeError: a backend is asked for by name that cannot run this input.
     Source: Vaswani et al. 2017; dispatch and backends: `backend`.
     """
-    segments = tuple((int(sequences), int(tokens)) for sequences, tokens in segments)
-    rows = sum(sequences * tokens for sequences, tokens in segments)
+    segments = tuple([(int(sequences), int(tokens)) for sequences, tokens in segments])
+    flat: list[int] = []
+    rows, fewest = 0, 1
+    for sequences, tokens in segments:
+        flat += (sequences, tokens)
+        rows += sequences * tokens
+        fewest = min(fewest, sequences + 1, tokens)
     if heads < 1 or qkv.dim() != 2 or qkv.shape[0] != rows or qkv.shape[1] % (3 * heads):
         raise ValueError(
             f"qkv {tuple(qkv.shape)} must be ({rows}, 3D) for segments {list(segments)} and {heads} heads"
         )
-    if not segments or any(sequences < 0 or tokens < 1 for sequences, tokens in segments):
+    if not segments or fewest < 1:
         raise ValueError(f"need segments of at least one token a sequence, got {list(segments)}")
     _check_bias("qkv", qkv, qkv_bias)
-    _check_rest(p, seed, qkv=qkv, qkv_bias=qkv_bias, seed=seed)
-    arguments = (qkv, qkv_bias, heads, segments, p, seed, causal)
+    dropout.check(p, seed)
+    dispatch.same_device(qkv=qkv, qkv_bias=qkv_bias, seed=seed)
+    arguments = (qkv, qkv_bias, heads, segments, p, seed, causal, added)
     chosen = _choose("self_attention", arguments)
-    if chosen == "triton":
-        return attention_kernels.self_attention(*arguments)
-    return attention_plain.run(attention_plain.self_attention, chosen, arguments)
+    if chosen != "triton":
+        return attention_plain.run(attention_plain.self_attention, chosen, arguments)
+    seed = dropout.settled_seed(p, seed, qkv.device)
+    context: Tensor = operators.self_attention(qkv, qkv_bias, seed, heads, flat, p, causal, added)[0]
+    return context
 
 
 def cross_attention(
@@ -74,6 +88,7 @@ def cross_attention(
     p: float = 0.0,
     seed: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    added: bool = False,
 ) -> Tensor:
     """Attention of queries over the keys and values of another sequence.
 
@@ -88,6 +103,7 @@ def cross_attention(
                  them. The result does not depend on the others, which may be memory nobody has written; their
                  gradient is zero. The context of a sequence with length 0 is zeros, and so are its gradients;
                  M stands for a length above it, 0 for one below 0. The kernel then takes up to 64 keys.
+        added:   as for `self_attention`, of both products.
     Returns:
         (B, N, D) context in q's dtype.
     Raises:
@@ -113,12 +129,29 @@ def cross_attention(
     _check_bias("q", q, q_bias)
     _check_bias("kv", kv, kv_bias)
     _check_lengths(len(q), key_lengths)
-    _check_rest(p, seed, q=q, q_bias=q_bias, kv=kv, kv_bias=kv_bias, seed=seed, key_lengths=key_lengths)
-    arguments = (q, q_bias, kv, kv_bias, heads, p, seed, key_lengths)
+    dropout.check(p, seed)
+    dispatch.same_device(q=q, q_bias=q_bias, kv=kv, kv_bias=kv_bias, seed=seed, key_lengths=key_lengths)
+    arguments = (q, q_bias, kv, kv_bias, heads, p, seed, key_lengths, added)
     chosen = _choose("cross_attention", arguments)
-    if chosen == "triton":
-        return attention_kernels.cross_attention(*arguments)
-    return attention_plain.run(attention_plain.cross_attention, chosen, arguments)
+    if chosen != "triton":
+        return attention_plain.run(attention_plain.cross_attention, chosen, arguments)
+    seed = dropout.settled_seed(p, seed, q.device)
+    context: Tensor = operators.cross_attention(q, q_bias, kv, kv_bias, seed, heads, p, key_lengths, added)[0]
+    return context
+
+
+def product_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias that a linear in front of attention adds, without a gradient; None: attention adds it itself.
+
+    By LMIM_FAST_ATTENTION_BIAS: "load", the default, or "product", in the epilogue of the product.
+
+    Raises:
+        ValueError: another value.
+    """
+    form = os.environ.get(BIAS_VARIABLE, "load")
+    if form not in BIAS_FORMS:
+        raise ValueError(f"unknown {BIAS_VARIABLE} {form!r}; choose from {', '.join(BIAS_FORMS)}")
+    return None if bias is None or form == "load" else bias.detach()
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -146,29 +179,26 @@ def _check_lengths(sequences: int, lengths: Tensor | None) -> None:
         )
 
 
-def _check_rest(p: float, seed_value: Tensor | None, **tensors: Tensor | None) -> None:
-    dropout.check_probability(p)
-    dropout.check_seed(seed_value)
-    dispatch.same_device(**tensors)
-
-
 def _choose(op: str, arguments: tuple[Any, ...]) -> str | Route:
     """The backend that runs these arguments, by name or by the rule that says so."""
     name = attention_backends.current()
-    if name == "triton":
-        dispatch.select(op, *arguments, backend="triton")  # raises where the kernel does not fit
-    p, seed = arguments[4:6] if op == "self_attention" else arguments[5:7]
+    alone = op == "self_attention"
+    p, seed = arguments[4:6] if alone else arguments[5:7]
     seeded = bool(p) and seed is not None
     if seeded and name in ("flash", "cudnn", "sdpa"):
         raise RuntimeError(f"attention backend {name!r} draws its own dropout mask and takes no seed")
-    if name != "auto":
+    if name not in ("auto", "triton"):
         return name
-    if dispatch.select(op, *arguments) is None:
+    tensors = arguments[:2] if alone else arguments[:4]
+    reason = (attention_reach.refuses_self if alone else attention_reach.refuses_cross)(*arguments)
+    if name == "triton":
+        if reason := dispatch.refusal(tensors, reason):
+            raise RuntimeError(f"backend 'triton' was asked for, but {op} {reason}")
+        return name
+    if not dispatch.takes(op, tensors, reason):
         return "eager" if seeded else "sdpa"
     if dispatch.current_backend() != "auto":
         return "triton"
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     # A reentrant checkpoint calls without gradients first, then with them: both passes need one dropout mask.
-    directions = ("both",) if differentiable or p else ("both", "forward")
+    directions = ("both",) if p or differentiable(*tensors) else ("both", "forward")
     return routes.of_call(op, directions, arguments) or "triton"

@@ -21,12 +21,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmim_fast.ops import dropout
 
 NAMES = ("auto", "triton", "flash", "cudnn", "sdpa", "eager")
+VARIABLE = "LMIM_FAST_ATTENTION"
 _override: str | None = None
+_environment = os.environ._data  # type: ignore[attr-defined]  # as in dispatch.py
+_key = os.environ.encodekey(VARIABLE)
+
+
+def is_asked_for() -> bool:
+    """Whether a backend but "auto" is in force, by a `backend` block or by LMIM_FAST_ATTENTION."""
+    return (_override is not None or _key in _environment) and current() != "auto"
 
 
 def current() -> str:
     """The attention backend in force: of the innermost `backend` block, else of LMIM_FAST_ATTENTION."""
-    return _known(_override or os.environ.get("LMIM_FAST_ATTENTION", "auto"))
+    return _known(_override or os.environ.get(VARIABLE, "auto"))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim_fast.ops.transforms import transformed
+from lmim_fast.ops.transforms import batched, transformed
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -53,8 +53,9 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # for a second derivative
-            parts = [torch.stack(part, 2).flatten(2).flatten(0, 1) for part in _triples(grads)]
+        if torch.is_grad_enabled() or batched(grads[0]):  # for a second derivative, or for many at once
+            width = 3 * grads[0].shape[2] * grads[0].shape[3]
+            parts = [torch.stack(part, 2).reshape(-1, width) for part in _triples(grads)]
             grad = torch.cat(parts)
         else:
             rows = sum(sequences * tokens for sequences, tokens in ctx.segments)

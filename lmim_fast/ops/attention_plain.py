@@ -24,10 +24,10 @@ def self_attention(
     p: float,
     seed: Tensor | None,
     causal: bool = False,
+    added: bool = False,
 ) -> Tensor:
     """`ops.attention.self_attention` on backend `name`."""
-    if qkv_bias is not None:
-        qkv_bias = qkv_bias.to(qkv.dtype)
+    qkv_bias = _bias(qkv_bias, qkv, added)
     contexts, first = [], 0
     for q, k, v in split_heads(qkv, qkv_bias, heads, segments):
         contexts.append(_attend(name, q, k, v, p, seed, first, causal=causal).flatten(2).flatten(0, 1))
@@ -45,12 +45,12 @@ def cross_attention(
     p: float,
     seed: Tensor | None,
     key_lengths: Tensor | None = None,
+    added: bool = False,
 ) -> Tensor:
     """`ops.attention.cross_attention` on backend `name`."""
-    if q_bias is not None:
-        q = q + q_bias.to(q.dtype)
-    if kv_bias is not None:
-        kv = kv + kv_bias.to(kv.dtype)
+    q_bias, kv_bias = _bias(q_bias, q, added), _bias(kv_bias, kv, added)
+    q = q if q_bias is None else q + q_bias
+    kv = kv if kv_bias is None else kv + kv_bias
     seen = None
     if key_lengths is not None:
         places = torch.arange(kv.shape[1], device=kv.device)
@@ -59,6 +59,13 @@ def cross_attention(
         seen = places < key_lengths.clamp(min=1)[:, None]  # a softmax needs one key
     k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
     return _attend(name, q.unflatten(2, (heads, -1)), k, v, p, seed, 0, seen=seen).flatten(2)
+
+
+def _bias(bias: Tensor | None, product: Tensor, added: bool) -> Tensor | None:
+    """What is still to be added: to a product with its bias, a zero that takes the gradient of the bias."""
+    if bias is None:
+        return None
+    return (bias - bias.detach() if added else bias).to(product.dtype)
 
 
 def run(form: Callable[..., Tensor], chosen: str | Route, arguments: tuple[Any, ...]) -> Tensor:

@@ -43,27 +43,24 @@ def _refuses(
 
 
 def _refuses_mask(name: str, keys: int) -> str | None:
-    if keys > ALL_ON_CHIP:
-        return f"takes up to {ALL_ON_CHIP} keys with {name}, got {keys}"
-    return None
+    return f"takes up to {ALL_ON_CHIP} keys with {name}, got {keys}" if keys > ALL_ON_CHIP else None
 
 
-def refuses_self(qkv, qkv_bias, heads, segments, p, seed, causal=False):  # type: ignore[no-untyped-def]
+def refuses_self(qkv, qkv_bias, heads, segments, p, seed, causal=False, added=False):  # type: ignore[no-untyped-def]
     """Why the kernel is not for these arguments of `ops.attention.self_attention`, or None."""
     dim = qkv.shape[1] // 3 // heads
-    reasons = [_refuses(qkv.device, qkv.dtype, tokens, tokens, dim, p) for _, tokens in segments]
-    if causal:
-        reasons += [_refuses_mask("a causal mask", tokens) for _, tokens in segments]
-    return next((reason for reason in reasons if reason is not None), None)
+    for _, tokens in segments:
+        if reason := _refuses(qkv.device, qkv.dtype, tokens, tokens, dim, p):
+            return reason
+    return _refuses_mask("a causal mask", max(tokens for _, tokens in segments)) if causal else None
 
 
 def refuses_cross(  # type: ignore[no-untyped-def]
-    q, q_bias, kv, kv_bias, heads, p, seed, key_lengths=None
+    q, q_bias, kv, kv_bias, heads, p, seed, key_lengths=None, added=False
 ):
     """Why the kernel is not for these arguments of `ops.attention.cross_attention`, or None."""
-    if q.shape[1] > MOST_QUERIES:
-        return f"takes up to {MOST_QUERIES} queries, got {q.shape[1]}"
-    reason = _refuses(q.device, q.dtype, q.shape[1], kv.shape[1], q.shape[2] // heads, p)
-    if reason is None and key_lengths is not None:
-        return _refuses_mask("key_lengths", kv.shape[1])
-    return reason
+    queries, keys = q.shape[1], kv.shape[1]
+    if queries > MOST_QUERIES:
+        return f"takes up to {MOST_QUERIES} queries, got {queries}"
+    reason = _refuses(q.device, q.dtype, queries, keys, q.shape[2] // heads, p)
+    return _refuses_mask("key_lengths", keys) if reason is None and key_lengths is not None else reason

@@ -1,55 +1,40 @@
-"""Which form of an op runs, kernel or eager: one table for all ops.
+"""Which form of an op runs, kernel or eager.
 
-An op checks its arguments and calls `run` with its eager form; a kernel is registered with the inputs it is
-made for. `LMIM_FAST_BACKEND` (auto, eager or triton) and the `backend` context manager override the choice.
-"auto" launches kernels on CUDA devices alone; in Triton's interpreter, on a CPU, they run where "triton" is
-asked for by name.
+An op checks its arguments and asks `takes`. `LMIM_FAST_BACKEND` (auto, eager or triton) and the `backend`
+context manager override the answer. "auto" launches kernels on CUDA devices alone; in Triton's interpreter,
+on a CPU, they run where "triton" is asked for by name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
 
-Result = TypeVar("Result")
 BACKENDS = ("auto", "eager", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of kernels; they take integers of any kind
 
+VARIABLE = "LMIM_FAST_BACKEND"
 
-@dataclass(frozen=True)
-class Kernel:
-    """What to launch, for which dtypes, and a rule that says why an input does not fit.
-
-    launch:  takes the arguments of the eager form.
-    refuses: takes the same arguments; a reason, or None where the kernel fits.
-    """
-
-    launch: Callable[..., Any]
-    dtypes: tuple[torch.dtype, ...]
-    refuses: Callable[..., str | None]
-
-
-_kernels: dict[str, Kernel] = {}
 _override: str | None = None
+# What is behind os.environ, whose own methods cost the host more than a small op of PyTorch.
+_environment = os.environ._data  # type: ignore[attr-defined]
+_key = os.environ.encodekey(VARIABLE)
 
 
-def register(op: str, kernel: Kernel) -> None:
-    """Enter the kernel of `op` into the table; a second one for the same name is an error."""
-    if op in _kernels:
-        raise ValueError(f"op {op!r} has a kernel already")
-    _kernels[op] = kernel
+def is_asked_for() -> bool:
+    """Whether a backend but "auto" is in force, by a `backend` block or by LMIM_FAST_BACKEND."""
+    return (_override is not None or _key in _environment) and current_backend() != "auto"
 
 
 def current_backend() -> str:
     """The backend in force: of the innermost `backend` block, else of LMIM_FAST_BACKEND, else "auto"."""
-    name = _override or os.environ.get("LMIM_FAST_BACKEND", "auto")
+    name = _override or os.environ.get(VARIABLE, "auto")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     return name
@@ -68,55 +53,42 @@ def backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def run(op: str, eager: Callable[..., Result], *arguments: Any) -> Result:
-    """Call the kernel of `op` where it fits these arguments, else its eager form, with the same arguments.
-
-    Raises:
-        RuntimeError: as `select`.
-    """
-    kernel = select(op, *arguments)
-    return eager(*arguments) if kernel is None else kernel.launch(*arguments)
-
-
-def select(op: str, *arguments: Any, backend: str | None = None) -> Kernel | None:
-    """The kernel to launch for these arguments of the op, or None for the eager form.
+def takes(
+    op: str, tensors: Sequence[Tensor | None], reason: str | None = None, *results: torch.dtype
+) -> bool:
+    """True if the kernel of an op runs, False for its eager form.
 
     Args:
-        op:        name in the table.
-        arguments: those of the eager form.
-        backend:   in place of the one in force.
+        op:      name, for the error.
+        tensors: its inputs, on one device; the first is no None.
+        reason:  why the kernel does not fit these inputs, to follow the op's name; None: it does.
+        results: dtypes that the kernel computes or writes, beside those of the inputs.
     Raises:
-        RuntimeError: backend "triton" is asked for and the op has no kernel for these arguments.
+        RuntimeError: backend "triton" is asked for and the kernel does not fit.
     """
-    name = backend or current_backend()
-    if name == "eager":
-        return None
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if name == "auto" and any(tensor.device.type != "cuda" for tensor in tensors):
-        return None
-    reason = refusal(op, *arguments)
-    if reason is None:
-        return _kernels[op]
-    if name == "triton":
+    name = current_backend()
+    first = tensors[0]
+    assert first is not None
+    if name == "eager" or (name == "auto" and first.device.type != "cuda"):
+        return False
+    reason = refusal(tensors, reason, *results)
+    if reason is not None and name == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {op} {reason}")
-    return None
+    return reason is None
 
 
-def refusal(op: str, *arguments: Any) -> str | None:
-    """Why the op has no kernel for these arguments, to follow its name in a message; None if it has one."""
-    kernel = _kernels.get(op)
-    if kernel is None:
-        return "has no kernel"
-    for tensor in [value for value in arguments if isinstance(value, Tensor)]:
-        if not runtime.can_run(tensor.device):
-            return f"cannot run a kernel on {tensor.device}"
-        if not tensor.is_floating_point():
-            continue
-        if tensor.dtype not in kernel.dtypes:
-            return f"has no kernel for {tensor.dtype}"
-        if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
-            return "has no kernel for torch.bfloat16 in Triton's interpreter, whose products of it are wrong"
-    return kernel.refuses(*arguments)
+def refusal(tensors: Sequence[Tensor | None], reason: str | None = None, *results: torch.dtype) -> str | None:
+    """Why no kernel runs on these inputs of `takes`, to follow the op's name; None if one does."""
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    if not runtime.can_run(device):
+        return f"cannot run a kernel on {device}"
+    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+    for dtype in (*dtypes, *results):
+        if dtype not in DTYPES and dtype.is_floating_point:
+            return f"has no kernel for {'results in ' if dtype not in dtypes else ''}{dtype}"
+        if dtype == torch.bfloat16 and runtime.interpreted(device):
+            return f"has no kernel for {dtype} in Triton's interpreter, which multiplies it wrongly"
+    return reason
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -125,7 +97,13 @@ def same_device(**tensors: Tensor | None) -> None:
     Raises:
         ValueError: they are not; the message names each.
     """
-    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(places.values())) > 1:
-        named = ", ".join(f"{name} on {place}" for name, place in places.items())
-        raise ValueError(f"inputs must be on one device, got {named}")
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+            named = ", ".join(f"{name} on {place}" for name, place in places.items())
+            raise ValueError(f"inputs must be on one device, got {named}")

@@ -18,8 +18,9 @@ def check_probability(p: float) -> None:
         raise ValueError(f"p must be in [0, 1), got {p}")
 
 
-def check_seed(seed: Tensor | None) -> None:
-    """Raise ValueError unless the seed is None or a tensor of one int64."""
+def check(p: float, seed: Tensor | None) -> None:
+    """Raise ValueError unless 0 <= p < 1 and the seed is None or a tensor of one int64."""
+    check_probability(p)
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
 
@@ -37,6 +38,13 @@ def scale(p: float) -> float:
 def draw_seed(device: torch.device) -> Tensor:
     """(1,) int64 from torch's generator of the device; a CUDA graph draws a new one at each replay."""
     return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def settled_seed(p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed of a kernel's mask: None without dropout; drawn if none is given."""
+    if p == 0:
+        return None
+    return draw_seed(device) if seed is None else seed
 
 
 def keep_mask(seed: Tensor, sequences: Tensor, rows: int, columns: int, p: float) -> Tensor:

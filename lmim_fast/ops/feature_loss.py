@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmim_fast.ops import dispatch, feature_loss_kernels
+from lmim_fast.ops import dispatch
 from lmim_fast.ops.masking import gather_rows
-from lmim_fast.ops.patch_embed import normalise_images, split_patches
+from lmim_fast.ops.operators import feature_loss as operators
+from lmim_fast.ops.patch_embed import image_size, normalise_images, split_patches
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 2048  # wider rows do not fit the registers of a program
 
 
@@ -44,7 +42,11 @@ def masked_feature_loss(
         raise ValueError(f"features must be floating-point, got {features.dtype}")
     dispatch.same_device(product=product, bias=bias, features=features, ids_masked=ids_masked)
     features = features.detach()
-    return dispatch.run("masked_feature_loss", _feature_eager, product, bias, features, ids_masked, eps)
+    if not dispatch.takes("masked_feature_loss", (product, bias, features), _refuses(product)):
+        return masked_mse(_predict(product, bias), masked_feature_target(features, ids_masked, eps=eps))
+    wanted = _wants_gradient(product), _wants_gradient(bias)
+    loss: Tensor = operators.masked_feature_loss(product, bias, features, ids_masked, eps, *wanted)[0]
+    return loss
 
 
 def masked_pixel_loss(
@@ -77,7 +79,7 @@ def masked_pixel_loss(
         raise ValueError(
             f"product is of {len(product)} images, images {tuple(images.shape)} of {len(images)}"
         )
-    height, width = _image_size(images)
+    height, width = image_size(images)
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images {tuple(images.shape)} do not split into patches of {patch_size} pixels")
     if product.shape[2] != 3 * patch_size**2:
@@ -86,9 +88,14 @@ def masked_pixel_loss(
         )
     dispatch.same_device(product=product, bias=bias, images=images, ids_masked=ids_masked)
     images = images.detach()
-    return dispatch.run(
-        "masked_pixel_loss", _pixel_eager, product, bias, images, ids_masked, patch_size, normalise
-    )
+    if not dispatch.takes("masked_pixel_loss", (product, bias, images), _refuses(product)):
+        target = masked_pixel_target(images, ids_masked, patch_size, normalise=normalise)
+        return masked_mse(_predict(product, bias), target)
+    wanted = _wants_gradient(product), _wants_gradient(bias)
+    loss: Tensor = operators.masked_pixel_loss(
+        product, bias, images, ids_masked, patch_size, normalise, *wanted
+    )[0]
+    return loss
 
 
 def masked_feature_target(features: Tensor, ids_masked: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -145,18 +152,6 @@ def _full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _image_size(images: Tensor) -> tuple[int, int]:
-    """Height and width of images in one of the two layouts."""
-    if images.dim() == 4 and images.dtype == torch.uint8 and images.shape[3] == 3:
-        return images.shape[1], images.shape[2]
-    if images.dim() == 4 and images.is_floating_point() and images.shape[1] == 3:
-        return images.shape[2], images.shape[3]
-    raise ValueError(
-        "images must be float (B, 3, height, width) in [-1, 1] or uint8 (B, height, width, 3), "
-        f"got {images.dtype} of shape {tuple(images.shape)}"
-    )
-
-
 def _check(product: Tensor, bias: Tensor | None, ids_masked: Tensor) -> None:
     """Raise ValueError unless product is a prediction for the patches `ids_masked`, and bias fits it."""
     if product.dim() != 3 or not product.is_floating_point():
@@ -172,33 +167,14 @@ def _check(product: Tensor, bias: Tensor | None, ids_masked: Tensor) -> None:
         raise ValueError(f"bias must be float ({product.shape[2]},), got {bias.dtype} of {tuple(bias.shape)}")
 
 
-def _feature_eager(
-    product: Tensor, bias: Tensor | None, features: Tensor, ids_masked: Tensor, eps: float
-) -> Tensor:
-    return masked_mse(_predict(product, bias), masked_feature_target(features, ids_masked, eps=eps))
-
-
-def _pixel_eager(
-    product: Tensor, bias: Tensor | None, images: Tensor, ids_masked: Tensor, patch_size: int, normalise: bool
-) -> Tensor:
-    target = masked_pixel_target(images, ids_masked, patch_size, normalise=normalise)
-    return masked_mse(_predict(product, bias), target)
-
-
 def _predict(product: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.to(product.dtype)
 
 
-def _refuses(product: Tensor, *_: Any) -> str | None:
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _refuses(product: Tensor) -> str | None:
     width = product.shape[2]
     return None if width <= _MAX_WIDTH else f"takes rows of at most {_MAX_WIDTH} values, got {width}"
-
-
-dispatch.register(
-    "masked_feature_loss",
-    dispatch.Kernel(launch=feature_loss_kernels.launch_features, dtypes=_DTYPES, refuses=_refuses),
-)
-dispatch.register(
-    "masked_pixel_loss",
-    dispatch.Kernel(launch=feature_loss_kernels.launch_pixels, dtypes=_DTYPES, refuses=_refuses),
-)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lmim_fast.ops import dispatch, philox
+from lmim_fast.ops.operators import masking as operators
 from lmim_fast.ops.philox import Stream
 
 _MAX_PATCHES = 1024  # more do not fit the registers of a warp
@@ -45,7 +46,10 @@ def select_patches(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     if not noise.is_floating_point():
         raise ValueError(f"noise must be floating-point, got {noise.dtype}")
     _check_visible(num_visible, noise.shape[1])
-    return dispatch.run("select_patches", _select_eager, noise, num_visible)
+    if not dispatch.takes("select_patches", (noise,), _refuses(noise.shape[1])):
+        return _select_eager(noise, num_visible)
+    visible, masked = operators.select_patches(noise.detach(), num_visible)
+    return visible, masked
 
 
 def draw_patches(
@@ -81,9 +85,14 @@ def draw_patches(
         dispatch.same_device(epochs=epochs, indices=indices)
     elif not 0 <= epochs < 2**32:
         raise ValueError(f"epochs must be in [0, 2^32), got {epochs}")
-    return dispatch.run(
-        "draw_patches", _draw_eager, seed, epochs, indices, num_patches, num_visible, int(stream)
+    if not dispatch.takes("draw_patches", (indices,), _refuses(num_patches)):
+        return _select_eager(mask_noise(seed, epochs, indices, num_patches, stream), num_visible)
+    each, every = (epochs, 0) if isinstance(epochs, Tensor) else (None, epochs)
+    signed = (seed + 2**63) % 2**64 - 2**63  # what an operator's integer can hold
+    visible, masked = operators.draw_patches(
+        signed, each, every, indices, num_patches, num_visible, int(stream)
     )
+    return visible, masked
 
 
 def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -101,65 +110,5 @@ def _select_eager(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     return order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values
 
 
-def _draw_eager(
-    seed: int, epochs: int | Tensor, indices: Tensor, num_patches: int, num_visible: int, stream: int
-) -> tuple[Tensor, Tensor]:
-    return _select_eager(mask_noise(seed, epochs, indices, num_patches, Stream(stream)), num_visible)
-
-
-@torch.library.custom_op("lmim_fast::select_patches", mutates_args=())
-def _select(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
-    from lmim_fast.kernels import masking
-
-    return masking.select(noise, num_visible)
-
-
-@_select.register_fake
-def _(noise, num_visible):  # type: ignore[no-untyped-def]
-    samples, patches = noise.shape
-    visible = noise.new_empty((samples, num_visible), dtype=torch.int64)
-    return visible, noise.new_empty((samples, patches - num_visible), dtype=torch.int64)
-
-
-@torch.library.custom_op("lmim_fast::draw_patches", mutates_args=())
-def _draw(
-    seed: int, epochs: Tensor | None, epoch: int, indices: Tensor, patches: int, num_visible: int, stream: int
-) -> tuple[Tensor, Tensor]:
-    from lmim_fast.kernels import masking
-
-    return masking.draw(seed, epochs, epoch, indices, patches, num_visible, stream)
-
-
-@_draw.register_fake
-def _(seed, epochs, epoch, indices, patches, num_visible, stream):  # type: ignore[no-untyped-def]
-    samples = len(indices)
-    return indices.new_empty((samples, num_visible)), indices.new_empty((samples, patches - num_visible))
-
-
-def _launch_select(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
-    visible, masked = _select(noise.detach(), num_visible)
-    return visible, masked
-
-
-def _launch_draw(
-    seed: int, epochs: int | Tensor, indices: Tensor, num_patches: int, num_visible: int, stream: int
-) -> tuple[Tensor, Tensor]:
-    each, every = (epochs, 0) if isinstance(epochs, Tensor) else (None, epochs)
-    signed = (seed + 2**63) % 2**64 - 2**63  # what an operator's integer can hold
-    visible, masked = _draw(signed, each, every, indices, num_patches, num_visible, stream)
-    return visible, masked
-
-
 def _refuses(patches: int) -> str | None:
     return None if patches <= _MAX_PATCHES else f"takes at most {_MAX_PATCHES} patches, got {patches}"
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-dispatch.register(
-    "select_patches",
-    dispatch.Kernel(_launch_select, _DTYPES, refuses=lambda noise, *_: _refuses(noise.shape[1])),
-)
-dispatch.register(
-    "draw_patches",
-    dispatch.Kernel(_launch_draw, _DTYPES, refuses=lambda *given: _refuses(given[3])),
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmim_fast.ops import dispatch, gelu
+from lmim_fast.ops import dispatch, dropout, gelu, sublayers
 from lmim_fast.ops.epilogue import in_epilogue
 from lmim_fast.ops.gelu import bias_gelu
-from lmim_fast.ops.linear import linear, linear_recomputing, matmul
+from lmim_fast.ops.linear import linear, linear_recomputing
+from lmim_fast.ops.operators import mlp as operators
+from lmim_fast.ops.operators.operator import differentiable, direct
+from lmim_fast.ops.products import matmul
+from lmim_fast.ops.transforms import batched
 
 
 def mlp(
@@ -45,9 +48,31 @@ def mlp(
     Source: Hendrycks and Gimpel 2016 (GELU); the MLP of Dosovitskiy et al. 2021.
     """
     _check(x, weight1, bias1, weight2)
-    if not p and in_epilogue(epilogue, x, weight1, bias1, weight2):
-        return launch_mlp(x, weight1, bias1, weight2)
+    inside = not p and in_epilogue(epilogue, x, weight1, bias1, weight2)
+    if inside or takes_rows(x, weight1, bias1, weight2):
+        return launch_mlp(x, weight1, bias1, weight2, p=p, epilogue=inside)
     return gelu_linear(linear(x, weight1), bias1, weight2, p=p)
+
+
+def takes_rows(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> bool:
+    """True if `launch_mlp` runs on rows x (..., D) with GELU in a separate pass."""
+    return direct(x, weight1, bias1, weight2) and gelu.takes(bias1, x.dtype)
+
+
+def launch_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *, p: float = 0.0, epilogue: bool = True
+) -> Tensor:
+    """`mlp` by kernels, for inputs that `in_epilogue` or `takes_rows` has accepted."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    tensors = rows, weight1, bias1, weight2
+    if direct(*tensors):
+        seed = dropout.settled_seed(p, None, x.device)
+        product = sublayers.mlp(*tensors, seed=seed, p=p, epilogue=epilogue)
+    else:
+        assert epilogue, "traced rows with GELU in a separate pass are other ops"
+        weight1, weight2 = weight1.to(x.dtype), weight2.to(x.dtype)
+        product = operators.mlp(rows, weight1, bias1, weight2, differentiable(*tensors))[0]
+    return product if x.dim() == 2 else product.view(*x.shape[:-1], len(weight2))
 
 
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
@@ -81,7 +106,7 @@ def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0)
     gelu.check(hidden, bias)
     if p:
         return linear(bias_gelu(hidden, bias, p=p), weight)
-    if torch.compiler.is_compiling() or dispatch.select("bias_gelu", hidden, bias, p, None) is not None:
+    if torch.compiler.is_compiling() or gelu.takes(bias, hidden.dtype):
         return linear_recomputing(bias_gelu(hidden, bias), weight, bias_gelu, hidden, bias)
     bias, weight = bias.to(hidden.dtype), weight.to(hidden.dtype)
     given = hidden.is_leaf and hidden.requires_grad  # by a caller; autograd refuses to change it
@@ -112,172 +137,10 @@ class _GeluLinear(torch.autograd.Function):
             activated = F.gelu(rows)
             if weight_needed:
                 grad_weight = grad.T @ activated
-            if x_needed:
+            if x_needed and batched(grad):
+                grad_x = torch.ops.aten.gelu_backward(grad @ weight, rows).view(x.shape)
+            elif x_needed:
                 grad_x = torch.mm(grad, weight, out=activated)
                 torch.ops.aten.gelu_backward.grad_input(grad_x, rows, grad_input=grad_x)
                 grad_x = grad_x.view(x.shape)
         return grad_x, grad_weight
-
-
-def launch_mlp(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    recompute: Callable[..., Tensor] | None = None,
-    *sources: Tensor,
-) -> Tensor:
-    """The kernel form of `mlp` without dropout, for inputs that `in_epilogue` has accepted.
-
-    Args:
-        recompute, sources: as for `linear_recomputing`: x == recompute(*sources) is not kept for the backward
-            pass; under torch.compile it is.
-    """
-    weight1, weight2 = weight1.to(x.dtype), weight2.to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    inputs = rows, weight1, bias1, weight2
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if recompute is None or not trained or torch.compiler.is_compiling():
-        product, _ = _mlp(*inputs, trained)
-    else:
-        product = _RecomputingMlp.apply(*inputs, recompute, *sources)
-    return product.view(*x.shape[:-1], len(weight2))
-
-
-@torch.library.custom_op("lmim_fast::mlp", mutates_args=())
-def _mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, keep_hidden: bool
-) -> tuple[Tensor, Tensor]:
-    """Product (M, D2), and x @ weight1.T + bias1 (M, F) where it is kept for the backward pass, else (0,)."""
-    from lmim_fast.kernels import linear_gelu
-
-    hidden, activated = linear_gelu.forward(x, weight1, bias1, keep_hidden=keep_hidden)
-    with torch.autocast(x.device.type, enabled=False):
-        product = F.linear(activated, weight2)
-    return product, x.new_empty(0) if hidden is None else hidden
-
-
-@_mlp.register_fake
-def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, keep_hidden: bool) -> tuple[Tensor, Tensor]:
-    hidden = x.new_empty(len(x), len(weight1)) if keep_hidden else x.new_empty(0)
-    return x.new_empty(len(x), len(weight2)), hidden
-
-
-@torch.library.custom_op("lmim_fast::mlp_backward", mutates_args=())
-def _mlp_backward(
-    grad: Tensor, bias1: Tensor, weight2: Tensor, hidden: Tensor, bias_wanted: bool, weight_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the hidden rows (M, F), and of bias1 and weight2; one that is not wanted is empty."""
-    from lmim_fast.kernels import linear_gelu
-
-    grad_hidden, activated, sums = linear_gelu.backward(
-        grad, weight2, hidden, activated_wanted=weight_wanted, bias_wanted=bias_wanted
-    )
-    with torch.autocast(grad.device.type, enabled=False):
-        grad_weight2 = grad.new_empty(0) if activated is None else grad.T @ activated
-    grad_bias1 = bias1.new_empty(0) if sums is None else sums.to(bias1.dtype)
-    return grad_hidden, grad_bias1, grad_weight2
-
-
-@_mlp_backward.register_fake
-def _(
-    grad: Tensor, bias1: Tensor, weight2: Tensor, hidden: Tensor, bias_wanted: bool, weight_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape),
-        bias1.new_empty(bias1.shape if bias_wanted else 0),
-        grad.new_empty(weight2.shape if weight_wanted else 0),
-    )
-
-
-def _gradients(
-    grad: Tensor,
-    rows: Callable[[], Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    hidden: Tensor,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight1, bias1 and weight2, None for those that are not needed; rows() gives x (M, D).
-
-    rows() is called when the activated hidden rows are free again.
-    """
-    x_needed, weight1_needed, bias1_needed, weight2_needed = needed
-    with torch.autocast(grad.device.type, enabled=False):
-        if not any(needed[:3]):
-            return None, None, None, grad.T @ F.gelu(hidden)
-        grad_hidden, grad_bias1, grad_weight2 = _mlp_backward(
-            grad.contiguous(), bias1, weight2, hidden, bias1_needed, weight2_needed
-        )
-        grad_weight1 = grad_hidden.T @ rows() if weight1_needed else None
-        grad_x = grad_hidden @ weight1 if x_needed else None
-    return (
-        grad_x,
-        grad_weight1,
-        grad_bias1 if bias1_needed else None,
-        grad_weight2 if weight2_needed else None,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:4], output[1])
-
-
-@once_differentiable
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:4]
-    if grad is None or not any(needed):
-        return (None,) * 5
-    x, weight1, bias1, weight2, hidden = ctx.saved_tensors
-    return *_gradients(grad, lambda: x, weight1, bias1, weight2, hidden, needed), None
-
-
-_mlp.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _RecomputingMlp(torch.autograd.Function):
-    """`_mlp` that keeps the sources of its rows in place of the rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        recompute: Callable[..., Tensor],
-        *sources: Tensor,
-    ) -> Tensor:
-        product, hidden = _mlp(x, weight1, bias1, weight2, True)
-        ctx.recompute = recompute
-        ctx.save_for_backward(weight1, bias1, weight2, hidden, *sources)
-        return product
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight1, bias1, weight2, hidden, *sources = ctx.saved_tensors
-
-        def rows() -> Tensor:
-            return ctx.recompute(*sources).reshape(-1, weight1.shape[1])
-
-        needed = ctx.needs_input_grad[:4]
-        gradients = _gradients(grad, rows, weight1, bias1, weight2, hidden, needed)
-        return *gradients, None, *(None for _ in sources)
-
-
-def _refuses(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> str | None:
-    if weight1.numel() and weight2.numel():
-        return None
-    return f"has no kernel for empty weights, got {tuple(weight1.shape)} and {tuple(weight2.shape)}"
-
-
-dispatch.register(
-    "mlp",
-    dispatch.Kernel(
-        launch=launch_mlp, dtypes=(torch.float32, torch.bfloat16, torch.float16), refuses=_refuses
-    ),
-)

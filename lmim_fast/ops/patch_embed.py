@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,9 @@ from torch import Tensor
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.masking import gather_rows
+from lmim_fast.ops.operators import patch_embed as operators
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-View = tuple[Tensor, Tensor | None]
+View = operators.View
 
 
 def normalise_images(images: Tensor) -> Tensor:
@@ -22,11 +21,11 @@ def normalise_images(images: Tensor) -> Tensor:
     Raises:
         ValueError: neither of the two layouts.
     """
-    _image_size(images)
+    image_size(images)
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images
 
 
-def _image_size(images: Tensor) -> tuple[int, int]:
+def image_size(images: Tensor) -> tuple[int, int]:
     """Height and width; raises ValueError for another layout than the two of `normalise_images`."""
     if images.dtype == torch.uint8 and images.dim() == 4 and images.shape[3] == 3:
         return images.shape[1], images.shape[2]
@@ -107,8 +106,16 @@ def patch_embed_packed(
         dispatch.same_device(
             images=images, weight=weight, bias=bias, position=position, cls_token=cls_token, ids=ids
         )
-    flat = [tensor for view in views for tensor in view]
-    return dispatch.run("patch_embed", _eager, dtype, weight, bias, position, cls_token, *flat)
+    parameters, compute = (weight, bias, position, cls_token), compute_dtype(weight)
+    tensors = [*parameters, *(tensor for view in views for tensor in view)]
+    if dispatch.takes("patch_embed", tensors, _refuses(views, position), dtype, compute):
+        shown = [images for images, _ in views]
+        given = [ids is not None for _, ids in views]
+        numbers = [ids for _, ids in views if ids is not None]
+        rows: Tensor = operators.patch_embed(shown, numbers, given, *parameters, dtype, compute)
+        return rows
+    parts = [_eager_view(*view, *parameters, dtype).flatten(0, 1) for view in views]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _check_parameters(weight: Tensor, bias: Tensor, position: Tensor, cls_token: Tensor) -> None:
@@ -130,7 +137,7 @@ def _check_parameters(weight: Tensor, bias: Tensor, position: Tensor, cls_token:
 
 
 def _check_view(images: Tensor, ids: Tensor | None, patch: int, expected: int) -> None:
-    height, width = _image_size(images)
+    height, width = image_size(images)
     patches = (height // patch) * (width // patch)
     if patches != expected:
         raise ValueError(f"image {tuple(images.shape)} gives {patches} patches, not {expected}")
@@ -140,23 +147,15 @@ def _check_view(images: Tensor, ids: Tensor | None, patch: int, expected: int) -
         raise ValueError(f"ids must be ({len(images)}, K) int64, got {tuple(ids.shape)} of {ids.dtype}")
 
 
-def _views(tensors: Sequence[Tensor | None]) -> list[View]:
-    """Images and ids in turn, as pairs."""
-    pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return [(images, ids) for images, ids in pairs if images is not None]
-
-
-def _eager(
-    dtype: torch.dtype,
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    cls_token: Tensor,
-    *tensors: Tensor | None,
-) -> Tensor:
-    parameters = weight, bias, position, cls_token
-    rows = [_eager_view(images, ids, *parameters, dtype).flatten(0, 1) for images, ids in _views(tensors)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+def _refuses(views: Sequence[View], position: Tensor) -> str | None:
+    wanted = position.requires_grad
+    for images, ids in views:
+        if (position.shape[1] - 1 if ids is None else ids.shape[1]) == 0:
+            return "takes at least one patch of an image, got none"
+        wanted = wanted or images.requires_grad
+    if wanted and torch.is_grad_enabled():
+        return "has no kernel for gradients of images or positions, and they require them"
+    return None
 
 
 def _eager_view(
@@ -178,137 +177,3 @@ def _eager_view(
     tokens = linear(patches.to(compute_dtype(weight)), weight.flatten(1)).to(high) + (place + bias.to(high))
     cls = (cls_token.to(high) + position[:, :1]).expand(tokens.shape[0], -1, -1)
     return torch.cat([cls.to(dtype), tokens.to(dtype)], dim=1)
-
-
-@torch.library.custom_op("lmim_fast::patch_embed", mutates_args=())
-def _forward(
-    images: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    given: Sequence[bool],
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    cls_token: Tensor,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-) -> Tensor:
-    """`given` says which views the ids belong to; the others have none."""
-    from lmim_fast.kernels import patch_embed
-
-    views = _pair(images, ids, given)
-    out = weight.new_empty((_rows(views, position.shape[1]), len(weight)), dtype=dtype)
-    start = 0
-    for view in views:
-        count = _rows([view], position.shape[1])
-        part = out[start : start + count]
-        patch_embed.forward(*view, weight, bias, position, cls_token, part, compute)
-        start += count
-    return out
-
-
-def _pair(images: Sequence[Tensor], ids: Sequence[Tensor], given: Sequence[bool]) -> list[View]:
-    rest = iter(ids)
-    return [(view, next(rest) if has_ids else None) for view, has_ids in zip(images, given, strict=True)]
-
-
-def _rows(views: Sequence[View], every: int) -> int:
-    """Rows of the result; `every` is 1 + L."""
-    return sum(len(images) * (every if ids is None else 1 + ids.shape[1]) for images, ids in views)
-
-
-@_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    images, ids, given, weight, bias, position, cls_token, dtype, compute
-):
-    rows = _rows(_pair(images, ids, given), position.shape[1])
-    return weight.new_empty((rows, len(weight)), dtype=dtype)
-
-
-@torch.library.custom_op("lmim_fast::patch_embed_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    images: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    given: Sequence[bool],
-    patch: int,
-    compute: torch.dtype,
-) -> Tensor:
-    """fp32 gradients of weight, bias and cls token, one after the other."""
-    from lmim_fast.kernels import patch_embed_backward
-
-    return patch_embed_backward.backward(grad, _pair(images, ids, given), patch, compute)
-
-
-@_backward.register_fake
-def _(grad, images, ids, given, patch, compute):  # type: ignore[no-untyped-def]
-    return grad.new_empty((grad.shape[1] * (3 * patch * patch + 2),), dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, ids, ctx.given, weight, bias, _, cls_token, _, ctx.compute = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*images, *ids)
-    ctx.shapes = [tensor.shape for tensor in (weight, bias, cls_token)]
-    ctx.dtypes = [tensor.dtype for tensor in (weight, bias, cls_token)]
-
-
-def _differentiate(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    saved, count = list(ctx.saved_tensors), len(ctx.given)
-    lists = [None] * count, [None] * (len(saved) - count), None
-    if grad is None:
-        return *lists, *(None,) * 6
-    sums = _backward(grad, saved[:count], saved[count:], ctx.given, ctx.shapes[0][-1], ctx.compute)
-    parts = sums.split([shape.numel() for shape in ctx.shapes])
-    *_, weight_wanted, bias_wanted, _, cls_wanted, _, _ = ctx.needs_input_grad
-    weight, bias, cls = (
-        part.view(shape).to(dtype) if wanted else None
-        for part, shape, dtype, wanted in zip(
-            parts, ctx.shapes, ctx.dtypes, (weight_wanted, bias_wanted, cls_wanted), strict=True
-        )
-    )
-    return *lists, weight, bias, None, cls, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def _launch(
-    dtype: torch.dtype,
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    cls_token: Tensor,
-    *tensors: Tensor | None,
-) -> Tensor:
-    views, compute = _views(tensors), compute_dtype(weight)
-    ids = [numbers for _, numbers in views if numbers is not None]
-    given = [numbers is not None for _, numbers in views]
-    images = [view for view, _ in views]
-    output: Tensor = _forward(images, ids, given, weight, bias, position, cls_token, dtype, compute)
-    return output
-
-
-def _refuses(
-    dtype: torch.dtype,
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    cls_token: Tensor,
-    *tensors: Tensor | None,
-) -> str | None:
-    compute = compute_dtype(weight)
-    for name, kind in (("results", dtype), ("products", compute)):
-        if kind not in _DTYPES:
-            return f"has no kernel for {name} in {kind}"
-    if compute == torch.bfloat16 and weight.device.type == "cpu":
-        return "has no kernel for torch.bfloat16 in Triton's interpreter, whose products of it are wrong"
-    views = _views(tensors)
-    if any((position.shape[1] - 1 if ids is None else ids.shape[1]) == 0 for _, ids in views):
-        return "takes at least one patch of an image, got none"
-    wanted = position.requires_grad or any(images.requires_grad for images, _ in views)
-    if wanted and torch.is_grad_enabled():
-        return "has no kernel for gradients of images or positions, and they require them"
-    return None
-
-
-dispatch.register("patch_embed", dispatch.Kernel(launch=_launch, dtypes=_DTYPES, refuses=_refuses))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from lmim_fast.ops import dispatch
+from lmim_fast.ops.operators import photometric as operators
 
 LUMA = (0.299, 0.587, 0.114)
 """Gray weights of ITU-R BT.601, as PIL, OpenCV and torchvision use them."""
@@ -16,8 +16,6 @@ LUMA = (0.299, 0.587, 0.114)
 # Images at once on the CPU: fewer values than torch gives to a second thread (32,768). A thread team for
 # operations of microseconds is far slower while the data threads hold the cores. All stays in the cache, too.
 _CPU_CHUNK = 2
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,11 @@ def photometric(
     Source: LMIM's released augmentation (imgaug's solarize, torchvision's ColorJitter), composed.
     """
     _check(plain, warped, program)
-    return dispatch.run("photometric", _eager, plain, warped, program, dtype)
+    if not dispatch.takes("photometric", (plain, warped), _refuses(program), dtype):
+        return _eager(plain, warped, program, dtype)
+    colours = [] if program is None else program.tensors()
+    view, guidance = operators.photometric(plain, warped, colours, dtype)
+    return view, None if warped is None else guidance
 
 
 def _eager(
@@ -163,54 +165,10 @@ def _check(plain: Tensor, warped: Tensor | None, program: ColorProgram | None) -
             )
 
 
-@torch.library.custom_op("lmim_fast::photometric", mutates_args=())
-def _forward(
-    plain: Tensor, warped: Tensor | None, program: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Plain views, guidance views (empty where warped is None); program: the fields in their order."""
-    from lmim_fast.kernels import photometric as kernel
-
-    view, guidance = kernel.forward(
-        _aligned(plain), None if warped is None else _aligned(warped), program, dtype
-    )
-    return view, view.new_empty(0) if guidance is None else guidance
-
-
-@_forward.register_fake
-def _(plain, warped, program, dtype):  # type: ignore[no-untyped-def]
-    batch, height, width, _ = plain.shape
-    view = plain.new_empty((batch, 3, height, width), dtype=dtype)
-    return view, view.new_empty(0) if warped is None else torch.empty_like(view)
-
-
-def _aligned(images: Tensor) -> Tensor:
-    """Contiguous, at whole words: torch puts what it allocates there, a slice may be anywhere."""
-    images = images.contiguous()
-    return images.clone() if images.data_ptr() % 4 or images.storage_offset() % 4 else images
-
-
-def _launch(
-    plain: Tensor, warped: Tensor | None, program: ColorProgram | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    view, guidance = _forward(plain, warped, [] if program is None else program.tensors(), dtype)
-    return view, None if warped is None else guidance
-
-
-def _refuses(
-    plain: Tensor, warped: Tensor | None, program: ColorProgram | None, dtype: torch.dtype
-) -> str | None:
-    if dtype not in _DTYPES:
-        return f"has no kernel for results in {dtype}"
-    if dtype == torch.bfloat16 and plain.device.type == "cpu":
-        return "has no kernel for results in torch.bfloat16 in Triton's interpreter, which does not round"
-    if program is None:
-        return None
+def _refuses(program: ColorProgram | None) -> str | None:
     kinds = dict(invert_above=torch.bool, coverage=torch.uint8)
-    for item in fields(program):
+    for item in () if program is None else fields(program):
         kind, expected = getattr(program, item.name).dtype, kinds.get(item.name, torch.float32)
         if kind != expected:
             return f"takes program.{item.name} in {expected}, got {kind}"
     return None
-
-
-dispatch.register("photometric", dispatch.Kernel(launch=_launch, dtypes=_DTYPES, refuses=_refuses))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lmim_fast.ops import dispatch
+from lmim_fast.ops.operators import tokens as operators
+from lmim_fast.ops.operators.operator import differentiable, direct
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_VALUES = "takes rows of at least 1 value, got 0"
 
 
 def decoder_tokens(
@@ -38,6 +38,45 @@ def decoder_tokens(
         ValueError: the ids and tokens do not fit each other, an input is of another type, or inputs are on
             several devices.
     """
+    arguments = visible, bias, mask_token, position, ids_visible, ids_masked, dtype or position.dtype
+    if _takes(*arguments):
+        tokens: Tensor = operators.decoder_tokens(*arguments)
+        return tokens
+    return _tokens_eager(*arguments)
+
+
+def shared_decoder_tokens(
+    visible: Tensor,
+    bias: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    ids_visible: Tensor,
+    ids_masked: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`decoder_tokens`, and its first 1 + K rows once more for a reader of their own.
+
+    The gradients of both are added in the backward pass that makes those of `visible`.
+    """
+    arguments = visible, bias, mask_token, position, ids_visible, ids_masked, dtype
+    if direct(*arguments) and differentiable(*arguments) and _takes(*arguments):
+        tokens, shown = operators.shared_decoder_tokens(*arguments)
+        return tokens, shown
+    tokens = decoder_tokens(*arguments[:-1], dtype=dtype)
+    return tokens, tokens[:, : visible.shape[1]]
+
+
+def _takes(
+    visible: Tensor,
+    bias: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    ids_visible: Tensor,
+    ids_masked: Tensor,
+    dtype: torch.dtype,
+) -> bool:
+    """True if the kernel runs; raises the errors of `decoder_tokens`."""
     shapes = visible, ids_visible, ids_masked, position
     batch, shown = visible.shape[0], visible.shape[1] if visible.dim() == 3 else 0
     if (
@@ -61,19 +100,9 @@ def decoder_tokens(
         dict(visible=visible, bias=bias, mask_token=mask_token, position=position),
         dict(ids_visible=ids_visible, ids_masked=ids_masked),
     )
-    if dtype is not None and not dtype.is_floating_point:
+    if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating-point, got {dtype}")
-    return dispatch.run(
-        "decoder_tokens",
-        _tokens_eager,
-        visible,
-        bias,
-        mask_token,
-        position,
-        ids_visible,
-        ids_masked,
-        dtype or position.dtype,
-    )
+    return dispatch.takes("decoder_tokens", (visible, bias, mask_token, position), _refuses(position), dtype)
 
 
 def append_table_rows(shown: Tensor | None, table: Tensor, ids: Tensor) -> Tensor:
@@ -102,7 +131,12 @@ def append_table_rows(shown: Tensor | None, table: Tensor, ids: Tensor) -> Tenso
     if ids.shape[1] > table.shape[0]:
         raise ValueError(f"{ids.shape[1]} ids of an image cannot differ in a table of {table.shape[0]} rows")
     dispatch.same_device(shown=shown, table=table, ids=ids)
-    return dispatch.run("append_table_rows", _append_eager, shown, table, ids)
+    reason = None if table.shape[1] else _NO_VALUES
+    if dispatch.takes("append_table_rows", (table, shown), reason):
+        rows: Tensor = operators.append_table_rows(shown, table, ids)
+        return rows
+    appended = gather_table(table, ids)
+    return appended if shown is None else torch.cat([shown, appended], dim=1)
 
 
 def mask_table(mask_token: Tensor, position: Tensor) -> Tensor:
@@ -147,157 +181,7 @@ def _tokens_eager(
     return torch.cat([shown, gather_table(mask_table(mask_token, position), ids_masked)], dim=1).to(dtype)
 
 
-def _append_eager(shown: Tensor | None, table: Tensor, ids: Tensor) -> Tensor:
-    rows = gather_table(table, ids)
-    return rows if shown is None else torch.cat([shown, rows], dim=1)
-
-
-@torch.library.custom_op("lmim_fast::decoder_tokens", mutates_args=())
-def _tokens(
-    visible: Tensor,
-    bias: Tensor,
-    mask_token: Tensor,
-    position: Tensor,
-    ids_visible: Tensor,
-    ids_masked: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    from lmim_fast.kernels import tokens
-
-    return tokens.decoder_tokens(visible, bias, mask_token, position, ids_visible, ids_masked, dtype)
-
-
-@_tokens.register_fake
-def _(visible, bias, mask_token, position, ids_visible, ids_masked, dtype):  # type: ignore[no-untyped-def]
-    batch, shown, width = visible.shape
-    return visible.new_empty((batch, shown + ids_masked.shape[1], width), dtype=dtype)
-
-
-@torch.library.custom_op("lmim_fast::decoder_tokens_backward", mutates_args=())
-def _tokens_backward(
-    grad: Tensor, shown: int, visible_dtype: torch.dtype | None, mask_token: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient of visible, empty where no dtype is given; (2, D) fp32 gradients of bias and mask_token."""
-    from lmim_fast.kernels import tokens
-
-    grad_visible, sums = tokens.decoder_tokens_backward(
-        grad, shown, visible_dtype=visible_dtype, mask_token=mask_token
-    )
-    return grad.new_empty(0) if grad_visible is None else grad_visible, sums
-
-
-@_tokens_backward.register_fake
-def _(grad, shown, visible_dtype, mask_token):  # type: ignore[no-untyped-def]
-    batch, _, width = grad.shape
-    size = 0 if visible_dtype is None else (batch, shown, width)
-    sums = grad.new_empty((2, width), dtype=torch.float32)
-    return grad.new_empty(size, dtype=visible_dtype or grad.dtype), sums
-
-
-def _tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    visible, bias, mask_token = inputs[:3]
-    ctx.set_materialize_grads(False)
-    ctx.shown = visible.shape[1]
-    ctx.dtypes = visible.dtype, bias.dtype, mask_token.dtype
-
-
-def _tokens_differentiate(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    visible_wanted, bias_wanted, mask_token_wanted = ctx.needs_input_grad[:3]
-    if grad is None or not (visible_wanted or bias_wanted or mask_token_wanted):
-        return (None,) * 7
-    visible_dtype, bias_dtype, mask_token_dtype = ctx.dtypes
-    grad_visible, sums = _tokens_backward(
-        grad, ctx.shown, visible_dtype if visible_wanted else None, mask_token_wanted
-    )
-    return (
-        grad_visible if visible_wanted else None,
-        sums[0].to(bias_dtype) if bias_wanted else None,
-        sums[1].to(mask_token_dtype).view(1, 1, -1) if mask_token_wanted else None,
-        *(None,) * 4,
-    )
-
-
-_tokens.register_autograd(_tokens_differentiate, setup_context=_tokens_setup)
-
-
-@torch.library.custom_op("lmim_fast::append_table_rows", mutates_args=())
-def _append(shown: Tensor | None, table: Tensor, ids: Tensor) -> Tensor:
-    from lmim_fast.kernels import table_rows
-
-    shown = table.new_empty((ids.shape[0], 0, table.shape[1])) if shown is None else shown
-    return table_rows.append_rows(shown, table, ids)
-
-
-@_append.register_fake
-def _(shown, table, ids):  # type: ignore[no-untyped-def]
-    rows = ids.shape[1] + (0 if shown is None else shown.shape[1])
-    return table.new_empty((ids.shape[0], rows, table.shape[1]))
-
-
-@torch.library.custom_op("lmim_fast::append_table_rows_backward", mutates_args=())
-def _append_backward(
-    grad: Tensor, ids: Tensor, patches: int, shown_wanted: bool, table_wanted: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the shown rows and of the table, empty where they are not wanted."""
-    from lmim_fast.kernels import table_rows
-
-    count = grad.shape[1] - ids.shape[1]
-    grad_shown, grad_table = grad.new_empty(0), grad.new_empty(0)
-    if shown_wanted:
-        grad_shown = table_rows.append_rows(grad[:, :count], grad.new_empty(0, grad.shape[2]), ids[:, :0])
-    if table_wanted:
-        grad_table = table_rows.table_gradient(grad[:, count:], ids, patches).to(grad.dtype)
-    return grad_shown, grad_table
-
-
-@_append_backward.register_fake
-def _(grad, ids, patches, shown_wanted, table_wanted):  # type: ignore[no-untyped-def]
-    batch, rows, width = grad.shape
-    shown = grad.new_empty((batch, rows - ids.shape[1], width) if shown_wanted else 0)
-    return shown, grad.new_empty((patches, width) if table_wanted else 0)
-
-
-def _append_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, table, ids = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(ids)
-    ctx.patches = table.shape[0]
-
-
-def _append_differentiate(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    shown_wanted, table_wanted, _ = ctx.needs_input_grad
-    if grad is None:
-        return None, None, None
-    (ids,) = ctx.saved_tensors
-    grad_shown, grad_table = _append_backward(grad, ids, ctx.patches, shown_wanted, table_wanted)
-    return grad_shown if shown_wanted else None, grad_table if table_wanted else None, None
-
-
-_append.register_autograd(_append_differentiate, setup_context=_append_setup)
-
-
-def _refuses_tokens(
-    visible: Tensor,
-    bias: Tensor,
-    mask_token: Tensor,
-    position: Tensor,
-    ids_visible: Tensor,
-    ids_masked: Tensor,
-    dtype: torch.dtype,
-) -> str | None:
+def _refuses(position: Tensor) -> str | None:
     if position.requires_grad and torch.is_grad_enabled():
         return "makes no gradient of position"
-    if dtype not in _DTYPES:
-        return f"has no kernel for results in {dtype}"
-    return None if visible.shape[2] else "takes rows of at least 1 value, got 0"
-
-
-dispatch.register("decoder_tokens", dispatch.Kernel(launch=_tokens, dtypes=_DTYPES, refuses=_refuses_tokens))
-dispatch.register(
-    "append_table_rows",
-    dispatch.Kernel(
-        launch=_append,
-        dtypes=_DTYPES,
-        refuses=lambda shown, table, ids: None if table.shape[1] else "takes rows of at least 1 value, got 0",
-    ),
-)
+    return None if position.shape[2] else _NO_VALUES

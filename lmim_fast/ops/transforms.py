@@ -1,4 +1,4 @@
-"""Whether a transform is at work that autograd functions without a rule for it cannot go through."""
+"""Whether a transform is at work that autograd functions cannot go through, or only out of place."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def transformed() -> bool:
 
 # torch.compile asks it once, while it traces; as torch.compiler.assume_constant_result, without its import.
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def batched(grad: torch.Tensor) -> bool:
+    """A gradient that stands for many (`is_grads_batched`): results must not be written in place."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(grad))

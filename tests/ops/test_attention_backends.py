@@ -9,8 +9,9 @@ from attention_cases import DTYPE, attend, attend_across, crossed, differentiate
 from torch._subclasses import FakeTensorMode
 
 from lmim_fast.kernels import runtime
-from lmim_fast.ops import attention, attention_backends, attention_kernels, dispatch
+from lmim_fast.ops import attention, attention_backends, dispatch
 from lmim_fast.ops.attention import cross_attention, self_attention
+from lmim_fast.ops.operators import attention as operators
 
 
 @pytest.fixture
@@ -25,10 +26,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in attention_backends.PLAIN:
         monkeypatch.setitem(attention_backends.PLAIN, name, recorder(name))
     for op in ("self_attention", "cross_attention"):
-        kernel = getattr(attention_kernels, op)
-        monkeypatch.setattr(
-            attention_kernels, op, lambda *given, k=kernel: (names.append("triton"), k(*given))[1]
-        )
+        kernel = getattr(operators, op)
+        monkeypatch.setattr(operators, op, lambda *given, k=kernel: (names.append("triton"), k(*given))[1])
     monkeypatch.delenv("LMIM_FAST_ATTENTION", raising=False)
     monkeypatch.delenv("LMIM_FAST_BACKEND", raising=False)
     return names

@@ -19,8 +19,9 @@ from attention_cases import (
 )
 from torch import Tensor
 
-from lmim_fast.ops import attention, attention_kernels
+from lmim_fast.ops import attention
 from lmim_fast.ops.attention import self_attention
+from lmim_fast.ops.operators import attention as operators
 
 pytestmark = pytest.mark.gpu
 
@@ -167,10 +168,8 @@ def test_compiled_attention_draws_a_mask_each_time() -> None:
 def test_auto_on_this_device_is_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for op in ("self_attention", "cross_attention"):
-        kernel = getattr(attention_kernels, op)
-        monkeypatch.setattr(
-            attention_kernels, op, lambda *given, k=kernel: (ran.append(k.__name__), k(*given))[1]
-        )
+        kernel = getattr(operators, op)
+        monkeypatch.setattr(operators, op, lambda *given, k=kernel: (ran.append(k.__name__), k(*given))[1])
     for form, inputs in (packed(6, 64, [(4, 52)], BF16), crossed(6, 64, (4, 51, 52), BF16)):
         form(*inputs)
     assert ran == ["self_attention", "cross_attention"]

@@ -35,7 +35,8 @@ def test_heads_lie_where_the_product_has_them() -> None:
 
 def test_gradients_are_written_into_one_matrix_and_summed_for_the_bias() -> None:
     qkv, bias = inputs()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         output = flat(qkv, bias)
         grads = torch.autograd.grad(output.sum(), (qkv, bias))
     assert "_SplitHeadsBackward" in {event.name for event in profile.events()}

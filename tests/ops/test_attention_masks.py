@@ -20,9 +20,10 @@ from attention_cases import (
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
-from lmim_fast.ops import attention, attention_kernels, routes
+from lmim_fast.ops import attention, routes
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.dropout import keep_mask, scale
+from lmim_fast.ops.operators import attention as operators
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -265,10 +266,8 @@ def test_masked_attention_compiles_in_one_graph(backend: str, masked: str) -> No
 def test_masked_calls_run_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for op in ("self_attention", "cross_attention"):
-        kernel = getattr(attention_kernels, op)
-        monkeypatch.setattr(
-            attention_kernels, op, lambda *given, k=kernel: (ran.append(k.__name__), k(*given))[1]
-        )
+        kernel = getattr(operators, op)
+        monkeypatch.setattr(operators, op, lambda *given, k=kernel: (ran.append(k.__name__), k(*given))[1])
     with attention.backend("triton"):
         form, inputs = packed(1, 32, [(1, 3)], DTYPES[0])
         form(*inputs, causal=True)

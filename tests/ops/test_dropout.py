@@ -74,8 +74,8 @@ def test_kept_values_are_scaled_so_that_the_mean_stays() -> None:
 
 def test_wrong_seeds_and_probabilities_are_named() -> None:
     with pytest.raises(ValueError, match=r"one int64, got torch.int64 of shape \(2,\)"):
-        dropout.check_seed(torch.tensor([1, 2]))
+        dropout.check(0.1, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"one int64, got torch.float32"):
-        dropout.check_seed(torch.ones(1))
+        dropout.check(0.1, torch.ones(1))
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1.0"):
         dropout.check_probability(1.0)

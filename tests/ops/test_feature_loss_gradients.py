@@ -74,19 +74,6 @@ def test_a_loss_may_be_part_of_two_losses() -> None:
         loss.backward()
 
 
-def test_a_gradient_that_nothing_has_to_scale_is_not_written_again() -> None:
-    inputs = feature_inputs((2, 8, 2, 20), torch.float32)
-    kept = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        gradient = differentiate("triton", masked_feature_loss, inputs)[1]
-    assert gradient.data_ptr() in [tensor.data_ptr() for tensor in kept]
-
-
 @pytest.mark.usefixtures("kernels")
 def test_saved_tensors_may_be_packed_and_forward_passes_repeated() -> None:
     inputs = feature_inputs((2, 8, 2, 20), torch.float32)
@@ -146,7 +133,6 @@ def test_custom_ops_keep_the_rules_of_torch() -> None:
     check(ops.masked_pixel_loss.default, (*leaves, images, ids, 4, True, True, True))
     upstream = torch.tensor(0.5, device=DEVICE)
     check(ops.masked_loss_gradient.default, (product, upstream))
-    check(ops.masked_loss_gradient_.default, (product, upstream))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lmim_fast.kernels import linear_gelu
 from lmim_fast.ops import dispatch
-from lmim_fast.ops import mlp as op
 from lmim_fast.ops.mlp import mlp
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -158,7 +157,7 @@ def test_opcheck_of_the_op(keep_hidden: bool) -> None:
     tensors = inputs(20, 24, 48, 16, torch.float32)
     if not keep_hidden:
         tensors = tuple(tensor.detach() for tensor in tensors)  # type: ignore[assignment]
-    torch.library.opcheck(op._mlp, (*tensors, keep_hidden))
+    torch.library.opcheck(torch.ops.lmim_fast.mlp.default, (*tensors, keep_hidden))
 
 
 @pytest.mark.usefixtures("kernels")

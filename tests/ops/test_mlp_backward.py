@@ -7,8 +7,7 @@ from test_mlp import as_double, inputs, run
 from torch import Tensor
 
 from lmim_fast.kernels import linear_gelu
-from lmim_fast.ops import mlp as op
-from lmim_fast.ops.mlp import launch_mlp, mlp
+from lmim_fast.ops.mlp import mlp
 
 
 def test_backward_makes_the_same_activated_values_again() -> None:
@@ -33,49 +32,20 @@ def test_hidden_rows_are_kept_for_a_backward_pass_and_activated_rows_never() -> 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         mlp(*tensors)
     assert sorted(kept) == [(40, 72), (70, 24), (70, 72), (72,), (72, 24)]
-    _, hidden = op._mlp(*tensors, True)
+    _, hidden = torch.ops.lmim_fast.mlp(*tensors, True)
     assert not hidden.requires_grad
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("needed", [(0, 1, 2, 3), (0,), (1,), (3,), (1, 3)])
-def test_rows_that_can_be_recomputed_are_not_kept(needed: tuple[int, ...]) -> None:
-    x, *parameters = inputs(20, 24, 48, 16, torch.float32)
-    source = (x.detach() / 2).requires_grad_()
-    for number, tensor in enumerate((x, *parameters)):
-        tensor.requires_grad_(number in needed)
-    wanted = [(x, *parameters)[number] for number in needed]
-    upstream = torch.randn(20, 16, device=DEVICE)
-    expected = torch.autograd.grad(mlp(x, *parameters), wanted, upstream)
-    kept: list[Tensor] = []
-    recomputed: list[bool] = []
-
-    def recompute(half: Tensor) -> Tensor:
-        recomputed.append(True)
-        return 2 * half
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        out = launch_mlp(x, *parameters, recompute, source)
-    assert not any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
-    assert any(tensor.data_ptr() == source.data_ptr() for tensor in kept)
-    found = torch.autograd.grad(out, [*wanted, source], upstream, allow_unused=True)
-    assert found[-1] is None  # its gradient goes through x
-    for mine, theirs in zip(found, expected, strict=False):
-        assert torch.equal(mine, theirs)
-    assert len(recomputed) == (1 in needed)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_a_second_derivative_of_the_kernel_form_is_an_error() -> None:
     x, weight1, *others = inputs(5, 24, 48, 16, torch.float32)
     refused = r"once_differentiable|does not require grad|not have been used"
-    for recompute in ((), (lambda half: 2 * half, x.detach() / 2)):
-        for loss in (torch.sum, torch.norm):  # without, and with, an upstream gradient that depends on x
-            out = launch_mlp(x, weight1, *others, *recompute)
-            (grad,) = torch.autograd.grad(loss(out), x, create_graph=True)
-            for source in (x, weight1):
-                with pytest.raises(RuntimeError, match=refused):
-                    torch.autograd.grad(grad.sum(), source, retain_graph=True)
+    for loss in (torch.sum, torch.norm):  # without, and with, an upstream gradient that depends on x
+        out = mlp(x, weight1, *others)
+        (grad,) = torch.autograd.grad(loss(out), x, create_graph=True)
+        for source in (x, weight1):
+            with pytest.raises(RuntimeError, match=refused):
+                torch.autograd.grad(grad.sum(), source, retain_graph=True)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -135,4 +105,4 @@ def test_opcheck_of_its_backward(bias_wanted: bool, weight_wanted: bool, bias: t
     _, _, bias1, weight2 = (tensor.detach() for tensor in inputs(20, 24, 48, 16, torch.float16))
     grad, hidden = torch.randn(20, 16).to(weight2), torch.randn(20, 48).to(weight2)
     arguments = (grad, bias1.to(bias), weight2, hidden, bias_wanted, weight_wanted)
-    torch.library.opcheck(op._mlp_backward, arguments)
+    torch.library.opcheck(torch.ops.lmim_fast.mlp_backward.default, arguments)

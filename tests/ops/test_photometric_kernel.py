@@ -8,7 +8,7 @@ from accuracy import CUDA, DEVICE, DTYPES
 from torch import Tensor
 
 from lmim_fast.ops import dispatch
-from lmim_fast.ops.photometric import ColorProgram, _forward, photometric
+from lmim_fast.ops.photometric import ColorProgram, photometric
 
 # The last is larger than a block, and its last block is not full; the one before has no whole words.
 SIZES = [(4, 16), (3, 5), (96, 64) if CUDA else (52, 80)]
@@ -137,8 +137,10 @@ def test_no_images_give_no_views() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_the_operator_has_a_fake_that_says_what_comes() -> None:
     plain, warped, program = inputs(1)
-    torch.library.opcheck(_forward, (plain, warped, program.tensors(), DTYPES[1]))
-    torch.library.opcheck(_forward, (plain, None, [], DTYPES[0]))
+    torch.library.opcheck(
+        torch.ops.lmim_fast.photometric.default, (plain, warped, program.tensors(), DTYPES[1])
+    )
+    torch.library.opcheck(torch.ops.lmim_fast.photometric.default, (plain, None, [], DTYPES[0]))
 
 
 @pytest.mark.usefixtures("kernels")

@@ -10,7 +10,8 @@ from attention_cases import DTYPE, Form, Inputs, crossed, differentiate, packed,
 from torch._subclasses import FakeTensorMode
 
 from lmim_fast.kernels import attention_backward, runtime
-from lmim_fast.ops import attention, attention_backends, attention_kernels, dispatch, routes
+from lmim_fast.ops import attention, attention_backends, dispatch, routes
+from lmim_fast.ops.operators import attention as operators
 from lmim_fast.ops.routes import Route, Size
 
 SIZE = Size((9, 0), 32, 257, 257)
@@ -178,8 +179,8 @@ def test_a_whole_call_on_a_library_compiles_into_one_graph(
     trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMIM_FAST_ROUTES", "attention.both=sdpa")
-    monkeypatch.setattr(dispatch, "select", lambda *given, **named: True)  # as on a CUDA device
-    monkeypatch.setattr(attention_kernels, "self_attention", None)
+    monkeypatch.setattr(dispatch, "takes", lambda *given, **named: True)  # as on a CUDA device
+    monkeypatch.setattr(operators, "self_attention", None)
     form, (qkv, bias) = packed(1, 32, [(2, 9)], DTYPE)
     qkv.requires_grad_(trained)
     compiled = torch.compile(form, backend="aot_eager", fullgraph=True)

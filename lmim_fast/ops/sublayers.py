@@ -1,0 +1,382 @@
+"""Norm and linear, and norm and MLP, by kernels in one step of autograd each.
+
+The backward pass keeps the residual stream and the hidden rows alone. Its kernels write the normalised and
+the activated rows again while they make gradients of them, for the gradients of the weights behind. With
+LMIM_FAST_ROWS=recompute passes of their own make these rows, so that fewer tensors exist at a time: more
+traffic, less memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmim_fast import kernels
+from lmim_fast.ops.dropout import threshold
+from lmim_fast.ops.operators.operator import backward_of, differentiable
+from lmim_fast.ops.products import in_dtype, matmul, weight_gradient, without_autocast
+
+VARIABLE = "LMIM_FAST_ROWS"
+FORMS = ("emit", "recompute")
+
+
+def recomputes() -> bool:
+    """The backward pass makes rows in passes of their own.
+
+    Raises:
+        ValueError: LMIM_FAST_ROWS is unknown.
+    """
+    form = os.environ.get(VARIABLE, "emit")
+    if form not in FORMS:
+        raise ValueError(f"unknown {VARIABLE} {form!r}; choose from {', '.join(FORMS)}")
+    return form == "recompute"
+
+
+class Norm(NamedTuple):
+    """LayerNorm of residual + dropout(x + x_bias), or of the residual where x is None."""
+
+    x: Tensor | None  # (M, D)
+    x_bias: Tensor | None  # (D,)
+    residual: Tensor  # (M, D)
+    weight: Tensor  # (D,)
+    bias: Tensor  # (D,)
+    seed: Tensor | None
+    p: float
+    eps: float
+    dtype: torch.dtype  # of the normalised rows
+
+
+class _Sums(NamedTuple):
+    """What the backward pass of a norm needs."""
+
+    total: Tensor
+    weight: Tensor
+    bias: Tensor
+    statistics: Tensor
+    seed: Tensor | None
+
+
+def norm_linear(norm: Norm, weight: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """norm @ weight.T + added (M, F), and the new residual (M, D); `added` as for `linear`."""
+    if differentiable(*norm, weight):
+        product, total = _NormLinear.apply(*norm, weight, added)
+        return product, total
+    rows, sums = _normalise(norm)
+    return matmul(rows, in_dtype(weight, norm.dtype), added), sums.total
+
+
+def shared_norm(norm: Norm, first: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The normalised rows, as `DropoutAddLayerNorm.shared` returns them; only here norm is of (B, N, D)."""
+    if not differentiable(*norm):
+        rows = _normalise(norm)[0]
+        chosen = rows[:, first:].contiguous() if first else rows
+        return rows, chosen if first else None, chosen
+    rows, chosen, again = _SharedNorm.apply(*norm, first)
+    return rows, chosen, again
+
+
+def norm_mlp(
+    norm: Norm,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    *,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    epilogue: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`mlp` of the norm (M, D2), and the new residual (M, D).
+
+    Args:
+        seed, p:  of the dropout of hidden rows.
+        epilogue: GELU in the epilogues of the products; p is 0.
+    """
+    hidden = weight1, bias1, weight2, seed, p, epilogue
+    if differentiable(*norm, weight1, bias1, weight2):
+        product, total = _NormMlp.apply(*norm, *hidden)
+        return product, total
+    rows, sums = _normalise(norm)
+    return _mlp(rows, *hidden)[0], sums.total
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    *,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    epilogue: bool = False,
+) -> Tensor:
+    """`ops.mlp.mlp` of x (M, D); the rest is as for `norm_mlp`."""
+    if differentiable(x, weight1, bias1, weight2):
+        product: Tensor = _Mlp.apply(x, weight1, bias1, weight2, seed, p, epilogue)
+        return product
+    return _mlp(x, weight1, bias1, weight2, seed, p, epilogue)[0]
+
+
+def _normalise(norm: Norm) -> tuple[Tensor, _Sums]:
+    """Normalised rows, and what the backward pass needs."""
+    x, x_bias, residual, weight, bias, seed, p, eps, dtype = norm
+    rows, total, statistics = kernels.norm.forward(
+        x, x_bias, residual, weight, bias, seed, threshold(p), dtype, eps
+    )
+    return rows, _Sums(residual if total is None else total, weight, bias, statistics, seed)
+
+
+def _keep_norm(ctx: Any, norm: Norm) -> None:
+    ctx.p, ctx.eps, ctx.dtype = norm.p, norm.eps, norm.dtype
+    ctx.x_dtype = None if norm.x is None else norm.x.dtype
+
+
+def _of_norm(
+    ctx: Any,
+    sums: _Sums,
+    grad: Tensor | None,
+    grad_total: Tensor | None,
+    weight: Tensor,
+    dtype: torch.dtype,
+    needed: bool,
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """Gradients of the first nine inputs, and of the weight (F, D), from that of norm @ weight.T (M, F)."""
+    of_rows = rows = of_weight = None
+    if grad is not None:
+        if needed and recomputes():
+            again = Norm(None, None, sums.total, sums.weight, sums.bias, None, 0.0, ctx.eps, ctx.dtype)
+            of_weight = weight_gradient(grad, _normalise(again)[0], dtype)
+        of_rows = grad @ weight
+        if needed and of_weight is None:
+            rows = torch.empty_like(of_rows)
+    of_inputs = _of_norm_rows(ctx, sums, of_rows, grad_total, rows)
+    if rows is not None and grad is not None:
+        of_weight = weight_gradient(grad, rows, dtype)
+    return of_inputs, of_weight
+
+
+def _of_norm_rows(
+    ctx: Any,
+    sums: _Sums,
+    grad: Tensor | None,
+    grad_total: Tensor | None,
+    rows: Tensor | None = None,
+    *,
+    extra: Sequence[Tensor] = (),
+    first: int = 0,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the nine inputs of a norm from that of its rows; writes the rows again where asked to.
+
+    Args:
+        extra: more gradients of the rows, from token `first` on.
+    """
+    total, weight, bias, statistics, seed = sums
+    x_wanted, x_bias_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:5]
+    parameters = grad is not None and (weight_wanted or bias_wanted)
+    shared = x_wanted and ctx.p == 0 and ctx.x_dtype == total.dtype  # one tensor is both gradients
+    of_x, of_residual, of_parameters = kernels.norm.backward(
+        grad,
+        grad_total,
+        total,
+        weight,
+        statistics,
+        seed,
+        threshold(ctx.p),
+        x_dtype=ctx.x_dtype if x_wanted and not shared else None,
+        residual_dtype=total.dtype if residual_wanted or shared else None,
+        parameters=parameters,
+        x_bias=x_bias_wanted,
+        rows=rows,
+        bias=None if rows is None else bias,
+        extra=extra,
+        first=first,
+    )
+    return (
+        (of_residual if shared else of_x) if x_wanted else None,
+        of_parameters[-1] if x_bias_wanted else None,
+        of_residual if residual_wanted else None,
+        of_parameters[0] if parameters and weight_wanted else None,
+        of_parameters[1] if parameters and bias_wanted else None,
+        *(None,) * 4,
+    )
+
+
+class _SharedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        norm, ctx.first = Norm(*inputs[:-1]), inputs[-1]
+        rows, sums = _normalise(norm)
+        _keep_norm(ctx, norm)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*sums)
+        if not ctx.first:
+            return rows, None, rows.view_as(rows)
+        chosen = rows[:, ctx.first :].contiguous()
+        return rows, chosen, chosen.view_as(chosen)
+
+    @staticmethod
+    @backward_of
+    def backward(ctx: Any, grad: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
+        extra = [tensor for tensor in more if tensor is not None]
+        if grad is None and extra and not ctx.first:
+            grad = extra.pop()
+        if grad is None and not extra:
+            return (None,) * 10
+        sums = _Sums(*ctx.saved_tensors)
+        if grad is None:
+            grad = torch.zeros_like(sums.total, dtype=ctx.dtype)
+        return *_of_norm_rows(ctx, sums, grad, None, extra=extra, first=ctx.first), None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        norm, weight, added = Norm(*inputs[:-2]), *inputs[-2:]
+        rows, sums = _normalise(norm)
+        copy = in_dtype(weight, norm.dtype)
+        _keep_norm(ctx, norm)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*sums, copy)
+        ctx.weight_dtype = weight.dtype
+        return matmul(rows, copy, added), sums.total
+
+    @staticmethod
+    @backward_of
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_total is None:
+            return (None,) * 11
+        *saved, copy = ctx.saved_tensors
+        with without_autocast(copy.device):
+            needed = ctx.needs_input_grad[9]
+            of_inputs, weight = _of_norm(ctx, _Sums(*saved), grad, grad_total, copy, ctx.weight_dtype, needed)
+        return *of_inputs, weight, None
+
+
+class _Hidden(NamedTuple):
+    """What the backward pass of an MLP needs."""
+
+    hidden: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    seed: Tensor | None
+
+
+def _mlp(
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    seed: Tensor | None,
+    p: float,
+    epilogue: bool,
+    *,
+    keep_hidden: bool = False,
+) -> tuple[Tensor, _Hidden]:
+    """Product, and what the backward pass needs where hidden rows are to be kept."""
+    copy1, copy2 = in_dtype(weight1, rows.dtype), in_dtype(weight2, rows.dtype)
+    if epilogue:
+        hidden, activated = kernels.linear_gelu.forward(rows, copy1, bias1, keep_hidden=keep_hidden)
+    else:
+        hidden = matmul(rows, copy1)
+        activated = kernels.gelu.forward(hidden, bias1, seed, threshold(p))
+    return matmul(activated, copy2), _Hidden(hidden, copy1, bias1, copy2, seed)
+
+
+def _keep_mlp(
+    ctx: Any, weight1: Tensor, bias1: Tensor, weight2: Tensor, seed: object, p: float, epilogue: bool
+) -> None:
+    ctx.hidden_p, ctx.epilogue, ctx.weight_dtypes = p, epilogue, (weight1.dtype, weight2.dtype)
+
+
+def _of_hidden(
+    ctx: Any, saved: _Hidden, grad: Tensor, first: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the hidden rows, of bias1 and weight2; `first` is the number of the input weight1."""
+    hidden, _, bias1, weight2, seed = saved
+    _, bias_wanted, weight_wanted = ctx.needs_input_grad[first : first + 3]
+    dtype, dropped, of_weight, activated = ctx.weight_dtypes[1], threshold(ctx.hidden_p), None, None
+    if ctx.epilogue:
+        of_hidden, activated, of_bias = kernels.linear_gelu.backward(
+            grad, weight2, hidden, activated_wanted=weight_wanted, bias_wanted=bias_wanted
+        )
+    else:
+        if weight_wanted and recomputes():
+            of_weight = _of_weight2(ctx, saved, grad)
+        elif weight_wanted:
+            activated = torch.empty_like(hidden)
+        of_activated = grad @ weight2
+        of_hidden, of_bias = kernels.gelu.backward(
+            *(of_activated, hidden, bias1, seed, dropped),
+            bias_wanted=bias_wanted,
+            activated=activated,
+            in_place=True,
+        )
+    if activated is not None:
+        of_weight = weight_gradient(grad, activated, dtype)
+    return of_hidden, of_bias, of_weight
+
+
+def _of_weight2(ctx: Any, saved: _Hidden, grad: Tensor) -> Tensor:
+    """Gradient of weight2 from activated rows that a pass of its own makes."""
+    hidden, bias1, seed = saved.hidden, saved.bias1, saved.seed
+    if ctx.epilogue:  # then they have their bias
+        return weight_gradient(grad, F.gelu(hidden), ctx.weight_dtypes[1])
+    activated = kernels.gelu.forward(hidden, bias1, seed, threshold(ctx.hidden_p))
+    return weight_gradient(grad, activated, ctx.weight_dtypes[1])
+
+
+class _NormMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        norm = Norm(*inputs[:9])
+        rows, sums = _normalise(norm)
+        product, hidden = _mlp(rows, *inputs[9:], keep_hidden=True)
+        _keep_norm(ctx, norm)
+        _keep_mlp(ctx, *inputs[9:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*sums, *hidden)
+        return product, sums.total
+
+    @staticmethod
+    @backward_of
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_total is None:
+            return (None,) * 15
+        saved = ctx.saved_tensors
+        sums, hidden = _Sums(*saved[:5]), _Hidden(*saved[5:])
+        of_hidden = of_bias = of_weight2 = None
+        with without_autocast(hidden.hidden.device):
+            if grad is not None:
+                of_hidden, of_bias, of_weight2 = _of_hidden(ctx, hidden, grad.contiguous(), 9)
+            dtype, needed = ctx.weight_dtypes[0], ctx.needs_input_grad[9]
+            of_inputs, of_weight1 = _of_norm(ctx, sums, of_hidden, grad_total, hidden.weight1, dtype, needed)
+        return *of_inputs, of_weight1, of_bias, of_weight2, None, None, None
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
+        product, hidden = _mlp(x, *inputs, keep_hidden=True)
+        _keep_mlp(ctx, *inputs)
+        ctx.save_for_backward(x, *hidden)
+        return product
+
+    @staticmethod
+    @backward_of
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        hidden = _Hidden(*saved)
+        with without_autocast(x.device):
+            if not any(ctx.needs_input_grad[:3]):
+                return None, None, None, _of_weight2(ctx, hidden, grad), None, None, None
+            of_hidden, of_bias, of_weight2 = _of_hidden(ctx, hidden, grad.contiguous(), 1)
+            of_weight1 = (
+                weight_gradient(of_hidden, x, ctx.weight_dtypes[0]) if ctx.needs_input_grad[1] else None
+            )
+            of_x = of_hidden @ hidden.weight1 if ctx.needs_input_grad[0] else None
+        return of_x, of_weight1, of_bias, of_weight2, None, None, None
