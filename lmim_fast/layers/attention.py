@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
 from lmim_fast.layers.inputs import check_heads, tokens
 from lmim_fast.ops.attention import Segment, cross_attention, self_attention
 from lmim_fast.ops.dropout import check_probability
@@ -46,19 +48,43 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
+        if plain.is_plain(x, self.qkv.weight):
+            return self.forward_plain(x)
         x = tokens("x", x, self.qkv.weight)
         branch = self.forward_packed(linear(x, self.qkv.weight).flatten(0, 1), [(x.shape[0], x.shape[1])])
         return F.dropout(branch + self.proj.bias.to(branch.dtype), self.dropout).view(x.shape)
 
-    def forward_packed(self, qkv: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Result of `qkv` (rows, 3D) to result of `proj` (rows, D), both without bias; no `proj_drop`."""
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D) by PyTorch's own ops."""
+        qkv, training = self.qkv, self.training
+        p = self.attn_drop if training else 0.0
+        context = plain.self_attention(x, qkv.weight, qkv.bias, self.num_heads, p)
+        x = plain.linear(context, self.proj.weight, self.proj.bias)
+        return F.dropout(x, self.proj_drop) if training and self.proj_drop else x
+
+    def forward_packed(self, qkv: Tensor, segments: Sequence[Segment], *, added: bool = False) -> Tensor:
+        """Result of `qkv` (rows, 3D) to result of `proj` (rows, D), both without bias; no `proj_drop`.
+
+        Args:
+            added: the first of them has its bias.
+        """
         p = self.attn_drop if self.training else 0.0
-        return linear(self_attention(qkv, self.qkv.bias, self.num_heads, segments, p=p), self.proj.weight)
+        context = self_attention(qkv, self.qkv.bias, self.num_heads, segments, p=p, added=added)
+        return linear(context, self.proj.weight)
 
     @property
     def dropout(self) -> float:
         """Dropout probability of the result: 0 in eval mode."""
         return self.proj_drop if self.training else 0.0
+
+
+class Projections(NamedTuple):
+    """Rows of a `MultiheadAttention`'s input projection."""
+
+    q_weight: Tensor  # (D, D)
+    kv_weight: Tensor  # (2D, D)
+    q_bias: Tensor | None  # (D,)
+    kv_bias: Tensor | None  # (2D,)
 
 
 class MultiheadAttention(nn.Module):
@@ -153,8 +179,20 @@ class MultiheadAttention(nn.Module):
         _refuse(
             "lmim_fast.ops.attention.attention_weights computes them for pictures", need_weights=need_weights
         )
-        context = self._self(query) if query is key and key is value else self._cross(query, key, value)
-        return self.out_proj(context), None
+        alone = query is key and key is value
+        if key is value and plain.is_plain(query, self.in_proj_weight):
+            if alone:
+                return self.out_proj(self.context_plain(query, None)), None
+            if plain.is_plain(key, self.in_proj_weight) and len(query) == len(key):
+                return self.out_proj(self.context_plain(query, key)), None
+        return self.out_proj(self._self(query) if alone else self._cross(query, key, value)), None
+
+    def context_plain(self, query: Tensor, memory: Tensor | None) -> Tensor:
+        """Context (B, N, D) over a memory (B, M, D), or over itself without one, by PyTorch's own ops."""
+        rest = self.in_proj_weight, self.in_proj_bias, self.num_heads, self._p
+        if memory is None:
+            return plain.self_attention(query, *rest)
+        return plain.cross_attention(query, memory, *rest)
 
     def _self(self, x: Tensor) -> Tensor:
         x = tokens("query", x, self.in_proj_weight)
@@ -168,32 +206,18 @@ class MultiheadAttention(nn.Module):
         if k.shape != v.shape or q.shape[0] != k.shape[0]:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
             raise ValueError(f"need query (B, N, D), key and value (B, M, D), got {shapes}")
+        q_weight, kv_weight, q_bias, kv_bias = self.projections()
         if key is value:
-            kv = linear(k, self.kv_weight)
+            kv = linear(k, kv_weight)
         else:
-            kv = torch.cat([linear(x, w) for x, w in zip((k, v), self.kv_weight.chunk(2), strict=True)], -1)
-        q = linear(q, self.q_weight)
-        return cross_attention(q, self.q_bias, kv, self.kv_bias, self.num_heads, p=self._p)
+            kv = torch.cat([linear(x, w) for x, w in zip((k, v), kv_weight.chunk(2), strict=True)], -1)
+        return cross_attention(linear(q, q_weight), q_bias, kv, kv_bias, self.num_heads, p=self._p)
 
-    @property
-    def q_weight(self) -> Tensor:
-        """(D, D) rows of in_proj_weight that project the queries."""
-        return self.in_proj_weight[: self.embed_dim]
-
-    @property
-    def q_bias(self) -> Tensor | None:
-        """(D,) part of in_proj_bias for the queries."""
-        return None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
-
-    @property
-    def kv_weight(self) -> Tensor:
-        """(2D, D) rows of in_proj_weight that project keys and values."""
-        return self.in_proj_weight[self.embed_dim :]
-
-    @property
-    def kv_bias(self) -> Tensor | None:
-        """(2D,) part of in_proj_bias for keys and values."""
-        return None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
+    def projections(self) -> Projections:
+        """The two parts of the input projection, whose gradients are put together once."""
+        sizes = [self.embed_dim, 2 * self.embed_dim]
+        biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+        return Projections(*self.in_proj_weight.split(sizes), *biases)
 
     @property
     def _p(self) -> float:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
 from lmim_fast.layers.attention import Attention
 from lmim_fast.layers.drop_path import drop_path
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.mlp import Mlp
 from lmim_fast.layers.norm import LAYER_NORM_EPS, norm_linear, norm_mlp
-from lmim_fast.ops.attention import Segment
+from lmim_fast.ops.attention import Segment, product_bias
 from lmim_fast.ops.dropout import check_probability
 
 
@@ -58,8 +59,10 @@ class PackedBlock(nn.Module):
             new residual, branch and branch_bias; the bias is None if dropout needed it added first.
         """
         attn, mlp = self.attn, self.mlp
-        qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv.weight)
-        branch, branch_bias, p = attn.forward_packed(qkv, segments), attn.proj.bias, attn.dropout
+        added = product_bias(attn.qkv.bias)
+        qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, attn.qkv.weight, added=added)
+        branch = attn.forward_packed(qkv, segments, added=added is not None)
+        branch_bias, p = attn.proj.bias, attn.dropout
         if self.training and self.drop_path:
             branch, branch_bias, p = self._thin(branch, branch_bias, p, segments), None, 0.0
         branch, residual = norm_mlp(
@@ -103,7 +106,11 @@ class Block(PackedBlock):
         Raises:
             ValueError: the shape, dtype or device of x does not fit.
         """
-        tokens("x", x, self.attn.qkv.weight)
+        attn = self.attn
+        if plain.is_plain(x, attn.qkv.weight) and not (self.training and self.drop_path):
+            x = x + attn.forward_plain(plain.norm(x, self.norm1))
+            return x + self.mlp.forward_plain(plain.norm(x, self.norm2))
+        tokens("x", x, attn.qkv.weight)
         segments = [(x.shape[0], x.shape[1])]
         residual, branch, branch_bias = super().forward(x.flatten(0, 1), None, None, segments)
         if branch_bias is not None:

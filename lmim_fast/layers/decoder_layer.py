@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
 from lmim_fast.layers.attention import MultiheadAttention
-from lmim_fast.layers.decoder_rows import PlainRows
+from lmim_fast.layers.decoder_rows import Memory, PlainRows
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.norm import LAYER_NORM_EPS, DropoutAddLayerNorm
-from lmim_fast.ops.attention import cross_attention, self_attention
+from lmim_fast.ops.attention import cross_attention, product_bias, self_attention
 from lmim_fast.ops.epilogue import check_setting
 from lmim_fast.ops.linear import linear
 from lmim_fast.ops.mlp import mlp
@@ -47,56 +48,61 @@ class PackedDecoderLayer(nn.Module):
         self.norm2 = DropoutAddLayerNorm(d_model, dropout, layer_norm_eps)  # after cross-attention
         self.norm3 = DropoutAddLayerNorm(d_model, dropout, layer_norm_eps)  # after the FFN
 
-    def forward(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None, *, masked_only: bool) -> Tensor:
+    def forward(
+        self, x: PlainRows, memory: Memory, *, masked_only: bool, next_masked_only: bool = False
+    ) -> PlainRows:
         """One layer.
 
         Args:
-            x:           rows (B, N, D): cls, visible, masked.
-            kv:          (B, M, 2D) keys and values of the memory, without bias.
-            kv_bias:     (2D,) or None.
-            masked_only: return only the masked rows (the last layer).
+            x:                rows (B, N, D): cls, visible, masked.
+            memory:           of this layer.
+            masked_only:      compute only the masked rows (the last layer).
+            next_masked_only: the layer that reads the result does so.
         Returns:
-            (B, N, D), or (B, masked, D), in the compute dtype.
+            rows (B, N, D), or (B, masked, D), in the compute dtype.
         """
-        rows: Tensor = x.rows
+        shown = 0 if masked_only else x.num_visible_rows
         if self.order == "sa_ca":
-            rows = self.attend_self(x, masked_only)
-            rows = self.attend_memory(PlainRows(rows, 0), kv, kv_bias)
-        else:
-            rows = self.attend_memory(x, kv, kv_bias)
-            rows = self.attend_self(PlainRows(rows, x.num_visible_rows), masked_only)
-        return self.feed_forward(rows)
+            x = self.attend_memory(self.attend_self(x, masked_only), memory)
+        else:  # norm2, not the norm3 of the layer before, is read by queries at masked rows
+            x = self.attend_self(self.attend_memory(x, memory, next_masked_only=masked_only), masked_only)
+            next_masked_only = False
+        weights = self.linear1.weight, self.linear1.bias, self.linear2.weight
+        branch = mlp(x.rows, *weights, p=self.dropout, epilogue=self.epilogue)
+        first = shown if next_masked_only else 0
+        return PlainRows(shown, *self.norm3.shared(branch, x.residual, self.linear2.bias, first))
 
-    def attend_self(self, x: PlainRows, masked_only: bool) -> Tensor:
+    def attend_self(self, x: PlainRows, masked_only: bool) -> PlainRows:
         """Self-attention, residual add and norm1; of all rows, or with queries at masked rows only."""
-        attention, p = self.self_attn, self.dropout
+        attention, p, shown = self.self_attn, self.dropout, x.num_visible_rows
         if masked_only:
-            q, kv = x.project(attention.q_weight, masked_only=True), x.project(attention.kv_weight)
-            context = cross_attention(q, attention.q_bias, kv, attention.kv_bias, self.num_heads, p=p)
-            residual = x.masked
+            q_weight, kv_weight, q_bias, kv_bias = attention.projections()
+            added = product_bias(q_bias)
+            q = x.project(q_weight, masked_only=True, added=added)
+            kv = x.project(kv_weight, added=product_bias(kv_bias))
+            context = cross_attention(q, q_bias, kv, kv_bias, self.num_heads, p=p, added=added is not None)
+            residual, shown = x.masked_residual, 0
         else:
-            residual = x.rows
-            qkv = x.project(attention.in_proj_weight)
+            residual = x.residual
+            added = product_bias(attention.in_proj_bias)
+            qkv = x.project(attention.in_proj_weight, added=added)
             segments = [(qkv.shape[0], qkv.shape[1])]
             qkv = qkv.flatten(0, 1)
-            context = self_attention(qkv, attention.in_proj_bias, self.num_heads, segments, p=p)
+            context = self_attention(
+                qkv, attention.in_proj_bias, self.num_heads, segments, p=p, added=added is not None
+            )
             context = context.view_as(residual)
         branch = linear(context, attention.out_proj.weight)
-        return self.norm1(branch, residual, attention.out_proj.bias)[0]
+        return PlainRows(shown, *self.norm1.shared(branch, residual, attention.out_proj.bias))
 
-    def attend_memory(self, x: PlainRows, kv: Tensor, kv_bias: Tensor | None) -> Tensor:
+    def attend_memory(self, x: PlainRows, memory: Memory, *, next_masked_only: bool = False) -> PlainRows:
         """Cross-attention over the memory, residual add and norm2."""
-        attention = self.multihead_attn
-        q = x.project(attention.q_weight)
-        context = cross_attention(q, attention.q_bias, kv, kv_bias, self.num_heads, p=self.dropout)
-        branch = linear(context, attention.out_proj.weight)
-        return self.norm2(branch, x.rows, attention.out_proj.bias)[0]
-
-    def feed_forward(self, rows: Tensor) -> Tensor:
-        """FFN, residual add and norm3."""
-        weights = self.linear1.weight, self.linear1.bias, self.linear2.weight
-        branch = mlp(rows, *weights, p=self.dropout, epilogue=self.epilogue)
-        return self.norm3(branch, rows, self.linear2.bias)[0]
+        kv, kv_bias, q_weight, q_bias, added = memory
+        q = x.project(q_weight, added=q_bias.detach() if added and q_bias is not None else None)
+        context = cross_attention(q, q_bias, kv, kv_bias, self.num_heads, p=self.dropout, added=added)
+        out, shown = self.multihead_attn.out_proj, x.num_visible_rows
+        first = shown if next_masked_only else 0
+        return PlainRows(shown, *self.norm2.shared(linear(context, out.weight), x.residual, out.bias, first))
 
     @property
     def dropout(self) -> float:
@@ -135,10 +141,24 @@ class DecoderLayer(PackedDecoderLayer):
         Raises:
             ValueError: shapes, dtypes or devices do not fit.
         """
-        attention = self.multihead_attn
+        attention, weight = self.multihead_attn, self.multihead_attn.in_proj_weight
+        if plain.is_plain(x, weight) and plain.is_plain(memory, weight) and len(x) == len(memory):
+            return self._plain(x, memory)
         tokens("x", x, attention.in_proj_weight)
         keys = tokens("memory", memory, attention.in_proj_weight)
         if len(x) != len(keys):
             raise ValueError(f"x {tuple(x.shape)} and memory {tuple(memory.shape)} must have one batch size")
-        kv = linear(keys, attention.kv_weight)
-        return super().forward(PlainRows(x, 0), kv, attention.kv_bias, masked_only=False).to(x.dtype)
+        q_weight, kv_weight, q_bias, kv_bias = attention.projections()
+        own = Memory(linear(keys, kv_weight), kv_bias, q_weight, q_bias, added=False)
+        return super().forward(PlainRows(0, x), own, masked_only=False).rows.to(x.dtype)
+
+    def _plain(self, x: Tensor, memory: Tensor) -> Tensor:
+        p = self.dropout
+        for part in self.order.split("_"):
+            attention, norm = (
+                (self.self_attn, self.norm1) if part == "sa" else (self.multihead_attn, self.norm2)
+            )
+            context = attention.context_plain(x, None if part == "sa" else memory)
+            branch = plain.linear(context, attention.out_proj.weight, attention.out_proj.bias)
+            x = plain.norm(x + plain.dropped(branch, p), norm)
+        return plain.norm(x + plain.dropped(plain.mlp(x, self.linear1, self.linear2, p), p), self.norm3)

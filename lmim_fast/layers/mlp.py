@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
 from lmim_fast.layers.inputs import features
 from lmim_fast.ops.dropout import check_probability
 from lmim_fast.ops.epilogue import check_setting
@@ -42,10 +43,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., out_features)."""
+        if plain.is_plain(x, self.fc1.weight):
+            return self.forward_plain(x)
         x = features("x", x, self.fc1.weight)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
         branch = mlp(x, *weights, p=self.dropout, epilogue=self.epilogue)
         return F.dropout(branch + self.fc2.bias.to(branch.dtype), self.dropout)
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., out_features) by PyTorch's own ops."""
+        p = self.drop if self.training else 0.0
+        x = plain.mlp(x, self.fc1, self.fc2, p)
+        return F.dropout(x, p) if p else x
 
     @property
     def dropout(self) -> float:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from lmim_fast.ops import dispatch
-from lmim_fast.ops.dropout import check_probability
+from lmim_fast.ops import dispatch, gelu, sublayers
+from lmim_fast.ops.dropout import check_probability, settled_seed
 from lmim_fast.ops.epilogue import in_epilogue
 from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing
 from lmim_fast.ops.mlp import gelu_linear, launch_mlp
 from lmim_fast.ops.norm import dropout_add_layer_norm, layer_norm
+from lmim_fast.ops.norm import takes as norm_takes
+from lmim_fast.ops.operators.operator import direct
 
 LAYER_NORM_EPS = 1e-6
 
@@ -50,6 +50,28 @@ class DropoutAddLayerNorm(nn.Module):
         p = self.p if self.training else 0.0
         return dropout_add_layer_norm(x, x_bias, residual, self.weight, self.bias, p=p, eps=self.eps)
 
+    def shared(
+        self, x: Tensor, residual: Tensor, x_bias: Tensor | None, first: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`forward` for rows that several ops read: their gradients are added where the rows are made.
+
+        Args:
+            x:        (B, N, D), and so the others as for `forward`.
+            first:    tokens that are read apart from the others; 0: none are.
+        Returns:
+            the normalised rows, those from token `first` on if that is above 0, and once more the latter, or
+            all; each for one reader.
+        """
+        p = self.p if self.training else 0.0
+        norm = _one_step(residual, x, x_bias, self, x.dtype, p, dims=3)
+        if norm is not None:
+            return sublayers.shared_norm(norm, first)
+        rows = self(x, residual, x_bias)[0]
+        if not first:
+            return rows, None, rows
+        chosen = rows[:, first:].contiguous()
+        return rows, chosen, chosen
+
 
 def norm_linear(
     residual: Tensor,
@@ -59,10 +81,20 @@ def norm_linear(
     weight: Tensor,
     *,
     p: float = 0.0,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add the branch, normalise, multiply by `weight` (F, D): (result (..., F), new residual)."""
-    rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(weight), p=p)
-    return _linear(rows, weight, residual, norm), residual
+    """Add the branch, normalise, multiply by `weight` (F, D): (result (..., F), new residual).
+
+    Args:
+        p:     dropout probability of the branch.
+        added: as for `linear`.
+    """
+    dtype = compute_dtype(weight)
+    inputs = _one_step(residual, branch, branch_bias, norm, dtype, p, weight)
+    if inputs is not None:
+        return sublayers.norm_linear(inputs, weight, added)
+    rows, residual = add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    return _linear(rows, weight, residual, norm, added), residual
 
 
 def norm_mlp(
@@ -84,35 +116,55 @@ def norm_mlp(
         drop:     dropout probability of the hidden values.
         epilogue: as for `mlp`.
     """
-    rows, residual = add_norm(residual, branch, branch_bias, norm, compute_dtype(fc1.weight), p=p)
-    weights = fc1.weight, fc1.bias, fc2.weight
-    if not drop and in_epilogue(epilogue, rows, *weights):
-        return launch_mlp(rows, *weights, *_source(residual, norm, rows.dtype)), residual
+    weights, dtype = (fc1.weight, fc1.bias, fc2.weight), compute_dtype(fc1.weight)
+    inside = not drop and in_epilogue(epilogue, residual, *weights, dtype)
+    inputs = _one_step(residual, branch, branch_bias, norm, dtype, p, *weights)
+    if inputs is not None and (inside or gelu.takes(fc1.bias, dtype)):
+        seed = settled_seed(drop, None, residual.device)
+        return sublayers.norm_mlp(inputs, *weights, seed=seed, p=drop, epilogue=inside)
+    rows, residual = add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    if inside:
+        return launch_mlp(rows, *weights), residual
     hidden = _linear(rows, fc1.weight, residual, norm)
     del rows  # its memory is free for what follows
     return gelu_linear(hidden, fc1.bias, fc2.weight, p=drop), residual
 
 
-def _linear(rows: Tensor, weight: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+def _one_step(
+    residual: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    norm: nn.LayerNorm | DropoutAddLayerNorm,
+    dtype: torch.dtype,
+    p: float,
+    *weights: Tensor,
+    dims: int = 2,
+) -> sublayers.Norm | None:
+    """The norm, where kernels run it on rows of `dims` dimensions with what is behind it; else None."""
+    tensors = residual, branch, branch_bias, norm.weight, norm.bias
+    if residual.dim() != dims or not direct(*tensors, *weights) or not norm_takes(*tensors, dtype):
+        return None
+    seed = settled_seed(p, None, residual.device)
+    return sublayers.Norm(branch, branch_bias, residual, norm.weight, norm.bias, seed, p, norm.eps, dtype)
+
+
+def _linear(
+    rows: Tensor, weight: Tensor, residual: Tensor, norm: nn.LayerNorm, added: Tensor | None = None
+) -> Tensor:
     """rows @ weight.T, for rows that are the norm of a residual.
 
     The backward pass recomputes the rows from the residual, which is kept anyway. Under torch.compile, rows
     that a kernel writes are kept instead: recomputing them would add a launch to the forward pass.
     """
     parameters = residual, norm.weight, norm.bias
-    if torch.compiler.is_compiling() and dispatch.select("layer_norm", *parameters, rows.dtype, norm.eps):
-        return linear(rows, weight)
-    return linear_recomputing(rows, weight, *_source(residual, norm, rows.dtype))
-
-
-def _source(residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Any, ...]:
-    """A function that recomputes the normalised rows, and its arguments."""
-    eps = norm.eps
+    if torch.compiler.is_compiling() and dispatch.takes("layer_norm", parameters, None, rows.dtype):
+        return linear(rows, weight, added=added)
+    dtype, eps = rows.dtype, norm.eps
 
     def recompute(residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return layer_norm(residual, weight, bias, dtype, eps=eps)
 
-    return recompute, residual, norm.weight, norm.bias
+    return linear_recomputing(rows, weight, recompute, *parameters, added=added)
 
 
 def add_norm(

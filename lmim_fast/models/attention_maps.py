@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lmim_fast.layers.block import PackedBlock
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
-from lmim_fast.layers.decoder_rows import PlainRows
 from lmim_fast.layers.norm import norm_linear
 from lmim_fast.models.encoder import Encoder
 from lmim_fast.models.lmim import LMIM
@@ -118,14 +117,14 @@ def decoder_cross_attention(
         ids_visible, ids_masked = patches
         latent, memory, _ = model.encode_views(images, guidance, ids_visible)
         layer = cast(PackedDecoderLayer, model.decoder_blocks[-1])
-        x, kv, kv_bias = _first_inputs(
+        x, own = _first_inputs(
             layer, lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)
         )
         if layer.order == "sa_ca":
-            x = PlainRows(layer.attend_self(x, masked_only=True), 0)
-        attention, heads = layer.multihead_attn, (layer.num_heads, -1)
-        q = x.project(attention.q_weight) + attention.q_bias
-        k = (kv + kv_bias).chunk(2, dim=-1)[0]
+            x = layer.attend_self(x, masked_only=True)
+        heads = (layer.num_heads, -1)
+        q = x.project(own.q_weight) + own.q_bias
+        k = (own.kv if own.added else own.kv + own.kv_bias).chunk(2, dim=-1)[0]
         weights = attention_weights(q[:, -ids_masked.shape[1] :].unflatten(2, heads), k.unflatten(2, heads))
     finally:
         model.train(training)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
-from lmim_fast.layers.attention import MultiheadAttention
+from lmim_fast.layers.attention import Projections
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 
 
@@ -29,7 +29,7 @@ def build_layers(config: ModelConfig) -> nn.ModuleList:
     )
 
 
-def memory_projection(embed: nn.Linear, layers: Sequence[MultiheadAttention]) -> tuple[Tensor, Tensor] | None:
+def memory_projection(embed: nn.Linear, layers: Sequence[Projections]) -> tuple[Tensor, Tensor] | None:
     """`embed` followed by all layers' key and value projections as one linear map.
 
     Returns:

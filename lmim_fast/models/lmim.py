@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
-from lmim_fast.layers.decoder_rows import MaskedRows, PlainRows
+from lmim_fast.layers.decoder_rows import MaskedRows, Memory, PlainRows
 from lmim_fast.layers.norm import LAYER_NORM_EPS
 from lmim_fast.models.decoder import build_layers, memory_projection
 from lmim_fast.models.encoder import Encoder, initialise, position_table
 from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.align import split_aligned
+from lmim_fast.ops.attention import product_bias
 from lmim_fast.ops.linear import compute_dtype, linear, shared_input_linears
 from lmim_fast.ops.norm import layer_norm
-from lmim_fast.ops.tokens import decoder_tokens, mask_table
+from lmim_fast.ops.tokens import mask_table, shared_decoder_tokens
 
 
 class LMIM(nn.Module):
@@ -111,32 +112,40 @@ class LMIM(nn.Module):
 
     def decode_rows(self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
         """Masked rows (B, M, decoder width) after the last decoder layer."""
-        x, keys = self.decoder_input(latent, memory, ids_visible, ids_masked)
-        rows = x.rows
-        for number, (layer, (kv, kv_bias)) in enumerate(zip(self.decoder_blocks, keys, strict=True), start=1):
-            rows = layer(x, kv, kv_bias, masked_only=number == len(keys))
-            x = PlainRows(rows, x.num_visible_rows)
-        return rows
+        x, memories = self.decoder_input(latent, memory, ids_visible, ids_masked)
+        last = len(memories) - 1
+        for number, (layer, own) in enumerate(zip(self.decoder_blocks, memories, strict=True)):
+            x = layer(x, own, masked_only=number == last, next_masked_only=number + 1 == last)
+        return x.rows
 
     def decoder_input(
         self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor
-    ) -> tuple[PlainRows, list[tuple[Tensor, Tensor | None]]]:
-        """Token rows of the first layer, and each layer's memory keys and values with their bias."""
+    ) -> tuple[PlainRows, list[Memory]]:
+        """Token rows of the first layer, and each layer's memory."""
         visible = linear(latent, self.decoder_embed.weight)
         bias, position, token = self.decoder_embed.bias, self.decoder_pos_embed, self.mask_token
         dtype = compute_dtype(self.decoder_embed.weight)
-        rows = decoder_tokens(visible, bias, token, position, ids_visible, ids_masked, dtype=dtype)
+        rows, shown = shared_decoder_tokens(
+            visible, bias, token, position, ids_visible, ids_masked, dtype=dtype
+        )
         table = mask_table(token, position).to(dtype)
-        return MaskedRows(rows, table, ids_masked), self.memory_keys(memory)
+        return MaskedRows(rows, shown, table, ids_masked), self.memories(memory)
 
-    def memory_keys(self, memory: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """For each layer, keys and values (B, N, 2 x decoder width) without bias, and the bias."""
+    def memories(self, memory: Tensor) -> list[Memory]:
+        """For each layer, what its rows attend to, from (B, N, D)."""
         embed = self.decoder_embed2
-        layers = [cast(PackedDecoderLayer, layer).multihead_attn for layer in self.decoder_blocks]
+        layers = [
+            cast(PackedDecoderLayer, layer).multihead_attn.projections() for layer in self.decoder_blocks
+        ]
         folded = memory_projection(embed, layers)
         if folded is not None:
             weights, biases = (stacked.chunk(len(layers)) for stacked in folded)
-            return list(zip(shared_input_linears(memory, weights), biases, strict=True))
-        embedded = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
-        keys = shared_input_linears(embedded, [layer.kv_weight for layer in layers])
-        return list(zip(keys, [layer.kv_bias for layer in layers], strict=True))
+        else:
+            memory = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
+            weights, biases = zip(*((layer.kv_weight, layer.kv_bias) for layer in layers), strict=True)
+        added = [product_bias(bias) for bias in biases]
+        keys = shared_input_linears(memory, weights, added)
+        return [
+            Memory(kv, bias, layer.q_weight, layer.q_bias, added[0] is not None)
+            for kv, bias, layer in zip(keys, biases, layers, strict=True)
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,13 @@ from lmim_fast.ops import dispatch
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the ops that are run."""
     names: list[str] = []
-    select = dispatch.select
+    takes = dispatch.takes
 
-    def counted(op: str, *arguments: object, **options: object) -> object:
+    def counted(op: str, *arguments: Any) -> bool:
         names.append(op)
-        return select(op, *arguments, **options)
+        return takes(op, *arguments)
 
-    monkeypatch.setattr(dispatch, "select", counted)
+    monkeypatch.setattr(dispatch, "takes", counted)
     return names
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lmim_fast.layers import Attention, Block, DecoderLayer
 from lmim_fast.layers.block import PackedBlock
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
-from lmim_fast.layers.decoder_rows import PlainRows
+from lmim_fast.layers.decoder_rows import Memory, PlainRows
 from lmim_fast.ops.linear import linear
 
 
@@ -213,9 +213,9 @@ def test_masked_rows_alone_equal_the_last_rows_of_the_whole_layer(order: str) ->
     packed = PackedDecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order)
     layer = same_weights(DecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, order=order), packed)
     x, memory = torch.randn(QUERIES), torch.randn(MEMORY)
-    attention = packed.multihead_attn
-    kv = linear(memory, attention.kv_weight)
-    last = packed(PlainRows(x, 2), kv, attention.kv_bias, masked_only=True)
+    q_weight, kv_weight, q_bias, kv_bias = packed.multihead_attn.projections()
+    keys = Memory(linear(memory, kv_weight), kv_bias, q_weight, q_bias, added=False)
+    last = packed(PlainRows(2, x), keys, masked_only=True).rows
     torch.testing.assert_close(last, layer(x, memory)[:, 2:])
 
 

@@ -18,7 +18,7 @@ from lmim_fast.config import ModelConfig, preset
 from lmim_fast.kernels import runtime
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
-from lmim_fast.ops import dispatch, dropout
+from lmim_fast.ops import attention, dispatch, dropout, sublayers
 from lmim_fast.reference import ReferenceLMIM, ReferenceMAE
 
 pytestmark = pytest.mark.skipif(
@@ -67,6 +67,17 @@ def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
     expected.backward()
     assert_same_gradients(oracle, fast)
     assert {launched for launched in names if "gelu" in launched} == GELU[CASES[name].gelu_epilogue]
+
+
+@pytest.mark.parametrize(
+    ("variable", "form"), [(sublayers.VARIABLE, "recompute"), (attention.BIAS_VARIABLE, "product")]
+)
+@pytest.mark.parametrize("name", ["ca_sa", "GELU in a separate pass"])
+def test_other_forms_give_the_oracles_loss_and_gradients_too(
+    name: str, variable: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, form)
+    test_loss_and_every_gradient_equal_the_oracle(name)
 
 
 def test_every_mlp_at_the_released_sizes_has_its_gelu_in_the_epilogue() -> None:

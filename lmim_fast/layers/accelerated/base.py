@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.layers.accelerated.record import PLAIN, RECORD, changed, equal, original_class, remember
+from lmim_fast.layers.plain import has_few_rows
 from lmim_fast.ops.transforms import transformed
 
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
@@ -77,20 +78,25 @@ def fast_class(mixin: type[Accelerated], original: type[nn.Module]) -> type[nn.M
             __module__=original.__module__,
         )
         if "forward" in vars(mixin):
-            body["forward"] = _with_signature(mixin.forward, inspect.signature(original.forward))
+            body["forward"] = _never_slower(mixin.forward, original)
         name = f"Accelerated{original.__name__}"
         _classes[mixin, original] = types.new_class(name, (mixin, original), {}, lambda ns: ns.update(body))
     return _classes[mixin, original]
 
 
-def _with_signature(forward: Any, signature: inspect.Signature) -> Callable[..., Any]:
-    """The function, with the parameters that torch.export and others read from it."""
-    function = types.FunctionType(
-        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    function.__doc__, function.__qualname__ = forward.__doc__, forward.__qualname__
-    function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
+def _never_slower(fast: Callable[..., Any], original: type[nn.Module]) -> Callable[..., Any]:
+    """The fast forward, but the original one for a few rows on a CPU, where the fast one would gain nothing.
+
+    With the original's parameters, which torch.export and others read.
+    """
+
+    def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        form = original.forward if arguments and has_few_rows(arguments[0]) else fast
+        return form(self, *arguments, **named)
+
+    forward.__doc__, forward.__qualname__ = fast.__doc__, fast.__qualname__
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def _parameters(forward: Callable[..., Any]) -> Parameters:
