@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -202,9 +202,9 @@ def learning_rate(
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Global L2 norm of the gradients, 0-d, on the device; of a split model, that of the whole one."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """Global L2 norm of their gradients, 0-d, on the device; of a split model, that of the whole one."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     split = gradients[0]
     if not isinstance(split, DTensor):
         return nn.utils.get_total_norm(gradients)
@@ -213,6 +213,6 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return square.sqrt()
 
 
-def clip_gradients(model: nn.Module, norm: Tensor, largest: float) -> None:
+def clip_gradients(parameters: Sequence[Tensor], norm: Tensor, largest: float) -> None:
     """Scale the gradients so that their global norm, now `norm`, is at most `largest`."""
-    nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)

@@ -132,6 +132,17 @@ def frozen_to_bf16(model: nn.Module) -> None:
             module.weight.data = module.weight.data.bfloat16()
 
 
+def copied_weights(model: nn.Module, config: RunConfig) -> list[nn.Parameter]:
+    """The trained matrices that a bf16 run keeps copies of, instead of casting them in every pass.
+
+    None where FSDP gathers them in bf16, or a compiler fuses the casts.
+    """
+    if config.precision != "bf16" or config.compile or isinstance(model, FSDPModule):
+        return []
+    trained = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.float32]
+    return [p for p in trained if p.dim() == 2 and p.is_contiguous()]
+
+
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, PackedBlock | PackedDecoderLayer))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmim_fast.data.batch import Batch
+from lmim_fast.ops import products
 from lmim_fast.train import graph, optim, parallel
 from lmim_fast.train.task import Task
 from lmim_fast.train.world import World
@@ -41,6 +42,8 @@ class TrainStep:
         self._model, self._gradients = model, parallel.gradients(model, world)
         self._optimizer, self.task, self._config, self._world = optimizer, task, task.config, world
         self._capture = capture
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._copies = products.WeightCopies(parallel.copied_weights(model, self._config), torch.bfloat16)
         self._graph: graph.GraphedStep | None = None
         self._hold: Tensor | None = None
         """0-d, 1 while a graph is warmed up: such steps must not change a weight."""
@@ -56,7 +59,7 @@ class TrainStep:
         self._hold = torch.ones((), device=device)
         self._optimizer.make_state()  # in the memory of all steps, not in that of the warm-up
         self._graph = graph.GraphedStep(
-            lambda *fixed: self._update(self._differentiate(batch.with_tensors(fixed))),
+            lambda *fixed: self._whole(batch.with_tensors(fixed)),
             [tensor.to(device) for tensor in batch.tensors()],
             capture=self._capture,
         )
@@ -86,28 +89,35 @@ class TrainStep:
             torch.manual_seed(dropout_seed(config.seed, step, 0, world.rank))
             return self._graph(*batch.tensors())
         losses = torch.zeros(len(self.task.loss_names), device=world.device)
+        self._copies.refresh()
         for micro, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(config.seed, step, micro, world.rank))
             self._gradients.collect(last=micro == config.accumulation - 1)
             losses += self._differentiate(batch)
         return self._update(losses)
 
+    def _whole(self, batch: Batch) -> Tensor:
+        """A step of one micro batch, as a graph holds it."""
+        self._copies.refresh()  # in the graph, so that it sees the weights whoever has changed them
+        return self._update(self._differentiate(batch))
+
     def _differentiate(self, batch: Batch) -> Tensor:
         """(k,) losses of a micro batch, whose gradients are added to those of the parameters."""
-        parts = self.task.losses(self._model, batch) / self._config.accumulation
-        parts[0].backward()
+        with self._copies.read():
+            parts = self.task.losses(self._model, batch) / self._config.accumulation
+            parts[0].backward()  # in here too: activation checkpointing runs forward passes again
         return parts.detach()
 
     def _update(self, losses: Tensor) -> Tensor:
         self._gradients.average_(losses)
-        norm = optim.gradient_norm(self._model)
+        norm = optim.gradient_norm(self._trained)
         row = torch.cat([losses, norm.reshape(1)])
         # Losses and gradients are the same on all ranks by now, so all skip together; no host asks.
         skip = 1.0 - row.isfinite().all().float()
         if self._hold is not None:
             skip = torch.maximum(skip, self._hold)
         if self._config.optim.clip_norm is not None:
-            optim.clip_gradients(self._model, norm, self._config.optim.clip_norm)
+            optim.clip_gradients(self._trained, norm, self._config.optim.clip_norm)
         self._optimizer.step_unless(skip)
         self._optimizer.zero_grad(set_to_none=True)
         return row

@@ -291,3 +291,35 @@ def test_two_runs_on_a_device_give_the_same_bits(precision: str) -> None:
         step, _, _ = make_step(config_of(precision=precision, batch_size=64))
         curves.append(torch.stack([step(i, iter([batch_of(i, 64)]), lr=1e-3) for i in range(4)]))
     torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=0)
+
+
+def test_a_bf16_step_reads_copies_of_its_weights_and_has_the_bits_of_casts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = []
+    for copied in (True, False):
+        if not copied:
+            monkeypatch.setattr(parallel, "copied_weights", lambda *_: [])
+        step, model, _ = make_step(config_of(precision="bf16", accumulation=2))
+        for number in range(3):
+            batches = [batch_of(number, 2), batch_of(number + 5, 2)]
+            step(number, iter(batches), lr=1e-2)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(mine, other) for mine, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("cuda_graph", ["off", "on"])
+def test_a_step_sees_weights_that_others_have_changed_in_whatever_way(cuda_graph: str) -> None:
+    step, model, _ = make_step(config_of(precision="bf16", cuda_graph=cuda_graph))
+    step(0, iter([batch_of(0)]), lr=0.0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = torch.zeros_like(parameter)  # no version counter tells
+    losses = step(1, iter([batch_of(1)]), lr=0.0)
+    assert losses[1].item() == pytest.approx(1.0, abs=0.01)  # predictions are 0, targets normalised
+
+
+@pytest.mark.parametrize("changes", [dict(precision="fp32"), dict(compile=True)])
+def test_no_copies_are_kept_where_nothing_would_read_them(changes: dict[str, object]) -> None:
+    config = config_of(**dict(precision="bf16") | changes)
+    assert parallel.copied_weights(LMIM(MODEL), config) == []
