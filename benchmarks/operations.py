@@ -13,7 +13,7 @@ from benchmarks.operation import Operation, kernel_name
 from lmim_fast.kernels import runtime
 
 SCRIPTS = ("bench_checkpoint", "bench_data", "bench_parallel", "bench_step")  # not of operations
-WHOLE = ("bench_reading",)  # of a whole model, timed by pytest too
+WHOLE = ("bench_host", "bench_reading")  # of a whole model, timed by pytest too
 
 
 def modules() -> list[types.ModuleType]:

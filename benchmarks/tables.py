@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import goals, tables_model
 from benchmarks.markdown import machine, table
+from benchmarks.tables_host import host
 from benchmarks.tables_parallel import checkpoint, parallel
 from benchmarks.tables_value import value
 
@@ -224,6 +225,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(
     ops=ops,
     tune=tune,
     data=data,
+    host=host,
     value=value,
     parallel=parallel,
     checkpoint=checkpoint,
