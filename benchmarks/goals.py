@@ -15,7 +15,7 @@ AGAINST_RELEASED, AGAINST_COMPILED = 3.0, 1.6
 SHARE_OF_MEMORY = 0.6  # at most, of "compiled"
 SHARE_AT_SMALL_BATCH = 0.9  # of the rate at 512
 SHARE_WITH_DROPOUT = 0.95  # of the rate without
-OURS = ("ours", "ours+epilogue", "ours+compile", "ours+graph")
+OURS = ("ours", "ours+epilogue", "ours+bias", "ours+rows", "ours+compile", "ours+graph")
 
 
 def images_per_second(device: str, row: dict[str, Any], preset: str) -> int | None:

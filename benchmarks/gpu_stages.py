@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 NAMES = {1: "light", 2: "rivals", 3: "checks", 4: "tune"}
 SECONDS = 190.0  # of a stage
-_ON_A_DEVICE = ("ours+graph", "ours+epilogue")
+_ON_A_DEVICE = ("ours+graph", "ours+epilogue", "ours+bias", "ours+rows")
 _TINY = ["--device", "cpu", "--preset", "tiny", "--batch", "2"]
 _SUSPICIOUS = "^(self|cross)_attention decoder"  # heads of 32: see docs/KERNELS.md
 _OF_THE_STEP = r"^(?!.*(ViT-B|heads of|linear|photometric|pixel|embed of| float16)).*(bfloat16|51 of 256)"
@@ -86,7 +86,7 @@ def _light(folder: Path, arch: str, dry: bool) -> list[Part]:
 
 
 def _rivals(folder: Path, arch: str, dry: bool) -> list[Part]:
-    variants = "ours", "ours+epilogue", "compiled", "ours+compile"
+    variants = "ours", "ours+epilogue", "ours+bias", "ours+rows", "compiled", "ours+compile"
     return [
         _compile(arch, _OF_THE_STEP.replace("linear|", ""), 15, dry),
         _step("step", 130, dry, *variants, more=["--search", "70"]),

@@ -24,7 +24,17 @@ from benchmarks import ceilings, harness, operations
 from benchmarks.harness import Operation
 from benchmarks.machine import Record
 
-VARIANTS = ("ours", "eager", "fp32 out", "cudnn", "flash", "flash_attn", "sdpa")
+VARIANTS = (
+    "ours",
+    "one launch",
+    "two launches",
+    "eager",
+    "fp32 out",
+    "cudnn",
+    "flash",
+    "flash_attn",
+    "sdpa",
+)
 
 
 def chosen(batch: int, only: Sequence[str]) -> Iterator[Operation]:

@@ -5,18 +5,24 @@ sdpa          the same with torch's fused attention
 compiled      the strongest plain PyTorch: one compiled graph, fused attention, bf16 residual in bf16 steps
 ours          LMIM on the fast ops
 ours+epilogue the same with GELU in the epilogues of products
+ours+bias     the biases of attention's inputs in the epilogues of their products
+ours+rows     normalised and activated rows recomputed by passes of their own: more traffic, less memory
 ours+compile  ours under torch.compile
 ours+graph    ours as one CUDA graph
+
+"ours" keeps bf16 copies of its weights, as training does.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +33,22 @@ from benchmarks.machine import dry_run
 from benchmarks.step_plain import fused_model, halve_residual
 from lmim_fast.config import ModelConfig
 from lmim_fast.models.lmim import LMIM
+from lmim_fast.ops.attention import BIAS_VARIABLE
+from lmim_fast.ops.products import WeightCopies
+from lmim_fast.ops.sublayers import VARIABLE as ROWS_VARIABLE
 from lmim_fast.reference import ReferenceLMIM
 from lmim_fast.train.graph import GraphedStep
 from lmim_fast.train.parallel import frozen_to_bf16
 
-VARIANTS = ("released", "sdpa", "compiled", "ours", "ours+epilogue", "ours+compile", "ours+graph")
-CUDA_ONLY = ("ours+epilogue", "ours+graph")
+VARIANTS = (
+    *("released", "sdpa", "compiled", "ours", "ours+epilogue", "ours+bias", "ours+rows", "ours+compile"),
+    "ours+graph",
+)
+CUDA_ONLY = ("ours+epilogue", "ours+bias", "ours+rows", "ours+graph")
+_ENVIRONMENTS = {
+    "ours+bias": {BIAS_VARIABLE: "product"},
+    "ours+rows": {ROWS_VARIABLE: "recompute"},
+}
 _BATCHES = 3  # that take turns
 _SEARCH_STEPS = 3  # timed ones of a candidate
 
@@ -99,6 +115,8 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(
             trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True, capturable=graphed
         )
+        copied = setting.low and variant.startswith("ours") and variant != "ours+compile"
+        self._copies = WeightCopies([p for p in trained if copied and p.dim() == 2], torch.bfloat16)
         self._batches = itertools.cycle(list(self._crops()))
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +127,8 @@ class Trainee:
         """The loss under newly drawn masks."""
         config, batch, _, low = self.setting
         noise = torch.rand(batch, config.num_patches, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+        self._copies.refresh()
+        with self._copies.read(), torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             return self.loss_of(images, guidance, noise)
 
     def update(self) -> None:
@@ -188,8 +207,11 @@ def prepare(variant: str, setting: Setting, search: Search) -> Prepared:
     if variant == "ours+graph":
         step = GraphedStep(step, trainee.next_batch())
 
+    environment = _ENVIRONMENTS.get(variant, {})
+
     def run() -> None:
-        step(*trainee.next_batch())
+        with mock.patch.dict(os.environ, environment):
+            step(*trainee.next_batch())
 
     run()
     return Prepared(run, captured=variant == "ours+graph")
