@@ -34,8 +34,8 @@ from benchmarks.step_plain import fused_model, halve_residual
 from lmim_fast.config import ModelConfig
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.ops.attention import BIAS_VARIABLE
+from lmim_fast.ops.norm_step import VARIABLE as ROWS_VARIABLE
 from lmim_fast.ops.products import WeightCopies
-from lmim_fast.ops.sublayers import VARIABLE as ROWS_VARIABLE
 from lmim_fast.reference import ReferenceLMIM
 from lmim_fast.train.graph import GraphedStep
 from lmim_fast.train.parallel import frozen_to_bf16

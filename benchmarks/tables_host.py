@@ -42,8 +42,9 @@ def _step(step: dict[str, Any]) -> Iterable[str]:
             lines.append([row["precision"], name, *times, f"{ratio:.2f}"])
     yield table(("precision", "part", "ours ms", "reference ms", "ratio"), lines)
     yield (
-        f"What a step of {tokens['counted']} tokens asks for: kernels of ours; operators of PyTorch that "
-        "launch on a GPU, and all others (views, empty memory, those made of others), by PyTorch's profiler."
+        f"What a step of {tokens['counted']} tokens and 2 images asks for: kernels of ours; operators of "
+        "PyTorch that launch on a GPU, and all others (views, empty memory, those made of others), by "
+        "PyTorch's profiler."
     )
     yield table(
         ("precision", "part", "kernels", "ours: launching", "others", "reference: launching", "others"),

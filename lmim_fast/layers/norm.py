@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lmim_fast.ops import dispatch, gelu, sublayers
+from lmim_fast.ops import dispatch, gelu, norm_step, sublayers
 from lmim_fast.ops.dropout import check_probability, settled_seed
 from lmim_fast.ops.epilogue import in_epilogue
 from lmim_fast.ops.linear import compute_dtype, linear, linear_recomputing
@@ -139,13 +139,13 @@ def _one_step(
     p: float,
     *weights: Tensor,
     dims: int = 2,
-) -> sublayers.Norm | None:
+) -> norm_step.Norm | None:
     """The norm, where kernels run it on rows of `dims` dimensions with what is behind it; else None."""
     tensors = residual, branch, branch_bias, norm.weight, norm.bias
     if residual.dim() != dims or not direct(*tensors, *weights) or not norm_takes(*tensors, dtype):
         return None
     seed = settled_seed(p, None, residual.device)
-    return sublayers.Norm(branch, branch_bias, residual, norm.weight, norm.bias, seed, p, norm.eps, dtype)
+    return norm_step.Norm(branch, branch_bias, residual, norm.weight, norm.bias, seed, p, norm.eps, dtype)
 
 
 def _linear(

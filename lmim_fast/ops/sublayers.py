@@ -8,8 +8,6 @@ traffic, less memory.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,47 +16,17 @@ from torch import Tensor
 
 from lmim_fast import kernels
 from lmim_fast.ops.dropout import threshold
+from lmim_fast.ops.norm_step import (
+    Norm,
+    Sums,
+    keep,
+    normalise,
+    of_norm,
+    of_norm_linear,
+    recomputes,
+)
 from lmim_fast.ops.operators.operator import backward_of, differentiable
 from lmim_fast.ops.products import in_dtype, matmul, weight_gradient, without_autocast
-
-VARIABLE = "LMIM_FAST_ROWS"
-FORMS = ("emit", "recompute")
-
-
-def recomputes() -> bool:
-    """The backward pass makes rows in passes of their own.
-
-    Raises:
-        ValueError: LMIM_FAST_ROWS is unknown.
-    """
-    form = os.environ.get(VARIABLE, "emit")
-    if form not in FORMS:
-        raise ValueError(f"unknown {VARIABLE} {form!r}; choose from {', '.join(FORMS)}")
-    return form == "recompute"
-
-
-class Norm(NamedTuple):
-    """LayerNorm of residual + dropout(x + x_bias), or of the residual where x is None."""
-
-    x: Tensor | None  # (M, D)
-    x_bias: Tensor | None  # (D,)
-    residual: Tensor  # (M, D)
-    weight: Tensor  # (D,)
-    bias: Tensor  # (D,)
-    seed: Tensor | None
-    p: float
-    eps: float
-    dtype: torch.dtype  # of the normalised rows
-
-
-class _Sums(NamedTuple):
-    """What the backward pass of a norm needs."""
-
-    total: Tensor
-    weight: Tensor
-    bias: Tensor
-    statistics: Tensor
-    seed: Tensor | None
 
 
 def norm_linear(norm: Norm, weight: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,14 +34,14 @@ def norm_linear(norm: Norm, weight: Tensor, added: Tensor | None = None) -> tupl
     if differentiable(*norm, weight):
         product, total = _NormLinear.apply(*norm, weight, added)
         return product, total
-    rows, sums = _normalise(norm)
+    rows, sums = normalise(norm)
     return matmul(rows, in_dtype(weight, norm.dtype), added), sums.total
 
 
 def shared_norm(norm: Norm, first: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """The normalised rows, as `DropoutAddLayerNorm.shared` returns them; only here norm is of (B, N, D)."""
     if not differentiable(*norm):
-        rows = _normalise(norm)[0]
+        rows = normalise(norm)[0]
         chosen = rows[:, first:].contiguous() if first else rows
         return rows, chosen if first else None, chosen
     rows, chosen, again = _SharedNorm.apply(*norm, first)
@@ -100,7 +68,7 @@ def norm_mlp(
     if differentiable(*norm, weight1, bias1, weight2):
         product, total = _NormMlp.apply(*norm, *hidden)
         return product, total
-    rows, sums = _normalise(norm)
+    rows, sums = normalise(norm)
     return _mlp(rows, *hidden)[0], sums.total
 
 
@@ -121,96 +89,12 @@ def mlp(
     return _mlp(x, weight1, bias1, weight2, seed, p, epilogue)[0]
 
 
-def _normalise(norm: Norm) -> tuple[Tensor, _Sums]:
-    """Normalised rows, and what the backward pass needs."""
-    x, x_bias, residual, weight, bias, seed, p, eps, dtype = norm
-    rows, total, statistics = kernels.norm.forward(
-        x, x_bias, residual, weight, bias, seed, threshold(p), dtype, eps
-    )
-    return rows, _Sums(residual if total is None else total, weight, bias, statistics, seed)
-
-
-def _keep_norm(ctx: Any, norm: Norm) -> None:
-    ctx.p, ctx.eps, ctx.dtype = norm.p, norm.eps, norm.dtype
-    ctx.x_dtype = None if norm.x is None else norm.x.dtype
-
-
-def _of_norm(
-    ctx: Any,
-    sums: _Sums,
-    grad: Tensor | None,
-    grad_total: Tensor | None,
-    weight: Tensor,
-    dtype: torch.dtype,
-    needed: bool,
-) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """Gradients of the first nine inputs, and of the weight (F, D), from that of norm @ weight.T (M, F)."""
-    of_rows = rows = of_weight = None
-    if grad is not None:
-        if needed and recomputes():
-            again = Norm(None, None, sums.total, sums.weight, sums.bias, None, 0.0, ctx.eps, ctx.dtype)
-            of_weight = weight_gradient(grad, _normalise(again)[0], dtype)
-        of_rows = grad @ weight
-        if needed and of_weight is None:
-            rows = torch.empty_like(of_rows)
-    of_inputs = _of_norm_rows(ctx, sums, of_rows, grad_total, rows)
-    if rows is not None and grad is not None:
-        of_weight = weight_gradient(grad, rows, dtype)
-    return of_inputs, of_weight
-
-
-def _of_norm_rows(
-    ctx: Any,
-    sums: _Sums,
-    grad: Tensor | None,
-    grad_total: Tensor | None,
-    rows: Tensor | None = None,
-    *,
-    extra: Sequence[Tensor] = (),
-    first: int = 0,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the nine inputs of a norm from that of its rows; writes the rows again where asked to.
-
-    Args:
-        extra: more gradients of the rows, from token `first` on.
-    """
-    total, weight, bias, statistics, seed = sums
-    x_wanted, x_bias_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:5]
-    parameters = grad is not None and (weight_wanted or bias_wanted)
-    shared = x_wanted and ctx.p == 0 and ctx.x_dtype == total.dtype  # one tensor is both gradients
-    of_x, of_residual, of_parameters = kernels.norm.backward(
-        grad,
-        grad_total,
-        total,
-        weight,
-        statistics,
-        seed,
-        threshold(ctx.p),
-        x_dtype=ctx.x_dtype if x_wanted and not shared else None,
-        residual_dtype=total.dtype if residual_wanted or shared else None,
-        parameters=parameters,
-        x_bias=x_bias_wanted,
-        rows=rows,
-        bias=None if rows is None else bias,
-        extra=extra,
-        first=first,
-    )
-    return (
-        (of_residual if shared else of_x) if x_wanted else None,
-        of_parameters[-1] if x_bias_wanted else None,
-        of_residual if residual_wanted else None,
-        of_parameters[0] if parameters and weight_wanted else None,
-        of_parameters[1] if parameters and bias_wanted else None,
-        *(None,) * 4,
-    )
-
-
 class _SharedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         norm, ctx.first = Norm(*inputs[:-1]), inputs[-1]
-        rows, sums = _normalise(norm)
-        _keep_norm(ctx, norm)
+        rows, sums = normalise(norm)
+        keep(ctx, norm)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*sums)
         if not ctx.first:
@@ -226,19 +110,19 @@ class _SharedNorm(torch.autograd.Function):
             grad = extra.pop()
         if grad is None and not extra:
             return (None,) * 10
-        sums = _Sums(*ctx.saved_tensors)
+        sums = Sums(*ctx.saved_tensors)
         if grad is None:
             grad = torch.zeros_like(sums.total, dtype=ctx.dtype)
-        return *_of_norm_rows(ctx, sums, grad, None, extra=extra, first=ctx.first), None
+        return *of_norm(ctx, sums, grad, None, extra=extra, first=ctx.first), None
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         norm, weight, added = Norm(*inputs[:-2]), *inputs[-2:]
-        rows, sums = _normalise(norm)
+        rows, sums = normalise(norm)
         copy = in_dtype(weight, norm.dtype)
-        _keep_norm(ctx, norm)
+        keep(ctx, norm)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*sums, copy)
         ctx.weight_dtype = weight.dtype
@@ -252,7 +136,9 @@ class _NormLinear(torch.autograd.Function):
         *saved, copy = ctx.saved_tensors
         with without_autocast(copy.device):
             needed = ctx.needs_input_grad[9]
-            of_inputs, weight = _of_norm(ctx, _Sums(*saved), grad, grad_total, copy, ctx.weight_dtype, needed)
+            of_inputs, weight = of_norm_linear(
+                ctx, Sums(*saved), grad, grad_total, copy, ctx.weight_dtype, needed
+            )
         return *of_inputs, weight, None
 
 
@@ -334,9 +220,9 @@ class _NormMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         norm = Norm(*inputs[:9])
-        rows, sums = _normalise(norm)
+        rows, sums = normalise(norm)
         product, hidden = _mlp(rows, *inputs[9:], keep_hidden=True)
-        _keep_norm(ctx, norm)
+        keep(ctx, norm)
         _keep_mlp(ctx, *inputs[9:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*sums, *hidden)
@@ -348,13 +234,15 @@ class _NormMlp(torch.autograd.Function):
         if grad is None and grad_total is None:
             return (None,) * 15
         saved = ctx.saved_tensors
-        sums, hidden = _Sums(*saved[:5]), _Hidden(*saved[5:])
+        sums, hidden = Sums(*saved[:5]), _Hidden(*saved[5:])
         of_hidden = of_bias = of_weight2 = None
         with without_autocast(hidden.hidden.device):
             if grad is not None:
                 of_hidden, of_bias, of_weight2 = _of_hidden(ctx, hidden, grad.contiguous(), 9)
             dtype, needed = ctx.weight_dtypes[0], ctx.needs_input_grad[9]
-            of_inputs, of_weight1 = _of_norm(ctx, sums, of_hidden, grad_total, hidden.weight1, dtype, needed)
+            of_inputs, of_weight1 = of_norm_linear(
+                ctx, sums, of_hidden, grad_total, hidden.weight1, dtype, needed
+            )
         return *of_inputs, of_weight1, of_bias, of_weight2, None, None, None
 
 

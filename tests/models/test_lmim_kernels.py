@@ -18,7 +18,7 @@ from lmim_fast.config import ModelConfig, preset
 from lmim_fast.kernels import runtime
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
-from lmim_fast.ops import attention, dispatch, dropout, sublayers
+from lmim_fast.ops import attention, dispatch, dropout, norm_step
 from lmim_fast.reference import ReferenceLMIM, ReferenceMAE
 
 pytestmark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "form"), [(sublayers.VARIABLE, "recompute"), (attention.BIAS_VARIABLE, "product")]
+    ("variable", "form"), [(norm_step.VARIABLE, "recompute"), (attention.BIAS_VARIABLE, "product")]
 )
 @pytest.mark.parametrize("name", ["ca_sa", "GELU in a separate pass"])
 def test_other_forms_give_the_oracles_loss_and_gradients_too(
