@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "bindings.h"
 #include "image_headers.h"
 
 namespace py = pybind11;
@@ -64,8 +65,7 @@ py::tuple probe(const py::sequence& images, uint64_t max_pixels) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-    module.doc() = "Native parts of lmim_fast.";
+void lmim::bind_probe(py::module_& module) {
     module.def("probe", &probe, py::arg("images"), py::arg("max_pixels"),
                "Status (uint8), height and width (int32) of each encoded image; see lmim_fast.data.store.probe.");
 }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
-import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +11,7 @@ from numpy.typing import NDArray
 
 from lmim_fast.config import MAX_PIXELS_LIMIT
 from lmim_fast.data.store import image_headers
+from lmim_fast.native import native
 
 
 class Status(enum.IntEnum):
@@ -64,19 +62,9 @@ def probe(images: Sequence[bytes], max_pixels: int = 2**26) -> Probe:
     return Probe(*_form()(images, max_pixels))
 
 
-@functools.cache
 def _form() -> ProbeForm:
-    """The native form, or the Python form with one warning."""
-    try:
-        native = importlib.import_module("lmim_fast._C")
-    except ImportError as error:
-        warnings.warn(
-            f"lmim_fast._C is not built ({error}); image headers are read in Python: the same results,"
-            " slower. A C++ compiler and `pip install -e .` build it.",
-            stacklevel=3,
-        )
-        return probe_in_python
-    return native.probe
+    module = native()
+    return probe_in_python if module is None else module.probe
 
 
 def probe_in_python(

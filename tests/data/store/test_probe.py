@@ -19,9 +19,9 @@ from encoded_images import HEIGHT, WIDTH, mutations, patched, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmim_fast.data.store import probe as probe_module
 from lmim_fast.data.store.probe import Status, probe, probe_in_python
 from lmim_fast.data.store.records import RecordStore
+from lmim_fast.native import native
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 if COMPILER is None:
@@ -296,7 +296,7 @@ def test_without_the_native_form_python_gives_the_same_and_warns_once(monkeypatc
     images = [*variants().values(), *mutations(random.Random(1), 300)]
     expected = probe(images)
     monkeypatch.setitem(sys.modules, "lmim_fast._C", None)  # makes the import fail
-    probe_module._form.cache_clear()
+    native.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"lmim_fast._C is not built .* `pip install -e .` build it"):
             actual = probe(images)
@@ -304,7 +304,7 @@ def test_without_the_native_form_python_gives_the_same_and_warns_once(monkeypatc
             warnings.simplefilter("error")
             probe(images[:1])
     finally:
-        probe_module._form.cache_clear()
+        native.cache_clear()
     for ours, theirs in zip(expected, actual, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

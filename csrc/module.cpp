@@ -1,0 +1,9 @@
+// lmim_fast._C: what the input pipeline does without the GIL.
+
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Native parts of lmim_fast.";
+    lmim::bind_workers(module);
+    lmim::bind_probe(module);
+}
