@@ -171,7 +171,7 @@ def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: Wa
             raise ValueError("the warped view needs a program")
         pipeline.feed_input("working_size", program.working_size)
         kernels = [TensorCPU(kernel) for kernel in program.kernels]
-        pipeline.feed_input("kernel", TensorListCPU(kernels, contiguous=False))
+        pipeline.feed_input("kernel", TensorListCPU(kernels))
         if stage >= Stage.WARP:
             pipeline.feed_input("map_x", program.map_x)
             pipeline.feed_input("map_y", program.map_y)
@@ -180,7 +180,10 @@ def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: Wa
 def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[Any, ...]:
     # Decoded on the CPU even for views made on the GPU: no GPU decoder is faster on tiny crops.
     image: Any = fn.decoders.image(
-        _source("encoded", no_copy=False), device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
+        _source("encoded", no_copy=False),
+        device="cpu",
+        output_type=DALIImageType.RGB,
+        adjust_orientation=False,
     )
     if stage == Stage.DECODE:
         return (image,)

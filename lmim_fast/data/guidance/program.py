@@ -50,8 +50,8 @@ def make_program(
 ) -> GuidanceProgram:
     """Turn drawn parameters into what the pipeline executes.
 
-    Runs in C++ without the interpreter's lock, or as `program_in_numpy` where that is not built: maps equal to
-    1e-4 pixels, coverage to 1, whatever the number of threads.
+    Runs in C++ without the interpreter's lock, or as `program_in_numpy` where that is not built: maps are
+    equal to 1e-4 pixels and coverage to 1, whatever the number of threads.
 
     Args:
         parameters: of B samples.
