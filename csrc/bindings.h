@@ -7,6 +7,7 @@
 namespace lmim {
 
 void bind_guidance(pybind11::module_& module);
+void bind_philox(pybind11::module_& module);
 void bind_probe(pybind11::module_& module);
 void bind_workers(pybind11::module_& module);
 
