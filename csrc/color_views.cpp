@@ -100,12 +100,12 @@ void guidance_views(const Array<uint8_t>& images, const Array<float>& before, co
 template <typename T>
 void bind(py::module_& module) {
     module.def("plain_views", &plain_views<T>, py::arg("images").noconvert(), py::arg("views").noconvert(),
-               "Normalise images (B, H, W, 3) uint8 into views (B, 3, H, W), float32 or the bits of bfloat16 in int16.");
+               "Normalise images (B, H, W, 3) uint8 into views (B, 3, H, W): float32, or bfloat16 as int16.");
     module.def("guidance_views", &guidance_views<T>, py::arg("images").noconvert(), py::arg("before").noconvert(),
                py::arg("threshold").noconvert(), py::arg("invert_above").noconvert(), py::arg("after").noconvert(),
                py::arg("coverage").noconvert(), py::arg("border").noconvert(), py::arg("contrast").noconvert(),
                py::arg("final").noconvert(), py::arg("views").noconvert(),
-               "Colour and normalise; the fields of a ColorProgram in their order, images and views as in plain_views.");
+               "Colour and normalise: fields of a ColorProgram in their order, images and views as in plain_views.");
 }
 
 }  // namespace
