@@ -8,4 +8,5 @@ PYBIND11_MODULE(_C, module) {
     lmim::bind_probe(module);
     lmim::bind_guidance(module);
     lmim::bind_philox(module);
+    lmim::bind_photometric(module);
 }
