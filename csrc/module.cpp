@@ -8,5 +8,6 @@ PYBIND11_MODULE(_C, module) {
     lmim::bind_probe(module);
     lmim::bind_guidance(module);
     lmim::bind_philox(module);
+    lmim::bind_views(module);
     lmim::bind_photometric(module);
 }
