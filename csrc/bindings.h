@@ -6,6 +6,7 @@
 
 namespace lmim {
 
+void bind_gather(pybind11::module_& module);
 void bind_probe(pybind11::module_& module);
 void bind_workers(pybind11::module_& module);
 
