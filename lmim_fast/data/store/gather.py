@@ -65,16 +65,6 @@ class EncodedImages:
             return None
         return self.arena.reshape(len(self), self.stride)
 
-    def start(self) -> NDArray[np.uint8]:
-        """(B, 2) first bytes of the images, by which formats are known; zeros where an image is shorter."""
-        start = np.zeros((len(self), 2), np.uint8)
-        here = self.lengths >= 2
-        here[list(self._elsewhere)] = False
-        start[here] = self.arena[self.offsets[here, None] + np.arange(2)]
-        for row, image in self._elsewhere.items():
-            start[row, : len(image)] = image[:2]
-        return start
-
 
 @dataclass
 class Gathered:
