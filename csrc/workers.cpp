@@ -1,11 +1,8 @@
 #include "workers.h"
 
-#include <pybind11/pybind11.h>
 #include <unistd.h>
 
 #include <algorithm>
-
-#include "bindings.h"
 
 namespace lmim {
 
@@ -74,17 +71,6 @@ void Workers::take_pieces() {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!error_) error_ = std::current_exception();
     }
-}
-
-void bind_workers(pybind11::module_& module) {
-    namespace py = pybind11;
-    py::class_<Workers>(module, "Workers", "Threads that share the images of a batch; they end with the object.")
-        .def(py::init([](int64_t threads) {
-                 if (threads < 1) throw py::value_error("threads must be >= 1, got " + std::to_string(threads));
-                 return new Workers(static_cast<size_t>(threads));
-             }),
-             py::arg("threads"))
-        .def_property_readonly("threads", &Workers::threads, "The calling thread is one of them.");
 }
 
 }  // namespace lmim

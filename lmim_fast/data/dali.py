@@ -196,7 +196,7 @@ def _feed_encoded(pipeline: Pipeline, encoded: Encoded) -> None:
 
 def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[Any, ...]:
     # Decoded on the CPU even for views made on the GPU: no GPU decoder is faster on tiny crops.
-    # What follows an image in its row is cut off: decoders that are given it read it in damaged files.
+    # What follows an image in its row is cut off: decoders read on where a damaged image ends too early.
     encoded = fn.slice(fn.external_source(name="encoded", no_copy=True), 0, _source("length"), axes=[0])
     image: Any = fn.decoders.image(
         encoded, device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
