@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests/data python tests/csrc/fuzz.py [--count 200000] [--seed 0]
 
-Compiles `fuzz.cpp` with the sources of `csrc/` that need no Python, feeds it mutated images and mutated LMDB
-files (a twentieth as many, each of which is searched for all of its keys), and compares the verdicts with those
-of the Python form, what is found in files with what was in them. A part that is added to `fuzz.cpp` gets a
-function here and a line in `PARTS`. `make fuzz` sets the paths of modules.
+Compiles `fuzz.cpp` with the sources of `csrc/` that need no Python. It feeds it mutated images, whose
+verdicts are compared with the Python form's, and mutated LMDB files, a twentieth as many, which are searched
+for every key. A part that is added to `fuzz.cpp` gets a function here and a line in `PARTS`. `make fuzz` sets
+the paths of modules.
 """
 
 import argparse
@@ -89,11 +89,15 @@ def fuzz_probe(fuzzer, folder, count, rng):
 
 
 def database(folder):
-    """An LMDB of three levels with values of all kinds: its bytes, and where values lie in it."""
+    """An LMDB of three levels with values of all kinds: its bytes, and where values lie in it.
+
+    It ends with a leaf, so that a read behind the leaf's end is one behind the memory.
+    """
     rng = random.Random(0)
     sizes = [0, 1, 30, 1000, 2000, _PAGE - 17, _PAGE - 16, _PAGE - 15, 9000]
     values = {b"image-%09d" % number: rng.randbytes(rng.choice(sizes)) for number in range(1, _RECORDS)}
     values |= {b"image-%09d" % number: variants()["jpeg"] + rng.randbytes(8) for number in range(20, 40)}
+    values |= {b"image-%09d" % number: rng.randbytes(150) for number in range(_RECORDS - 50, _RECORDS)}
     values |= {b"a%06d" % number + b"x" * 490: b"" for number in range(300)}  # few keys to a branch page
     with lmdb.open(str(folder), map_size=1 << 26) as environment:
         with environment.begin(write=True) as transaction:
@@ -101,6 +105,7 @@ def database(folder):
                 transaction.put(key, value)
         assert environment.stat()["depth"] >= 3
     content = (folder / "data.mdb").read_bytes()
+    assert _is_of_a_tree(content, len(content) - _PAGE)
     places = [(content.index(value), len(value)) for value in values.values() if len(value) > 100]
     return content, places
 
@@ -123,9 +128,9 @@ def _changes(rng, content, places, kind):
     changes = []
     for _ in range(rng.randint(1, 6)):
         page = rng.choice(trees if rng.random() < 0.8 else pages)
-        if rng.random() < 0.1:
-            page = rng.choice(pages[:2])
-        places = [range(16), range(16, 160), range(_PAGE - 8)]  # header, pointers to nodes, anywhere
+        if rng.random() < 0.3:
+            page = rng.choice([*pages[:2], pages[-1]])
+        places = [range(16), range(12, 48), range(_PAGE - 8)]  # header, pointers to nodes, anywhere
         if page in trees:
             node = struct.unpack_from("<H", content, page + 16 + 2 * rng.randrange(4))[0] % (_PAGE - 8)
             places += [range(node, node + 8)] * 2
