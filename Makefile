@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OLD_TRITON := .venv/triton-3.6.0
 
-.PHONY: install demo test test-slow lint bench bench-compare bench-save static tables gpu clean
+.PHONY: install demo test test-slow fuzz lint bench bench-compare bench-save static tables gpu clean
 
 install: $(INSTALLED)
 
@@ -36,6 +36,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# csrc under sanitizers: 200,000 mutated images, 10,000 mutated databases.
+fuzz: $(INSTALLED)
+	PYTHONPATH=.:tests/data $(BIN)/python tests/csrc/fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

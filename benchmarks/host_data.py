@@ -19,6 +19,7 @@ import torch
 from lmim_fast.config import DataConfig, GuidanceConfig, RenderConfig
 
 if TYPE_CHECKING:
+    from lmim_fast.data.store.gather import EncodedImages
     from lmim_fast.data.store.records import RecordStore
 
 PARTS = ("order", "records and probe", "draws", "programs", "feeding")
@@ -107,7 +108,7 @@ class _Feeder:
             self._stage, batch_size=batch, threads=1, device_id=None, image_size=_IMAGE_SIZE
         )
 
-    def feed(self, encoded: Sequence[bytes], program: Any) -> None:
+    def feed(self, encoded: EncodedImages, program: Any) -> None:
         """What is timed."""
         self._dali.feed(self._pipeline, self._stage, encoded, program)
 

@@ -84,31 +84,25 @@ struct Parameters {
     }
 };
 
-// The kernels of a batch, one behind the other.
+// lmim_fast.data.guidance.kernels.Kernels
 struct Kernels {
-    std::vector<int> sides;
+    Array<int64_t> sides;
     std::vector<size_t> starts;
-    std::vector<float> taps;
+    Array<float> taps;
 
-    Kernels(const Parameters& parameters, size_t batch) {
+    Kernels(const Parameters& parameters, size_t batch) : sides(static_cast<py::ssize_t>(batch)) {
         size_t total = 0;
         for (size_t i = 0; i < batch; ++i) {
-            sides.push_back(guidance::filter_side(parameters.at(i)));
+            const int side = guidance::filter_side(parameters.at(i));
+            sides.mutable_data()[i] = side;
             starts.push_back(total);
-            total += static_cast<size_t>(sides.back()) * static_cast<size_t>(sides.back());
+            total += static_cast<size_t>(side) * static_cast<size_t>(side);
         }
-        taps.resize(total);
-    }
-
-    py::list arrays() const {
-        py::list list(sides.size());
-        for (size_t i = 0; i < sides.size(); ++i)
-            list[i] = py::array_t<float>({sides[i], sides[i]}, taps.data() + starts[i]);
-        return list;
+        taps = Array<float>(static_cast<py::ssize_t>(total));
     }
 };
 
-py::list guidance_programs(const py::object& parameters, const Array<int32_t>& heights, const Array<int32_t>& widths,
+py::tuple guidance_programs(const py::object& parameters, const Array<int32_t>& heights, const Array<int32_t>& widths,
                            Array<float> working, Array<float> map_x, Array<float> map_y, Array<uint8_t> coverage,
                            Array<float> before, Array<float> threshold, Array<bool> invert_above, Array<float> after,
                            Array<float> border, Array<float> contrast, Array<float> final, Workers* workers) {
@@ -135,6 +129,8 @@ py::list guidance_programs(const py::object& parameters, const Array<int32_t>& h
         if (rows[i] < 1 || columns[i] < 1) throw py::value_error("heights and widths must be positive");
     float *to_working = working.mutable_data(), *to_x = map_x.mutable_data(), *to_y = map_y.mutable_data();
     uint8_t* to_coverage = coverage.mutable_data();
+    const int64_t* sides = kernels.sides.data();
+    float* taps = kernels.taps.mutable_data();
     const guidance::Colors colors{before.mutable_data(),    after.mutable_data(),  final.mutable_data(),
                                   threshold.mutable_data(), border.mutable_data(), contrast.mutable_data(),
                                   invert_above.mutable_data()};
@@ -152,7 +148,7 @@ py::list guidance_programs(const py::object& parameters, const Array<int32_t>& h
                 to_working[2 * i + 1] = static_cast<float>(small.width);
                 guidance::inverse_maps(sample, crop, small, mesh,
                                        {to_x + i * pixels, to_y + i * pixels, to_coverage + i * pixels});
-                guidance::filter_kernel(sample, crop, small, kernels.sides[i], &kernels.taps[kernels.starts[i]]);
+                guidance::filter_kernel(sample, crop, small, static_cast<int>(sides[i]), taps + kernels.starts[i]);
                 guidance::color_program(sample, {colors.before + 12 * i, colors.after + 12 * i, colors.final + 12 * i,
                                                  colors.threshold + i, colors.border + 3 * i, colors.contrast + i,
                                                  colors.invert_above + i});
@@ -164,7 +160,7 @@ py::list guidance_programs(const py::object& parameters, const Array<int32_t>& h
             workers->run(batch, kGrain, work);
         }
     }
-    return kernels.arrays();
+    return py::make_tuple(kernels.sides, kernels.taps);
 }
 
 }  // namespace

@@ -117,7 +117,7 @@ void warped_views_of(const py::sequence& images, const Array<float>& working, co
             throw py::value_error("a kernel's side must be odd and at most 255, got " + std::to_string(side));
         if (!(height >= 1.0f && width >= 1.0f && height <= 65536.0f && width <= 65536.0f))
             throw py::value_error("working sizes must be in [1, 65536]");
-        programs[i] = {{static_cast<size_t>(height), static_cast<size_t>(width)},
+        programs[i] = {{static_cast<size_t>(height + 0.5f), static_cast<size_t>(width + 0.5f)},
                        static_cast<size_t>(side),
                        taps.data() + next,
                        map_x.data() + i * pixels,

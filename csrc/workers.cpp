@@ -1,6 +1,5 @@
 #include "workers.h"
 
-#include <pybind11/pybind11.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,8 +10,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "bindings.h"
 
 namespace lmim {
 
@@ -98,17 +95,6 @@ void Workers::take_pieces(Team& team) {
         const std::lock_guard<std::mutex> lock(team.mutex);
         if (!team.error) team.error = std::current_exception();
     }
-}
-
-void bind_workers(pybind11::module_& module) {
-    namespace py = pybind11;
-    py::class_<Workers>(module, "Workers", "Threads that share the images of a batch; they end with the object.")
-        .def(py::init([](int64_t threads) {
-                 if (threads < 1) throw py::value_error("threads must be >= 1, got " + std::to_string(threads));
-                 return new Workers(static_cast<size_t>(threads));
-             }),
-             py::arg("threads"))
-        .def_property_readonly("threads", &Workers::threads, "The calling thread is one of them.");
 }
 
 }  // namespace lmim

@@ -17,6 +17,7 @@ from lmim_fast.config.finetune import LabelConfig
 from lmim_fast.data.charset import Charset
 from lmim_fast.data.normalize import normalize_label
 from lmim_fast.data.store.databases import find_databases
+from lmim_fast.data.store.gather import Gathered
 from lmim_fast.data.store.records import Database, Record, Records
 from lmim_fast.errors import DataError, UsageError
 
@@ -228,6 +229,12 @@ class LabelledRecords:
         """See `RecordStore.images`."""
         return self.store.images(self._numbers(indices))
 
+    def gather(
+        self, indices: Sequence[int] | NDArray[np.int64], max_pixels: int, workers: Any = None
+    ) -> Gathered:
+        """See `RecordStore.gather`."""
+        return self.store.gather(self._numbers(indices), max_pixels, workers)
+
     def label(self, index: int) -> str | None:
         """The label as it is written in the database."""
         return self.store.label(self._numbers([index])[0])
@@ -274,7 +281,7 @@ class LabelledRecords:
             groups.append((first, count))
         return groups
 
-    def _numbers(self, indices: Sequence[int]) -> list[int]:
+    def _numbers(self, indices: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """Record numbers in the store."""
         asked = np.asarray(indices, dtype=np.int64).reshape(-1)
         if (strange := asked[(asked < 0) | (asked >= len(self))]).size:

@@ -101,7 +101,7 @@ class ViewPipeline:
         threads = loader.threads or default_threads(world_size)
         module = native()
         self._workers = None if module is None else module.Workers(threads)
-        self._reader = SampleReader(store, order, self.bad, loader.max_pixels)
+        self._reader = SampleReader(store, order, self.bad, loader.max_pixels, self._workers)
         views_on = self._device if loader.device != "cpu" else torch.device("cpu")
         self._pinned = views_on.type == "cuda"
         self._dali = DaliViews(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.store.probe import Status, probe
+from lmim_fast.data.store.gather import EncodedImages, Gathered
+from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import DataError
 
@@ -100,16 +100,26 @@ class Samples:
     """The records that are read for them: their own, or substitutes."""
     attempts: list[int]
     """Substitutes tried so far."""
-    encoded: list[bytes]
+    encoded: EncodedImages
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
 
 
 class SampleReader:
-    """Reads samples from a store and substitutes broken records."""
+    """Reads samples from a store and substitutes broken records.
 
-    def __init__(self, store: Records, order: SampleOrder, bad: BadRecords, max_pixels: int) -> None:
-        self._store, self._order, self._max_pixels = store, order, max_pixels
+    Args:
+        store:      records.
+        order:      gives the substitutes.
+        bad:        where broken records are noted.
+        max_pixels: height x width allowed.
+        workers:    `lmim_fast._C.Workers` that share the reading of a batch; None: the calling thread alone.
+    """
+
+    def __init__(
+        self, store: Records, order: SampleOrder, bad: BadRecords, max_pixels: int, workers: Any = None
+    ) -> None:
+        self._store, self._order, self._max_pixels, self._workers = store, order, max_pixels, workers
         self.bad = bad
 
     def read(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> Samples:
@@ -120,11 +130,11 @@ class SampleReader:
         """
         sources = indices.tolist()
         self.bad.saw(len(sources))
-        images = self._store.images(sources)
-        encoded, status, heights, widths = decodable(images, self._max_pixels)
-        samples = Samples(epochs, indices, sources, [0] * len(sources), encoded, heights, widths)
-        for row in np.flatnonzero(status != Status.OK).tolist():
-            self.replace(samples, row, reason_of(status[row]))
+        images = decodable(self._store.gather(indices, self._max_pixels, self._workers))
+        attempts = [0] * len(sources)
+        samples = Samples(epochs, indices, sources, attempts, images.encoded, images.heights, images.widths)
+        for row in np.flatnonzero(images.status != Status.OK).tolist():
+            self.replace(samples, row, reason_of(images.status[row]))
         if self.bad.count:
             for row, source in enumerate(samples.sources):
                 if source in self.bad:
@@ -140,36 +150,27 @@ class SampleReader:
             samples.attempts[row] += 1
             if candidate in self.bad:
                 continue
-            encoded, status, heights, widths = decodable(self._store.images([candidate]), self._max_pixels)
-            if status[0] == Status.OK:
-                samples.sources[row], samples.encoded[row] = candidate, encoded[0]
-                samples.heights[row], samples.widths[row] = heights[0], widths[0]
+            image = decodable(self._store.gather([candidate], self._max_pixels))
+            if image.status[0] == Status.OK:
+                samples.sources[row] = candidate
+                samples.encoded.put(row, image.encoded[0])
+                samples.heights[row], samples.widths[row] = image.heights[0], image.widths[0]
                 return
-            self.bad.note(candidate, reason_of(status[0]))
+            self.bad.note(candidate, reason_of(image.status[0]))
         raise DataError(
             f"no readable record among {_ATTEMPTS} candidates to stand in for {self._store.locate(index)}"
         )
 
 
-def decodable(
-    images: Sequence[bytes], max_pixels: int
-) -> tuple[list[bytes], NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]:
-    """Images as DALI can decode them, with the verdict on their headers.
-
-    Args:
-        images:     B encoded images.
-        max_pixels: height x width allowed.
-    Returns:
-        the images (GIF and BMP as plain BMP), their `Status`, height and width, (B,) each.
-    """
-    status, heights, widths = probe(images, max_pixels)
-    encoded = list(images)
-    for row, image in enumerate(encoded):
-        if status[row] == Status.OK and image[:2] in (b"GI", b"BM"):
-            encoded[row], size = _plain_bmp(image)
-            heights[row], widths[row] = size
-            status[row] = Status.OK if encoded[row] else Status.UNSUPPORTED
-    return encoded, status, heights, widths
+def decodable(images: Gathered) -> Gathered:
+    """What was gathered as DALI can decode it, changed in place: GIF and BMP become plain BMP."""
+    good = np.flatnonzero(images.status == Status.OK)
+    first = images.encoded.arena[images.encoded.offsets[good]]
+    for row in good[(first == ord("G")) | (first == ord("B"))].tolist():  # no other format starts so
+        image, (images.heights[row], images.widths[row]) = _plain_bmp(images.encoded[row])
+        images.encoded.put(row, image)
+        images.status[row] = Status.OK if len(image) else Status.UNSUPPORTED
+    return images
 
 
 def reason_of(status: int) -> str:
@@ -177,15 +178,15 @@ def reason_of(status: int) -> str:
     return Status(status).name.lower().replace("_", " ")
 
 
-def _plain_bmp(image: bytes) -> tuple[bytes, tuple[int, int]]:
+def _plain_bmp(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """The first frame of a GIF or BMP as a BMP of 24 bits a pixel; empty if OpenCV cannot decode it.
 
     DALI does not read GIFs, and a BMP whose palette is damaged can crash it.
     """
     try:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(image, cv2.IMREAD_COLOR)
     except cv2.error:  # more pixels than OpenCV takes
         pixels = None
     if pixels is None:
-        return b"", (0, 0)
-    return cv2.imencode(".bmp", pixels)[1].tobytes(), pixels.shape[:2]
+        return np.empty(0, np.uint8), (0, 0)
+    return cv2.imencode(".bmp", pixels)[1].reshape(-1), (pixels.shape[0], pixels.shape[1])

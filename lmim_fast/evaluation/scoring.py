@@ -196,11 +196,11 @@ class _Share:
         labelled = {index: label for index, label in labels.items() if label is not None}
         self._labels |= labelled
         self._unlabelled += len(labels) - len(labelled)
-        encoded, status, _, _ = decodable(store.images(list(labelled)), store.max_pixels)
-        usable: dict[int, bytes] = {}
-        for index, image, verdict in zip(labelled, encoded, status, strict=True):
+        images = decodable(store.gather(list(labelled), store.max_pixels))
+        usable: dict[int, NDArray[np.uint8]] = {}
+        for row, (index, verdict) in enumerate(zip(labelled, images.status, strict=True)):
             if verdict == Status.OK:
-                usable[index] = image
+                usable[index] = images.encoded[row]
             else:
                 self._broken[index] = reason_of(verdict)
         while usable:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from crop_views import png
-from encoded_images import mutations, variants
+from encoded_images import mutations, patched, variants
 
 from lmim_fast.data import dali
 from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
+from lmim_fast.data.samples import decodable
+from lmim_fast.data.store.gather import EncodedImages, gather_in_python
 from lmim_fast.data.store.probe import Status, probe
 
 GOOD = png(np.full((8, 20, 3), 120, np.uint8))
@@ -25,7 +27,8 @@ def undecodable():
 
 @pytest.fixture
 def decode_runs(monkeypatch):
-    """Sizes of the batches given to pipelines that only decode."""
+    """Sizes of the batches given to pipelines that only decode, while DALI makes the views, too."""
+    monkeypatch.setattr(dali, "native", lambda: None)
     runs = []
     feed = dali.feed
 
@@ -75,3 +78,39 @@ def test_fill_bytes_before_markers_pass_the_probe_and_are_decoded():
     ]
     assert set(probe(filled).status) == {Status.OK}
     assert dali._broken_rows(filled) == []
+
+
+def in_rows(images, noise):
+    """The images at equal distances, noise behind each."""
+    lengths = np.array([len(image) for image in images])
+    stride = int(lengths.max()) + 100
+    arena = np.random.default_rng(noise).integers(0, 256, (len(images), stride), dtype=np.uint8)
+    for row, image in zip(arena, images, strict=True):
+        row[: len(image)] = np.frombuffer(image, np.uint8)
+    return EncodedImages(arena.reshape(-1), stride, stride * np.arange(len(images)), lengths)
+
+
+def test_what_lies_behind_an_image_in_its_row_changes_no_pixel_and_no_refusal():
+    wider = 52 | 12 << 14  # 53 x 13: the lossless data ends too early, unless more follows
+    files = [patched("webp lossless", 21, wider.to_bytes(4, "little"))]
+    files += [*variants().values(), *mutations(random.Random(5), 600)]
+    found = decodable(gather_in_python(files, 2**20))
+    images = [found.encoded[row].tobytes() for row in np.flatnonzero(found.status == Status.OK)]
+    broken = dali._broken_rows(images)
+    assert broken
+    assert dali._broken_rows(in_rows(images, 0)) == broken
+    good = [image for row, image in enumerate(images) if row not in broken]
+    views = DaliViews(
+        batch_size=len(images), threads=2, device=torch.device("cpu"), image_size=(32, 128), stage=Stage.PLAIN
+    )
+    (expected,) = views(good, None)
+    for noise in (1, 2):
+        rows = in_rows(good, noise)
+        assert rows.rectangle() is not None
+        (plain,) = views(rows, None)
+        assert torch.equal(plain, expected)
+    rows.put(0, np.frombuffer(good[0] + bytes(5000), np.uint8))  # does not fit: handed over one by one
+    assert rows.rectangle() is None
+    (plain,) = views(rows, None)
+    assert torch.equal(plain, expected)
+    views.close()

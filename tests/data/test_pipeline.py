@@ -212,12 +212,12 @@ def test_an_exception_of_the_consumer_leaves_no_thread(folder):
 
 
 def test_an_error_in_the_background_surfaces_in_next(folder, monkeypatch):
-    def fail(store, indices):
+    def fail(store, *arguments):
         raise OSError("the disk is gone")
 
     with pipeline(folder, end_step=1000) as batches:
         next(batches)
-        monkeypatch.setattr(RecordStore, "images", fail)
+        monkeypatch.setattr(RecordStore, "gather", fail)
         with pytest.raises(OSError, match="the disk is gone"):
             list(batches)
         with pytest.raises(OSError, match="the disk is gone"):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lmim_fast.data.guidance.color import color_program
 from lmim_fast.data.guidance.filter import filter_kernels
 from lmim_fast.data.guidance.geometry import inverse_maps, working_sizes
+from lmim_fast.data.guidance.kernels import Kernels
 from lmim_fast.data.guidance.parameters import GuidanceParameters
 from lmim_fast.native import native
 from lmim_fast.ops.photometric import ColorProgram
@@ -29,8 +30,8 @@ class GuidanceProgram:
     parameters: GuidanceParameters
     working_size: NDArray[np.float32]
     """(B, 2) height and width to which large crops are shrunk before filter and warp."""
-    kernels: list[NDArray[np.float32]]
-    """B odd square kernels (1x1 where the filter is off), for the shrunk crop."""
+    kernels: Kernels
+    """For the shrunk crop."""
     map_x: NDArray[np.float32]
     """(B, H, W) source column of every output pixel, in pixels of the shrunk crop, inside it."""
     map_y: NDArray[np.float32]
@@ -83,13 +84,14 @@ def make_program(
         contrast=empty(batch),
         final=empty((batch, 3, 4)),
     )
-    kernels = module.guidance_programs(
+    sides, taps = module.guidance_programs(
         parameters,
         *(np.ascontiguousarray(sides, np.int32) for sides in sizes.T),
         *(part.numpy() for part in (working, map_x, map_y)),
         workers=workers,
         **{item.name: getattr(color, item.name).numpy() for item in fields(color)},
     )
+    kernels = Kernels(sides, taps)
     return GuidanceProgram(parameters, working.numpy(), kernels, map_x.numpy(), map_y.numpy(), color)
 
 
@@ -102,7 +104,7 @@ def program_in_numpy(
     return GuidanceProgram(
         parameters=parameters,
         working_size=working.astype(np.float32),
-        kernels=filter_kernels(parameters, sizes / working),
+        kernels=Kernels.of(filter_kernels(parameters, sizes / working)),
         map_x=maps.x,
         map_y=maps.y,
         color=color_program(parameters, maps.coverage),

@@ -57,9 +57,14 @@ def probe(images: Sequence[bytes], max_pixels: int = 2**26) -> Probe:
         ValueError: max_pixels out of range.
         TypeError:  an image is not a buffer.
     """
+    check_max_pixels(max_pixels)
+    return Probe(*_form()(images, max_pixels))
+
+
+def check_max_pixels(max_pixels: int) -> None:
+    """ValueError unless `max_pixels` is in 1 .. 2^40."""
     if not 1 <= max_pixels <= MAX_PIXELS_LIMIT:
         raise ValueError(f"max_pixels must be in [1, 2^40], got {max_pixels}")
-    return Probe(*_form()(images, max_pixels))
 
 
 def _form() -> ProbeForm:

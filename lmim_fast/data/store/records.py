@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lmim_fast.data.store.databases import (
     Database,
     check_database,
@@ -19,6 +22,8 @@ from lmim_fast.data.store.databases import (
     lmdb,
     open_environment,
 )
+from lmim_fast.data.store.gather import DatabaseFiles, Gathered, gather_in_python, open_files
+from lmim_fast.data.store.probe import check_max_pixels
 from lmim_fast.errors import DataError
 
 __all__ = ["Database", "Record", "RecordStore", "Records"]
@@ -55,6 +60,11 @@ class Records(Protocol):
 
     def images(self, indices: Sequence[int]) -> list[bytes]:
         """See `RecordStore.images`."""
+
+    def gather(
+        self, indices: Sequence[int] | NDArray[np.int64], max_pixels: int, workers: Any = None
+    ) -> Gathered:
+        """See `RecordStore.gather`."""
 
     def label(self, index: int) -> str | None:
         """See `RecordStore.label`."""
@@ -102,6 +112,7 @@ class RecordStore:
         self._starts = [database.first_index for database in databases]
         self._count = databases[-1].first_index + databases[-1].count
         self._environments: list[lmdb.Environment] = []
+        self._files: DatabaseFiles | None = None
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,6 +137,32 @@ class RecordStore:
             DataError:  a database is damaged.
         """
         return [value or b"" for value in self._values(indices, image_key)]
+
+    def gather(
+        self, indices: Sequence[int] | NDArray[np.int64], max_pixels: int, workers: Any = None
+    ) -> Gathered:
+        """Encoded images in the order of `indices` and the verdicts on their headers, without a `bytes` each.
+
+        Args:
+            indices:    B records.
+            max_pixels: height x width allowed, 1 .. 2^40.
+            workers:    `lmim_fast._C.Workers` that share the work; None: the calling thread alone.
+        Raises:
+            IndexError: an index outside 0 .. len - 1.
+            ValueError: max_pixels out of range.
+            DataError:  a database is damaged.
+        """
+        check_max_pixels(max_pixels)
+        asked = np.asarray(indices, np.int64)
+        if (strange := asked[(asked < 0) | (asked >= self._count)]).size:
+            raise IndexError(f"record index {strange[0]} is outside 0 .. {self._count - 1}")
+        self._opened()
+        files = self._files
+        if files is None:
+            return gather_in_python(self.images(asked.tolist()), max_pixels)
+        starts = np.array(self._starts)
+        databases = np.searchsorted(starts, asked, side="right") - 1
+        return files.gather(databases, asked - starts[databases] + 1, max_pixels, workers)
 
     def label(self, index: int) -> str | None:
         """The label at `index`, None when absent; bytes that are not UTF-8 become U+FFFD."""
@@ -167,6 +204,7 @@ class RecordStore:
     def close(self) -> None:
         """Close this process's databases; a later read opens them again."""
         self._environments = []
+        self._files = None
         self._process = -1
 
     def _values(self, indices: Sequence[int], key_of: Callable[[int], bytes]) -> list[bytes | None]:
@@ -211,6 +249,7 @@ class RecordStore:
             paths = [database.path for database in self.databases]
             readahead = _fits_in_memory(paths)
             self._environments = [open_environment(path, readahead=readahead) for path in paths]
+            self._files = open_files(paths, readahead)
             self._process = os.getpid()
         return self._environments
 

@@ -1,0 +1,87 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <optional>
+#include <string_view>
+
+namespace lmim {
+namespace {
+
+constexpr size_t kGrain = 8;  // records that a thread takes at once: a cold one can take a millisecond
+
+// The files' states at the start of a batch; those of other files are never looked at.
+std::vector<LmdbFile::Snapshot> snapshots(const Wanted& wanted) {
+    std::vector<LmdbFile::Snapshot> states(wanted.files.size());
+    std::vector<bool> known(wanted.files.size());
+    for (size_t i = 0; i < wanted.count; ++i) {
+        const auto file = static_cast<size_t>(wanted.databases[i]);
+        if (known[file]) continue;
+        known[file] = true;
+        try {
+            states[file] = wanted.files[file]->snapshot();
+        } catch (const std::runtime_error& error) {
+            throw RecordDamaged(i, error.what());
+        }
+    }
+    return states;
+}
+
+std::optional<LmdbFile::Value> find(const LmdbFile& file, const LmdbFile::Snapshot& state, int64_t number) {
+    char key[32];
+    const int size = std::snprintf(key, sizeof key, "image-%09lld", static_cast<long long>(number));
+    return file.find(state, {key, static_cast<size_t>(size)});
+}
+
+}  // namespace
+
+Arena gather(const Wanted& wanted, const Images& images, uint64_t max_pixels, size_t rectangle_bytes,
+             Workers& workers) {
+    const std::vector<LmdbFile::Snapshot> states = snapshots(wanted);
+    std::vector<LmdbFile::Value> values(wanted.count);
+    // Work on a record; its errors get its place in the batch.
+    const auto for_each = [&](const auto& work) {
+        workers.run(wanted.count, kGrain, [&](size_t begin, size_t end) {
+            for (size_t i = begin; i < end; ++i) {
+                const auto file = static_cast<size_t>(wanted.databases[i]);
+                try {
+                    work(i, *wanted.files[file], states[file]);
+                } catch (const LmdbDamaged& error) {
+                    throw RecordDamaged(i, error.what());
+                }
+            }
+        });
+    };
+
+    for_each([&](size_t i, const LmdbFile& file, const LmdbFile::Snapshot& state) {
+        if (const auto value = find(file, state, wanted.numbers[i])) values[i] = *value;
+    });
+
+    size_t total = 0, longest = 0;
+    for (const LmdbFile::Value& value : values) {
+        total += value.length;
+        longest = std::max<size_t>(longest, value.length);
+    }
+    Arena arena;
+    const bool rectangle = longest > 0 && longest <= rectangle_bytes / wanted.count;
+    arena.stride = rectangle ? longest : 0;
+    arena.size = rectangle ? longest * wanted.count : total;
+    arena.bytes.reset(new uint8_t[arena.size]);  // not set to zero
+    for (size_t i = 0, next = 0; i < wanted.count; ++i) {
+        images.offsets[i] = static_cast<int64_t>(next);
+        images.lengths[i] = static_cast<int64_t>(values[i].length);
+        next += rectangle ? longest : values[i].length;
+    }
+
+    for_each([&](size_t i, const LmdbFile& file, const LmdbFile::Snapshot& state) {
+        uint8_t* image = arena.bytes.get() + images.offsets[i];
+        if (values[i].length > 0) file.read(state, values[i], image);
+        const Verdict verdict = read_header(image, values[i].length, max_pixels);
+        images.status[i] = static_cast<uint8_t>(verdict.status);
+        images.heights[i] = static_cast<int32_t>(verdict.size.height);
+        images.widths[i] = static_cast<int32_t>(verdict.size.width);
+    });
+    return arena;
+}
+
+}  // namespace lmim

@@ -1,0 +1,58 @@
+// Python binding of gather.h: a batch at a time, without the GIL.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "gather.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Numbers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+PyObject* damaged_type = nullptr;  // lives as long as the module, which Python never unloads
+
+py::tuple gather_batch(const std::vector<std::shared_ptr<lmim::LmdbFile>>& files, const Numbers& databases,
+                       const Numbers& numbers, uint64_t max_pixels, size_t rectangle_bytes, lmim::Workers* workers) {
+    const py::ssize_t count = databases.size();
+    if (databases.ndim() != 1 || numbers.ndim() != 1 || numbers.size() != count)
+        throw py::value_error("databases and numbers must be vectors of one length");
+    for (py::ssize_t i = 0; i < count; ++i)
+        if (databases.at(i) < 0 || databases.at(i) >= static_cast<int64_t>(files.size()))
+            throw py::index_error("there is no database " + std::to_string(databases.at(i)));
+    py::array_t<int64_t> offsets(count), lengths(count);
+    py::array_t<uint8_t> status(count);
+    py::array_t<int32_t> heights(count), widths(count);
+    const lmim::Wanted wanted{files, databases.data(), numbers.data(), static_cast<size_t>(count)};
+    const lmim::Images images{offsets.mutable_data(), lengths.mutable_data(), status.mutable_data(),
+                              heights.mutable_data(), widths.mutable_data()};
+    lmim::Arena arena;
+    try {
+        py::gil_scoped_release release;
+        lmim::Workers alone(1);
+        arena = lmim::gather(wanted, images, max_pixels, rectangle_bytes, workers ? *workers : alone);
+    } catch (const lmim::RecordDamaged& error) {
+        PyErr_SetObject(damaged_type, py::make_tuple(error.what(), error.which).ptr());
+        throw py::error_already_set();
+    }
+    const uint8_t* bytes = arena.bytes.get();
+    const py::capsule owner(arena.bytes.release(), [](void* memory) { delete[] static_cast<uint8_t*>(memory); });
+    const py::array_t<uint8_t> block(static_cast<py::ssize_t>(arena.size), bytes, owner);
+    return py::make_tuple(block, arena.stride, offsets, lengths, status, heights, widths);
+}
+
+}  // namespace
+
+void lmim::bind_gather(py::module_& module) {
+    damaged_type = py::register_exception<LmdbDamaged>(module, "LmdbDamaged").ptr();
+    py::register_exception<LmdbUnsupported>(module, "LmdbUnsupported");
+    py::class_<LmdbFile, std::shared_ptr<LmdbFile>>(module, "LmdbFile", "A data.mdb, mapped as long as this lives.")
+        .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("readahead"));
+    module.def("gather", &gather_batch, py::arg("files"), py::arg("databases"), py::arg("numbers"), py::arg("max_pixels"),
+               py::arg("rectangle_bytes"), py::arg("workers") = nullptr,
+               "Arena (uint8), stride, offsets and lengths (int64), status (uint8), heights and widths (int32) of "
+               "records' images; see lmim_fast.data.store.gather. LmdbDamaged(reason, place in the batch).");
+}

@@ -1,0 +1,70 @@
+// Values of one LMDB file by key, read without LMDB: many threads, no transaction, no Python.
+//
+// Format: LMDB 0.9, data version 1, 64-bit little-endian; the unnamed database with keys in byte order.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace lmim {
+
+// The file contradicts itself or ends too early, or the system cannot read it.
+struct LmdbDamaged : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A file that LMDB may read and this code does not.
+struct LmdbUnsupported : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// The tree is walked in a map of the file, and a value is read in one piece from the file itself: one request to the
+// disk where a map needs one for each page, and a failing disk is an error and no signal. Every number found in the
+// file is checked before it is used, so a damaged file is LmdbDamaged and never a read outside of it.
+class LmdbFile {
+public:
+    // The newest state that was committed.
+    struct Snapshot {
+        uint64_t root = 0, pages = 0;
+        bool empty = true;
+    };
+
+    // A value's bytes in the file. With a page of its own it has a header in front, which `read` checks.
+    struct Value {
+        uint64_t offset = 0, length = 0;
+        bool own_pages = false;
+    };
+
+    // readahead: false for data larger than the memory.
+    LmdbFile(const std::string& path, bool readahead);
+    // A file in memory, which must outlive this.
+    LmdbFile(const uint8_t* data, uint64_t size);
+    ~LmdbFile();
+    LmdbFile(const LmdbFile&) = delete;
+    LmdbFile& operator=(const LmdbFile&) = delete;
+
+    Snapshot snapshot() const;
+    std::optional<Value> find(const Snapshot& snapshot, std::string_view key) const;
+    // Writes the value's bytes to `to`.
+    void read(const Snapshot& snapshot, const Value& value, uint8_t* to) const;
+
+private:
+    struct Node;
+    struct Page;
+
+    void open();
+    uint64_t readable() const;
+    Page page(const Snapshot& snapshot, uint64_t number) const;
+    void copy(uint64_t offset, uint8_t* header, uint64_t header_size, uint8_t* to, uint64_t length) const;
+
+    const uint8_t* data_ = nullptr;
+    uint64_t size_ = 0, page_size_ = 0;
+    int file_ = -1;
+};
+
+}  // namespace lmim

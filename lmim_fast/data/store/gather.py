@@ -1,0 +1,175 @@
+"""The images of a batch in one block of memory, with the verdicts on their headers.
+
+Two forms with equal results. The native one walks the databases' trees itself (`csrc/lmdb_file.h`), so that
+several threads look up, read and probe without the interpreter's lock; the Python one asks py-lmdb.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmim_fast.data.store.databases import image_key
+from lmim_fast.data.store.probe import probe
+from lmim_fast.errors import DataError
+from lmim_fast.native import native
+
+# Images lie at equal distances if that takes no more: 128 KB for each of 256. Other batches are packed.
+RECTANGLE_BYTES = 2**25
+
+
+@dataclass
+class EncodedImages:
+    """B encoded images in one block of memory."""
+
+    arena: NDArray[np.uint8]
+    stride: int
+    """Bytes from one image to the next, or 0 where they follow each other closely."""
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    """(B,) place and size in the arena."""
+    _elsewhere: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        """The image's bytes, a view."""
+        if row in self._elsewhere:
+            return self._elsewhere[row]
+        start = self.offsets[row]
+        return self.arena[start : start + self.lengths[row]]
+
+    def put(self, row: int, image: NDArray[np.uint8]) -> None:
+        """Another image in `row`: in its place if that is large enough, else the array itself is kept."""
+        if len(image) <= self.stride:
+            start = self.offsets[row]
+            self.arena[start : start + len(image)] = image
+            self._elsewhere.pop(row, None)
+        else:
+            self._elsewhere[row] = image
+        self.lengths[row] = len(image)
+
+    def rectangle(self) -> NDArray[np.uint8] | None:
+        """(B, stride) view: images, and anything behind them. None if some lie elsewhere."""
+        if not self.stride or self._elsewhere:
+            return None
+        return self.arena.reshape(len(self), self.stride)
+
+
+@dataclass
+class Gathered:
+    """Images of a batch and the verdicts on their headers: see `probe.Probe`."""
+
+    encoded: EncodedImages
+    status: NDArray[np.uint8]
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+
+
+class DatabaseFiles:
+    """The files of databases, mapped into this process by `lmim_fast._C` until the last reference goes.
+
+    Use `open_files`.
+    """
+
+    def __init__(self, paths: Sequence[str], readahead: bool) -> None:
+        self._paths, self._readahead, self._native = paths, readahead, native()
+        self._files = self._opened()
+
+    def gather(
+        self,
+        databases: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+        max_pixels: int,
+        workers: Any,
+    ) -> Gathered:
+        """The images `image-%09d` with these numbers of these databases.
+
+        Args:
+            databases:  (B,) places in `paths`.
+            numbers:    (B,) 1-based.
+            max_pixels: see `probe`.
+            workers:    `lmim_fast._C.Workers` that share the work, or None.
+        Raises:
+            DataError: a database is damaged.
+        """
+        damaged = self._native.LmdbDamaged
+        try:
+            return self._gather(databases, numbers, max_pixels, workers)
+        except damaged:
+            # A database that is being written has grown behind the end of its map.
+            self._files = self._opened()
+        try:
+            return self._gather(databases, numbers, max_pixels, workers)
+        except damaged as error:
+            reason, row = error.args
+            path, key = self._paths[databases[row]], image_key(int(numbers[row])).decode()
+            raise DataError(
+                f"{path}: {key} cannot be read ({reason}); copy or write the database again"
+            ) from error
+
+    def _gather(
+        self, databases: NDArray[np.int64], numbers: NDArray[np.int64], max_pixels: int, workers: Any
+    ) -> Gathered:
+        arena, stride, offsets, lengths, *verdicts = self._native.gather(
+            self._files, databases, numbers, max_pixels, RECTANGLE_BYTES, workers
+        )
+        return Gathered(EncodedImages(arena, stride, offsets, lengths), *verdicts)
+
+    def _opened(self) -> list[Any]:
+        files = []
+        for path in self._paths:
+            try:
+                files.append(self._native.LmdbFile(os.path.join(path, "data.mdb"), self._readahead))
+            except self._native.LmdbDamaged as error:
+                raise DataError(f"{path}: damaged ({error}); copy or write the database again") from error
+        return files
+
+
+def open_files(paths: Sequence[str], readahead: bool) -> DatabaseFiles | None:
+    """Databases for the native form; None, with a warning, if it cannot read them.
+
+    Raises:
+        DataError: a database is damaged.
+    """
+    module = native()
+    if module is None:
+        return None
+    try:
+        return DatabaseFiles(paths, readahead)
+    except module.LmdbUnsupported as error:
+        warnings.warn(
+            f"py-lmdb reads the databases, in one thread: {error}. The results are the same.", stacklevel=3
+        )
+        return None
+
+
+def gather_in_python(images: Sequence[bytes], max_pixels: int) -> Gathered:
+    """The Python form of `DatabaseFiles.gather`; the results are equal.
+
+    Args:
+        images:     B encoded images, b"" where a key is absent.
+        max_pixels: see `probe`.
+    """
+    lengths = np.array([len(image) for image in images], np.int64)
+    longest = int(lengths.max(initial=0))
+    stride = longest if 0 < longest <= RECTANGLE_BYTES // len(images) else 0
+    if stride:
+        offsets = stride * np.arange(len(images), dtype=np.int64)
+        arena = np.empty(stride * len(images), np.uint8)
+        for offset, image in zip(offsets.tolist(), images, strict=True):
+            arena[offset : offset + len(image)] = np.frombuffer(image, np.uint8)
+    else:
+        offsets = np.cumsum(lengths) - lengths
+        arena = np.frombuffer(bytearray(b"".join(images)), np.uint8)
+    return Gathered(EncodedImages(arena, stride, offsets, lengths), *probe(images, max_pixels))
