@@ -83,7 +83,7 @@ class DaliViews:
         threads:    DALI threads.
         device:     where the views are made.
         image_size: height and width of the views.
-        stage:      PLAIN, WARP or AUGMENT.
+        stage:      PLAIN, WARP or AUGMENT; or DECODE, which makes no view: it tells which images are broken.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class DaliViews:
             if not broken:
                 raise
             raise BrokenImages(broken) from None
+        if self._options["stage"] == Stage.DECODE:  # crops of many sizes
+            return []
         return [self._tensor(output, len(encoded)) for output in outputs]
 
     def close(self) -> None:
