@@ -99,8 +99,8 @@ class StatsConfig:
 
     paths: tuple[str, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str
-    """Folder for stats.json and the histograms."""
+    output: str | None = None
+    """Folder for stats.json and histograms (PNG); None: only printed."""
     max_pixels: int = 2**26
     """A record that claims more pixels than this is broken; as --loader.max-pixels of training."""
 

@@ -54,6 +54,7 @@ class BadRecords:
         if len(self.skipped) >= len(store):
             raise UsageError(f"the skip list holds all {len(store)} records; no record is left to train on")
         self._indices: set[int] = set()
+        self._substitutes = 0
         self._lock = threading.Lock()
         self.entries: list[BadRecord] = []
         """The first 1,000."""
@@ -81,6 +82,11 @@ class BadRecords:
         with self._lock:
             self.seen += seen
 
+    def saw_substitute(self) -> None:
+        """Count a record that is read in place of a broken one."""
+        with self._lock:
+            self._substitutes += 1
+
     def note(self, index: int, reason: str) -> None:
         """Add a record, unless it is known.
 
@@ -98,7 +104,7 @@ class BadRecords:
             if self.count == _LISTED + 1:
                 _LOG.warning("more than %d broken records: the others are counted, not named", _LISTED)
             total = len(self._store) - len(self.skipped)
-            seen = max(min(self.seen, total), min(_SETTLED, total))
+            seen = max(min(self.seen + self._substitutes, total), min(_SETTLED, total))
             if self.count > self._max_fraction * seen:
                 last = self.entries[-1]
                 raise DataError(
@@ -175,6 +181,7 @@ class SampleReader:
         for number in range(attempt, attempt + tries):
             candidate = self._order.substitute(epoch, index, number)
             if candidate not in self.bad:
+                self.bad.saw_substitute()
                 return candidate, number + 1
         raise self._nothing_readable(index, attempt + tries)
 

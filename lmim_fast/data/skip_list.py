@@ -152,14 +152,15 @@ def database_name(name: str, hash_: str) -> str:
 
 
 def escaped(name: str) -> str:
-    """A file name in one printable word: white space and what is not printable as %XX, and % itself."""
-    if name.isprintable() and not any(c.isspace() or c == "%" for c in name):
-        return name
+    """A file name as one printable word: white space, what is not printable, % and # become %XX."""
     return "".join(
-        c if c.isprintable() and not c.isspace() and c != "%" else
-        "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
+        "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape")) if _is_special(c) else c
         for c in name
-    )  # fmt: skip
+    )
+
+
+def _is_special(character: str) -> bool:
+    return character.isspace() or character in "%#" or not character.isprintable()
 
 
 def _parsed(path: str | Path, number: int, fields: Sequence[str]) -> Skipped:

@@ -1,4 +1,4 @@
-"""R12: each defect of a record, made at a known index: the same substitutes, counts and reasons everywhere."""
+"""R12: each defect of a record, made at a known index: the same substitutes, counts, reasons everywhere."""
 
 import itertools
 
@@ -111,7 +111,7 @@ def test_r12_too_many_of_them_stop_the_run_and_name_the_last(torture):
 def test_r12_verify_finds_exactly_what_training_refuses_for_the_same_reasons(torture):
     store = RecordStore([torture])
     found = check_records(store, threads=2)
-    assert {bad.index: bad.reason for bad in found.bad} == reasons()
+    assert {bad.record: bad.reason for bad in found.bad} == reasons()
     assert found.records == len(store)
     assert found.bad_labels == []
 

@@ -26,6 +26,7 @@ from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools.files import require_new, write_whole
 from lmim_fast.data.tools.progress import progress
+from lmim_fast.data.tools.quiet import decoders_silenced
 from lmim_fast.data.tools.verify_table import print_verified
 
 REPORT, SKIP_LIST = "verify.json", "skip.txt"
@@ -39,7 +40,8 @@ LabelFault = Literal["no label", "empty label", "label is not UTF-8"]
 class Bad(NamedTuple):
     """A record that training would replace, or a label that cannot be read."""
 
-    index: int
+    record: int
+    """Its index in the store."""
     reason: str
 
 
@@ -93,13 +95,13 @@ class Verified:
 
     def skip_list(self, *, labels: bool) -> str:
         """skip.txt: broken records, and with `labels` those whose label cannot be read."""
-        listed = {bad.index: bad.reason for bad in (self.bad_labels if labels else [])}
-        listed |= {bad.index: bad.reason for bad in self.bad}
+        listed = {bad.record: bad.reason for bad in (self.bad_labels if labels else [])}
+        listed |= {bad.record: bad.reason for bad in self.bad}
         places = [(self.locate(index), reason) for index, reason in sorted(listed.items())]
         return skip_list_text((at["name"], at["hash"], key, reason) for (at, key), reason in places)
 
     def _named(self, records: Sequence[Bad]) -> list[dict[str, str]]:
-        places = [(*self.locate(bad.index), bad.reason) for bad in records]
+        places = [(*self.locate(bad.record), bad.reason) for bad in records]
         return [{"database": at["path"], "key": key, "reason": reason} for at, key, reason in places]
 
 
@@ -142,6 +144,7 @@ def check_records(store: RecordStore, threads: int = 0) -> Verified:
     bad: list[Bad] = []
     bad_labels: list[Bad] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(decoders_silenced())
         views = DaliViews(
             batch_size=_BLOCK,
             threads=threads or len(os.sched_getaffinity(0)),
@@ -231,7 +234,7 @@ def _within_memory(pixels: NDArray[np.int64]) -> Iterator[range]:
 
 
 def _described(store: RecordStore, bad: Sequence[Bad]) -> list[dict[str, Any]]:
-    indices = np.array([record.index for record in bad], dtype=np.int64)
+    indices = np.array([found.record for found in bad], dtype=np.int64)
     described = []
     for database, content in zip(store.databases, store.fingerprint()["databases"], strict=True):
         edges = [database.first_index, database.first_index + database.count]

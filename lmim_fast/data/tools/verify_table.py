@@ -61,9 +61,9 @@ def _table(found: Verified) -> Table:
 def _examples(found: Verified, records: Sequence[Bad], kind: str) -> str:
     """The first records of a kind, each named by folder and key."""
     named = []
-    for record in records:
-        if record.reason == kind:
-            database, key = found.locate(record.index)
+    for bad in records:
+        if bad.reason == kind:
+            database, key = found.locate(bad.record)
             named.append(f"{escaped(database['name'])} {key}")
             if len(named) == _EXAMPLES:
                 break
