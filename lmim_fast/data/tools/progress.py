@@ -23,7 +23,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of `total` records; call what it gives with the records done since the last call."""
     console = Console(stderr=True)
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn()),
         *(_Speed(), TimeRemainingColumn()),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

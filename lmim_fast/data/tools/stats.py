@@ -215,7 +215,7 @@ def _table(counted: Stats) -> Table:
         rows += [
             ("label length", percentile_text(_percentiles(counted.label_lengths))),
             ("characters", f"{len(counted.characters):,} distinct: {classes}"),
-            ("most frequent", ", ".join(f"{escaped(c)} {100 * n / total:.1f} %" for c, n in top)),
+            ("most frequent", ", ".join(f"{_shown(c)} {100 * n / total:.1f} %" for c, n in top)),
         ]
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in counted.broken.items())
     bad = sum(counted.broken.values())
@@ -223,3 +223,7 @@ def _table(counted: Stats) -> Table:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
+
+
+def _shown(character: str) -> str:
+    return "space" if character == " " else escaped(character)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def _characters(characters: dict[str, int]) -> bytes:
         tick.set_rotation(90 if len(name) > 1 else 0)
     axes.set_xlim(-0.7, len(top) - 0.3)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=10 ** np.floor(np.log10(0.9 * top[-1][1])))  # so that no bar is without height
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     left = f", the {len(top)} most frequent" if len(top) < len(characters) else ""
     axes.set_title(f"{len(characters):,} characters in labels{left}", fontsize=9, loc="left")
     axes.set_ylabel("occurrences (logarithmic)")

@@ -29,13 +29,14 @@ def print_verified(found: Verified, output: Path | None, console: Console) -> No
         console.print(_table(found))
     unlabelled = sum(not database["labels"] for database in found.databases)
     if unlabelled:
-        console.print(f"{unlabelled} of {len(found.databases)} databases have no labels")
+        console.print(f"{unlabelled} of {len(found.databases)} databases have no labels", highlight=False)
     speed = found.records / max(found.seconds, 1e-9)
     verdict = f"{share_text(len(found.bad), found.records)} broken" if found.bad else "none broken"
     console.print(
         f"{found.records:,} records in {len(found.databases)} databases decoded in {found.seconds:.1f} s"
         f" ({speed:,.0f} a second): {verdict}",
         soft_wrap=True,
+        highlight=False,
     )
     if output is not None:
         console.print(Text(f"written: {escaped(str(output))}/verify.json, skip.txt"), soft_wrap=True)
