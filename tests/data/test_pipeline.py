@@ -14,6 +14,7 @@ from crop_views import as_bytes, decoded, psnr
 from encoded_images import variants
 from pipeline_runs import COUNT, assert_same, database, pipeline, samples
 from reference_view import reference_plain
+from shared_memory import segments
 
 from lmim_fast.config import DataConfig
 from lmim_fast.data.background import Background
@@ -172,11 +173,6 @@ def test_every_kind_of_image_file_gives_its_rgb_pixels(tmp_path):
 
 def own_threads():
     return {thread.name for thread in threading.enumerate() if thread.name.startswith("lmim-")}
-
-
-def segments(process):
-    """Shared memory that a process maps."""
-    return {item.path for item in process.memory_maps() if item.path.startswith("/dev/shm")}
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4])

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,10 +18,9 @@ from lmim_fast.data.store.probe import Status, probe
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools.files import require_new, write_whole
 from lmim_fast.data.tools.progress import progress
+from lmim_fast.data.tools.record_stats import Stats, percentiles
 from lmim_fast.data.tools.stats_plots import histograms
 from lmim_fast.data.tools.words import (
-    PERCENTILES,
-    character_class,
     escaped,
     format_of,
     percentile_text,
@@ -34,76 +30,6 @@ from lmim_fast.data.tools.words import (
 REPORT = "stats.json"
 _BLOCK = 1024  # records in memory at a time
 _TOP = 10  # characters named on the terminal
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What all records of a store are; sizes are of the records whose header is good."""
-
-    paths: tuple[str, ...]
-    """Of the databases."""
-    records: int
-    heights: NDArray[np.int32]
-    """(good records,) pixels."""
-    widths: NDArray[np.int32]
-    sizes: NDArray[np.int64]
-    """(records,) bytes of the encoded images; 0 for none."""
-    formats: dict[str, int]
-    """Format -> records, most frequent first; "other" for bytes that start like no known format."""
-    broken: dict[str, int]
-    """Reason -> records with a bad header. Pixel data is not decoded here."""
-    label_lengths: NDArray[np.int32]
-    """(labels,) characters."""
-    characters: dict[str, int]
-    """Character -> occurrences in labels, most frequent first."""
-    distinct_images: int
-    """Images with different bytes."""
-
-    @property
-    def aspect_ratios(self) -> NDArray[np.float64]:
-        """(good records,) width over height."""
-        return self.widths / self.heights
-
-    @property
-    def images(self) -> int:
-        """Records that hold any bytes."""
-        return int(np.count_nonzero(self.sizes))
-
-    @property
-    def duplicates(self) -> int:
-        """Records whose image has the bytes of another one before it."""
-        return self.images - self.distinct_images
-
-    @property
-    def classes(self) -> dict[str, int]:
-        """Class of character -> occurrences, most frequent first."""
-        classes: Counter[str] = Counter()
-        for character, occurrences in self.characters.items():
-            classes[character_class(character)] += occurrences
-        return dict(classes.most_common())
-
-    def as_json(self) -> dict[str, Any]:
-        """stats.json."""
-        lengths, counts = np.unique(self.label_lengths, return_counts=True)
-        return {
-            "format": 1,
-            "databases": list(self.paths),
-            "records": self.records,
-            "formats": self.formats,
-            "broken_headers": self.broken,
-            "height": _spread(self.heights),
-            "width": _spread(self.widths),
-            "aspect_ratio": _spread(self.aspect_ratios),
-            "bytes": _spread(self.sizes) | {"sum": int(self.sizes.sum())},
-            "distinct_images": self.distinct_images,
-            "duplicates": self.duplicates,
-            "labels": len(self.label_lengths),
-            "label_length": _spread(self.label_lengths),
-            "label_lengths": dict(zip(map(str, lengths.tolist()), counts.tolist(), strict=True)),
-            "character_classes": self.classes,
-            "distinct_characters": len(self.characters),
-            "characters": self.characters,
-        }
 
 
 def stats(config: StatsConfig, console: Console | None = None) -> Stats:
@@ -178,33 +104,19 @@ def _hash(image: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
 
 
-def _percentiles(values: NDArray[Any]) -> tuple[Any, ...]:
-    if not len(values):
-        return ()
-    return tuple(np.percentile(values, PERCENTILES, method="nearest").tolist())
-
-
-def _spread(values: NDArray[Any]) -> dict[str, float]:
-    """Percentiles and mean, JSON-ready; empty without values."""
-    if not len(values):
-        return {}
-    names = ("least", *(f"p{percentile}" for percentile in PERCENTILES[1:-1]), "most")
-    return dict(zip(names, _percentiles(values), strict=True)) | {"mean": float(values.mean())}
-
-
 def _table(counted: Stats) -> Table:
     """For people. Characters and paths are data: escaped where they could steer a terminal."""
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    ratios = tuple(round(ratio, 2) for ratio in _percentiles(counted.aspect_ratios))
+    ratios = tuple(round(ratio, 2) for ratio in percentiles(counted.aspect_ratios))
     rows = [
         ("records", f"{counted.records:,} in {len(counted.paths)} databases"),
         ("formats", ", ".join(f"{n} {share_text(c, counted.records)}" for n, c in counted.formats.items())),
-        ("height px", percentile_text(_percentiles(counted.heights))),
-        ("width px", percentile_text(_percentiles(counted.widths))),
+        ("height px", percentile_text(percentiles(counted.heights))),
+        ("width px", percentile_text(percentiles(counted.widths))),
         ("width / height", percentile_text(ratios)),
-        ("bytes", f"{percentile_text(_percentiles(counted.sizes))}   sum {counted.sizes.sum():,}"),
+        ("bytes", f"{percentile_text(percentiles(counted.sizes))}   sum {counted.sizes.sum():,}"),
         ("same image bytes", share_text(counted.duplicates, counted.records)),
         ("labelled", share_text(len(counted.label_lengths), counted.records)),
     ]
@@ -213,7 +125,7 @@ def _table(counted: Stats) -> Table:
         classes = ", ".join(f"{name} {100 * n / total:.1f} %" for name, n in counted.classes.items())
         top = list(counted.characters.items())[:_TOP]
         rows += [
-            ("label length", percentile_text(_percentiles(counted.label_lengths))),
+            ("label length", percentile_text(percentiles(counted.label_lengths))),
             ("characters", f"{len(counted.characters):,} distinct: {classes}"),
             ("most frequent", ", ".join(f"{_shown(c)} {100 * n / total:.1f} %" for c, n in top)),
         ]

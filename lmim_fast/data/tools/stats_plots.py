@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from lmim_fast.data.tools.stats import Stats
+from lmim_fast.data.tools.record_stats import Stats
 
 _BINS = 60
 _TOP = 60  # characters drawn

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmim_fast.data.tools.verified import Bad, Verified
 from lmim_fast.data.tools.words import escaped, share_text
-
-if TYPE_CHECKING:
-    from lmim_fast.data.tools.verify import Bad, Verified
 
 _EXAMPLES = 3  # of a kind
 
