@@ -118,7 +118,7 @@ def _blocks(store: RecordStore) -> Iterator[_Block]:
             indices = range(start, min(start + _BLOCK, end))
             encoded, status, heights, widths = decodable(store.images(indices), store.max_pixels)
             faults = zip(indices, map(label_fault, store.label_bytes(indices)), strict=True)
-            good = np.flatnonzero(status == Status.OK)
+            good = np.flatnonzero(status == Status.OK).tolist()
             yield _Block(
                 len(indices),
                 [Bad(indices[row], reason_of(status[row])) for row in np.flatnonzero(status != Status.OK)],
