@@ -6,7 +6,10 @@
 
 namespace lmim {
 
-void bind_probe(pybind11::module_& module);
 void bind_workers(pybind11::module_& module);
+void bind_probe(pybind11::module_& module);
+void bind_philox(pybind11::module_& module);
+void bind_guidance(pybind11::module_& module);
+void bind_photometric(pybind11::module_& module);
 
 }  // namespace lmim

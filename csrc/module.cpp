@@ -6,4 +6,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native parts of lmim_fast.";
     lmim::bind_workers(module);
     lmim::bind_probe(module);
+    lmim::bind_guidance(module);
+    lmim::bind_philox(module);
+    lmim::bind_photometric(module);
 }

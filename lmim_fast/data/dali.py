@@ -21,6 +21,7 @@ from torch import Tensor
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def
+    from nvidia.dali.backend import TensorCPU, TensorListCPU
     from nvidia.dali.plugin.pytorch import feed_ndarray
     from nvidia.dali.types import DALIImageType, DALIInterpType
 except ImportError as error:
@@ -165,13 +166,14 @@ def build_pipeline(
 
 
 def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: WarpProgram | None) -> None:
-    """Give a pipeline of `stage` its next batch."""
+    """Give a pipeline of `stage` its next batch; the program stays unchanged until the views are there."""
     pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
     if stage >= Stage.FILTER:
         if program is None:
             raise ValueError("the warped view needs a program")
         pipeline.feed_input("working_size", program.working_size)
-        pipeline.feed_input("kernel", program.kernels)
+        kernels = [TensorCPU(kernel) for kernel in program.kernels]
+        pipeline.feed_input("kernel", TensorListCPU(kernels))
         if stage >= Stage.WARP:
             pipeline.feed_input("map_x", program.map_x)
             pipeline.feed_input("map_y", program.map_y)
@@ -180,7 +182,10 @@ def feed(pipeline: Pipeline, stage: Stage, encoded: Sequence[bytes], program: Wa
 def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[Any, ...]:
     # Decoded on the CPU even for views made on the GPU: no GPU decoder is faster on tiny crops.
     image: Any = fn.decoders.image(
-        _source("encoded"), device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
+        _source("encoded", no_copy=False),
+        device="cpu",
+        output_type=DALIImageType.RGB,
+        adjust_orientation=False,
     )
     if stage == Stage.DECODE:
         return (image,)
@@ -208,8 +213,8 @@ def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[An
     )
 
 
-def _source(name: str, on_gpu: bool = False) -> Any:
-    source: Any = fn.external_source(name=name)
+def _source(name: str, on_gpu: bool = False, no_copy: bool = True) -> Any:
+    source: Any = fn.external_source(name=name, no_copy=no_copy)
     return source.gpu() if on_gpu else source
 
 
