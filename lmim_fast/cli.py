@@ -22,6 +22,8 @@ from lmim_fast.config import (
     RenderConfig,
     ReportConfig,
     RunConfig,
+    StatsConfig,
+    VerifyConfig,
 )
 from lmim_fast.errors import DataError, LmimError, UsageError, is_shared, shared
 
@@ -60,6 +62,24 @@ def _data_inspect(config: InspectConfig) -> None:
 
     _require_databases(config.paths)
     inspect(config.paths)
+
+
+def _data_verify(config: VerifyConfig) -> None:
+    _require_databases(config.paths)
+    try:
+        from lmim_fast.data.tools.verify import verify
+    except ImportError as error:
+        raise LmimError(str(error)) from error
+    found = verify(config)
+    if config.strict and found.bad:
+        raise DataError(f"{len(found.bad)} of {found.records} records are broken")
+
+
+def _data_stats(config: StatsConfig) -> None:
+    from lmim_fast.data.tools.stats import stats
+
+    _require_databases(config.paths)
+    stats(config)
 
 
 def _data_charset(config: CharsetConfig) -> None:
@@ -108,6 +128,12 @@ COMMANDS = {
     "data render": Command(_data_render, RenderConfig, "Write an LMDB of rendered words, with labels."),
     "data inspect": Command(
         _data_inspect, InspectConfig, "Say what LMDB folders hold and which records are broken."
+    ),
+    "data verify": Command(
+        _data_verify, VerifyConfig, "Decode every record; list the broken ones, for training to skip."
+    ),
+    "data stats": Command(
+        _data_stats, StatsConfig, "Count and draw sizes, formats, labels, characters, duplicates."
     ),
     "data charset": Command(
         _data_charset, CharsetConfig, "Write the characters of labels as a file with one character a line."

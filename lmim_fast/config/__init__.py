@@ -7,7 +7,15 @@ from lmim_fast.config.model import ModelConfig, PresetName, preset
 from lmim_fast.config.pretrain import PretrainConfig
 from lmim_fast.config.recognizer import RecognizerConfig
 from lmim_fast.config.run import MAX_PIXELS_LIMIT, DataConfig, Objective, OptimConfig, RunConfig
-from lmim_fast.config.tools import CharsetConfig, ConvertConfig, InspectConfig, RenderConfig, ReportConfig
+from lmim_fast.config.tools import (
+    CharsetConfig,
+    ConvertConfig,
+    InspectConfig,
+    RenderConfig,
+    ReportConfig,
+    StatsConfig,
+    VerifyConfig,
+)
 from lmim_fast.config.view import MAX_BLUR_SIGMA, GuidanceConfig
 
 __all__ = [
@@ -31,6 +39,8 @@ __all__ = [
     "RenderConfig",
     "ReportConfig",
     "RunConfig",
+    "StatsConfig",
+    "VerifyConfig",
     "preset",
     "recipe",
     "recognizer_preset",

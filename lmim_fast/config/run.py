@@ -29,6 +29,8 @@ class DataConfig:
     """The run stops when more than this share of the records seen so far could not be decoded."""
     max_pixels: int = 2**26
     """A record that claims more pixels than this is counted as broken."""
+    skip: str | None = None
+    """Skip list of `lmim data verify`: its records are never read, others take their place."""
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmim_fast.config.checks import require, require_seed
+from lmim_fast.config.run import MAX_PIXELS_LIMIT
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,51 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "name at least one LMDB folder")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `lmim data verify` decodes and writes."""
+
+    paths: tuple[str, ...]
+    """LMDB folders, or folders that hold LMDB folders at any depth."""
+    output: str | None = None
+    """Folder for verify.json (every broken record) and skip.txt (for --loader.skip); None: only printed."""
+    threads: int = 0
+    """Decoding threads; 0 takes one per core."""
+    max_pixels: int = 2**26
+    """A record that claims more pixels than this is broken; as --loader.max-pixels of training."""
+    skip_labels: bool = False
+    """Put records whose label is missing, empty or not UTF-8 into skip.txt too."""
+    strict: bool = False
+    """Exit with 1 if a record is broken."""
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0, "name at least one LMDB folder")
+        require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
+        require(
+            1 <= self.max_pixels <= MAX_PIXELS_LIMIT,
+            f"max_pixels must be in [1, 2^40], got {self.max_pixels}",
+        )
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """What `lmim data stats` counts and draws."""
+
+    paths: tuple[str, ...]
+    """LMDB folders, or folders that hold LMDB folders at any depth."""
+    output: str | None = None
+    """Folder for stats.json and histograms (PNG); None: only printed."""
+    max_pixels: int = 2**26
+    """A record that claims more pixels than this is broken; as --loader.max-pixels of training."""
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0, "name at least one LMDB folder")
+        require(
+            1 <= self.max_pixels <= MAX_PIXELS_LIMIT,
+            f"max_pixels must be in [1, 2^40], got {self.max_pixels}",
+        )
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class DaliViews:
         threads:    DALI threads, and as many of C++.
         device:     where the views are made.
         image_size: height and width of the views.
-        stage:      PLAIN, WARP or AUGMENT.
+        stage:      PLAIN, WARP or AUGMENT; or DECODE, which makes no view: it tells which images are broken.
     """
 
     def __init__(
@@ -144,6 +144,8 @@ class DaliViews:
             if not broken:
                 raise
             raise BrokenImages(broken) from None
+        if self._stage == Stage.DECODE:  # crops of many sizes
+            return []
         if self._native is not None:
             return self._native_views(outputs[0], len(encoded), program)
         return [self._tensor(output, len(encoded)) for output in outputs]

@@ -251,6 +251,14 @@ class LabelledRecords:
         """Database path and image key of `index`."""
         return self.store.locate(self._numbers([index])[0])
 
+    def indices_of(self, which: int, numbers: Sequence[int]) -> list[int | None]:
+        """See `RecordStore.indices_of`; None also for a record whose label is not trained on."""
+        places = self.store.indices_of(which, numbers)
+        asked = np.array([-1 if place is None else place for place in places], dtype=np.int64)
+        rows = np.minimum(np.searchsorted(self.table.kept, asked), len(self) - 1)
+        kept = self.table.kept[rows] == asked
+        return [row if there else None for row, there in zip(rows.tolist(), kept.tolist(), strict=True)]
+
     def fingerprint(self) -> dict[str, Any]:
         """The store's, with what makes targets out of labels under `labels`."""
         return {**self.store.fingerprint(), "count": len(self), "labels": self.table.fingerprint()}

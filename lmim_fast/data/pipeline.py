@@ -30,7 +30,8 @@ from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
 from lmim_fast.data.guidance.parameters import GuidanceParameters, sample_parameters
 from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.samples import BadRecords, SampleReader, Samples
+from lmim_fast.data.samples import UNDECODABLE, BadRecords, SampleReader, Samples
+from lmim_fast.data.skip_list import SkipList
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import UsageError
 from lmim_fast.native import native
@@ -65,7 +66,8 @@ class ViewPipeline:
         device:       where the batches end up.
         end_step:     the step after the last one.
     Raises:
-        UsageError: loader.device "gpu" without a CUDA device, or a batch size that does not divide.
+        UsageError: loader.device "gpu" without a CUDA device, a batch size that does not divide, or a skip
+            list that cannot be read, names a record that its database lacks, or leaves no record.
         ValueError: guidance and augmented views in one pipeline.
         DataError:  (from `next`) too many broken records.
     """
@@ -97,7 +99,8 @@ class ViewPipeline:
             raise UsageError(f'loader device "gpu" needs training on a CUDA device, not on {self._device}')
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         batch_size = order.share_size(world_size, accumulation)
-        self.bad = BadRecords(store, loader.max_bad_fraction)
+        skipped = SkipList.read(loader.skip).reasons(store) if loader.skip else None
+        self.bad = BadRecords(store, loader.max_bad_fraction, skipped)
         threads = loader.threads or default_threads(world_size)
         module = native()
         self._workers = None if module is None else module.Workers(threads)
@@ -196,7 +199,7 @@ class ViewPipeline:
                     break
                 except BrokenImages as broken:
                     for row in broken.rows:
-                        self._reader.replace(samples, row, "pixel data cannot be decoded")
+                        self._reader.replace(samples, row, UNDECODABLE)
                     program = self._program(samples, prepared.parameters)
             views = [view.to(self._device) for view in views]
             if isinstance(program, AugmentProgram):

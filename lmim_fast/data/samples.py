@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.store.gather import EncodedImages, Gathered
 from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import Records
-from lmim_fast.errors import DataError
+from lmim_fast.errors import DataError, UsageError
+
+UNDECODABLE = "pixel data cannot be decoded"
+"""The reason of a record with a good header that DALI refuses."""
 
 _LOG = logging.getLogger(__name__)
 _LISTED = 1000  # entries kept and logged; the count goes on
 _SETTLED = 200  # records seen before their share of broken ones means much
-_ATTEMPTS = 100  # candidates tried in place of one record
+_ATTEMPTS = 100  # candidates read in place of one record
+_PASSED_OVER = 10_000  # candidates known to be broken in a row: nearly all of the records are
 
 
 class BadRecord(NamedTuple):
@@ -38,29 +43,50 @@ class BadRecords:
         store:        names the records.
         max_fraction: `note` and `saw` raise when more than this share of the distinct records seen is broken
             (of the first 200, as long as fewer were seen).
+        skipped:      records that are not to be read, with reasons: broken from the start, neither counted
+            nor named.
+    Raises:
+        UsageError: all records are skipped.
     """
 
-    def __init__(self, store: Records, max_fraction: float) -> None:
+    def __init__(self, store: Records, max_fraction: float, skipped: Mapping[int, str] | None = None) -> None:
         self._store, self._max_fraction = store, max_fraction
+        self.skipped = dict(skipped or {})
+        if len(self.skipped) >= len(store):
+            raise UsageError(f"the skip list holds all {len(store)} records; no record is left to train on")
         self._indices: set[int] = set()
+        self._substitutes = 0
         self._lock = threading.Lock()
         self.entries: list[BadRecord] = []
         """The first 1,000."""
         self.seen = 0
-        """Samples asked for, over all epochs."""
+        """Samples asked for, over all epochs, without those of skipped records."""
 
     @property
     def count(self) -> int:
         """Distinct broken records."""
         return len(self._indices)
 
-    def __contains__(self, index: int) -> bool:
-        return index in self._indices
+    @property
+    def known(self) -> int:
+        """Distinct broken and skipped records."""
+        return len(self._indices) + len(self.skipped)
 
-    def saw(self, samples: int) -> None:
+    def __contains__(self, index: int) -> bool:
+        return index in self._indices or index in self.skipped
+
+    def saw(self, samples: Sequence[int]) -> None:
         """Count samples that were asked for."""
+        seen = len(samples)
+        if self.skipped:
+            seen -= sum(index in self.skipped for index in samples)
         with self._lock:
-            self.seen += samples
+            self.seen += seen
+
+    def saw_substitute(self) -> None:
+        """Count a record that is read in place of a broken one."""
+        with self._lock:
+            self._substitutes += 1
 
     def note(self, index: int, reason: str) -> None:
         """Add a record, unless it is known.
@@ -69,7 +95,7 @@ class BadRecords:
             DataError: too many are broken.
         """
         with self._lock:
-            if index in self._indices:
+            if index in self:
                 return
             self._indices.add(index)
             if self.count <= _LISTED:
@@ -78,8 +104,8 @@ class BadRecords:
                 _LOG.warning("broken record, another one takes its place: %s %s: %s", *entry)
             if self.count == _LISTED + 1:
                 _LOG.warning("more than %d broken records: the others are counted, not named", _LISTED)
-            total = len(self._store)
-            seen = max(min(self.seen, total), min(_SETTLED, total))
+            total = len(self._store) - len(self.skipped)
+            seen = max(min(self.seen + self._substitutes, total), min(_SETTLED, total))
             if self.count > self._max_fraction * seen:
                 last = self.entries[-1]
                 raise DataError(
@@ -129,9 +155,13 @@ class SampleReader:
             DataError: too many broken records, or no readable one found.
         """
         sources = indices.tolist()
-        self.bad.saw(len(sources))
-        images = decodable(self._store.gather(indices, self._max_pixels, self._workers))
         attempts = [0] * len(sources)
+        self.bad.saw(sources)
+        if self.bad.known:
+            for row, source in enumerate(sources):
+                if source in self.bad:
+                    sources[row], attempts[row] = self._candidate(int(epochs[row]), source, 0)
+        images = decodable(self._store.gather(sources, self._max_pixels, self._workers))
         samples = Samples(epochs, indices, sources, attempts, images.encoded, images.heights, images.widths)
         for row in np.flatnonzero(images.status != Status.OK).tolist():
             self.replace(samples, row, reason_of(images.status[row]))
@@ -145,11 +175,8 @@ class SampleReader:
         """Mark the record in `row` as broken and put the next good candidate there."""
         self.bad.note(samples.sources[row], reason)
         epoch, index = int(samples.epochs[row]), int(samples.indices[row])
-        while samples.attempts[row] < _ATTEMPTS:
-            candidate = self._order.substitute(epoch, index, samples.attempts[row])
-            samples.attempts[row] += 1
-            if candidate in self.bad:
-                continue
+        for _ in range(_ATTEMPTS):
+            candidate, samples.attempts[row] = self._candidate(epoch, index, samples.attempts[row])
             image = decodable(self._store.gather([candidate], self._max_pixels))
             if image.status[0] == Status.OK:
                 samples.sources[row] = candidate
@@ -157,8 +184,23 @@ class SampleReader:
                 samples.heights[row], samples.widths[row] = image.heights[0], image.widths[0]
                 return
             self.bad.note(candidate, reason_of(image.status[0]))
-        raise DataError(
-            f"no readable record among {_ATTEMPTS} candidates to stand in for {self._store.locate(index)}"
+        raise self._nothing_readable(index, _ATTEMPTS)
+
+    def _candidate(self, epoch: int, index: int, attempt: int) -> tuple[int, int]:
+        """The first candidate from `attempt` on that is not known to be broken, and the attempt after it."""
+        tries = _PASSED_OVER if self.bad.known < len(self._store) else 0
+        for number in range(attempt, attempt + tries):
+            candidate = self._order.substitute(epoch, index, number)
+            if candidate not in self.bad:
+                self.bad.saw_substitute()
+                return candidate, number + 1
+        raise self._nothing_readable(index, attempt + tries)
+
+    def _nothing_readable(self, index: int, tried: int) -> DataError:
+        database, key = self._store.locate(index)
+        return DataError(
+            f"no readable record among {tried} candidates to stand in for {database} {key}:"
+            f" {self.bad.known} of {len(self._store)} records are broken or skipped"
         )
 
 

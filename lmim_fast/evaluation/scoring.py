@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
 from lmim_fast.data.normalize import waics
 from lmim_fast.data.pipeline import default_threads
-from lmim_fast.data.samples import decodable, reason_of
+from lmim_fast.data.samples import UNDECODABLE, decodable, reason_of
 from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import UsageError, shared
@@ -209,7 +209,7 @@ class _Share:
             except BrokenImages as error:
                 order = list(usable)
                 for row in error.rows:
-                    self._broken[order[row]] = "pixel data cannot be decoded"
+                    self._broken[order[row]] = UNDECODABLE
                     del usable[order[row]]
         return [], None
 

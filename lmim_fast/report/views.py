@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +52,11 @@ def load_crops(run: Run, count: int) -> Crops:
     """
     config = run.config
     # Substitutes are shown and named here: no share of broken records stops a report.
-    loader = dataclasses.replace(config.loader, device="cpu", prefetch=1, threads=0, max_bad_fraction=1.0)
+    # A skip list that is gone is no loss: its records are then met, replaced alike and named.
+    skip = config.loader.skip if config.loader.skip and Path(config.loader.skip).is_file() else None
+    loader = dataclasses.replace(
+        config.loader, device="cpu", prefetch=1, threads=0, max_bad_fraction=1.0, skip=skip
+    )
     task = make_task(dataclasses.replace(config, loader=loader, accumulation=1))
     store = task.records(lambda _: None)
     try:
@@ -76,7 +81,10 @@ def _first_batch(task: Task, store: Records, order: SampleOrder) -> tuple[Batch,
     """The first batch of an order, and why records were replaced in it."""
     with task.pipeline(store, order, World(0, 1, torch.device("cpu")), 0, 1) as pipeline:
         batch = next(iter(pipeline))
-        return batch, {(database, key): reason for database, key, reason in pipeline.bad.entries}
+        reasons = {(database, key): reason for database, key, reason in pipeline.bad.entries}
+        skipped = pipeline.bad.skipped
+        listed = [int(index) for index in batch.indices if int(index) in skipped]
+        return batch, reasons | {store.locate(index): f"skipped: {skipped[index]}" for index in listed}
 
 
 def sheet_html(crops: Crops, count: int) -> str:

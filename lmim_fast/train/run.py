@@ -30,7 +30,7 @@ from lmim_fast.train.held_out import HeldOut
 from lmim_fast.train.loop import Progress, Session, train
 from lmim_fast.train.memory import explain_out_of_memory
 from lmim_fast.train.profiling import Trace
-from lmim_fast.train.start import versions
+from lmim_fast.train.start import skip_list_digest, versions
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.task import Task
 from lmim_fast.train.tasks import make_task
@@ -41,7 +41,10 @@ from lmim_fast.train.world import World, join
 
 Say = Callable[[str], None]
 
-_MACHINES_OWN = re.compile(r"run\.config\.((data|val|eval_data)\[\d+\]|loader\.threads)|run\.data\..*\.name")
+_MACHINES_OWN = re.compile(
+    r"run\.config\.((data|val|eval_data)\[\d+\]|loader\.(threads|skip))|run\.data\..*\.name"
+)
+_AGREED = ("config", "data", "versions", "skip list")
 
 
 def run_training(config: RunConfig) -> Path:
@@ -78,7 +81,8 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         order = task.order(store)
         validation = task.validation(world)
         identity = _identity(config, store)
-    _agree(world, identity)
+        skipped = skip_list_digest(config, store, say)
+    _agree(world, {**identity, "skip list": skipped})
     saved = resume.find(run, config, identity["data"], world, say)
 
     with world.together():
@@ -217,12 +221,12 @@ def _identity(config: RunConfig, store: Records) -> dict[str, Any]:
 def _agree(world: World, identity: dict[str, Any]) -> None:
     """Refuse ranks that were started with other options, on other data or with other packages.
 
-    Where the data is mounted may differ between machines, and how many threads read it.
+    Where data and skip list are mounted may differ between machines, and how many threads read it.
 
     Raises:
         UsageError: names the first things that differ from rank 0's.
     """
-    ranks = world.gather({name: identity[name] for name in ("config", "data", "versions")})
+    ranks = world.gather({name: identity[name] for name in _AGREED})
     for rank, other in enumerate(ranks):
         changed = [
             f"{name} is {old!r}, there {new!r}"

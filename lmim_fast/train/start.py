@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 import lmim_fast
+from lmim_fast.config import RunConfig
 from lmim_fast.errors import DataError, UsageError
 from lmim_fast.models import weights
 from lmim_fast.train.checkpoint import folders
 
 if TYPE_CHECKING:
-    from lmim_fast.data.store.records import RecordStore
+    from lmim_fast.data.store.records import Records, RecordStore
 
 RANDOM_TEACHER = "random"
 NO_TEACHER = (
@@ -46,6 +47,33 @@ def open_records(paths: Sequence[str], max_pixels: int, option: str = "--data") 
     except DataError as error:  # a path that holds no data is a wrong option; damaged data is not
         raise UsageError(f"{option} {error}") from error
     return RecordStore(paths, max_pixels=max_pixels)
+
+
+def skip_list_digest(config: RunConfig, store: Records, say: Callable[[str], None]) -> str | None:
+    """Check the skip list of a run and say how many records it takes out; None without one.
+
+    Args:
+        store: the records that are trained on. The list may name records of the held-out data too.
+    Returns:
+        what is equal for equal lists.
+    Raises:
+        UsageError: see `SkipList`; or a line is of a database that the run does not read.
+    """
+    from lmim_fast.data.skip_list import SkipList
+
+    if config.loader.skip is None:
+        return None
+    skip_list = SkipList.read(config.loader.skip)
+    stores: list[Records] = [store]
+    if config.eval_data:
+        stores.append(open_records(config.eval_data, config.loader.max_pixels, "--eval-data"))
+    try:
+        skip_list.check(stores)
+        say(f"skip list: {len(skip_list.reasons(store)):,} of {len(store):,} records are never read")
+    finally:
+        for other in stores[1:]:
+            other.close()
+    return skip_list.digest()
 
 
 def encoder_file(name: str) -> Path:

@@ -120,6 +120,16 @@ def test_too_many_broken_records_stop_the_run_with_a_named_error(tmp_path):
         list(batches)
 
 
+def test_r27_broken_substitutes_do_not_make_the_share_larger_than_it_is(tmp_path):
+    """Of records that are read in place of broken ones as many are broken: they count among the read ones."""
+    broken = np.random.default_rng(0).permutation(600)[:240]  # 40 %; each met one costs 1.67 reads
+    folder = database(tmp_path / "lmdb", dict.fromkeys(broken.tolist(), b""), count=600)
+    loader = DataConfig(threads=1, max_bad_fraction=0.5)
+    with pipeline(folder, guidance=None, batch_size=50, loader=loader, end_step=12) as batches:
+        assert len(list(batches)) == 12
+        assert batches.bad.count == 240
+
+
 def test_a_store_without_a_readable_record_stops_the_run(tmp_path):
     folder = database(tmp_path / "lmdb", dict.fromkeys(range(3), b"x"), count=3)
     with (

@@ -75,6 +75,9 @@ class Records(Protocol):
     def locate(self, index: int) -> tuple[str, str]:
         """See `RecordStore.locate`."""
 
+    def indices_of(self, which: int, numbers: Sequence[int]) -> list[int | None]:
+        """See `RecordStore.indices_of`."""
+
     def fingerprint(self) -> dict[str, Any]:
         """See `RecordStore.fingerprint`."""
 
@@ -177,13 +180,26 @@ class RecordStore:
         """
         return [
             None if value is None else value.decode("utf-8", errors="replace")
-            for value in self._values(indices, label_key)
+            for value in self.label_bytes(indices)
         ]
+
+    def label_bytes(self, indices: Sequence[int]) -> list[bytes | None]:
+        """Labels as the databases hold them, UTF-8 or not; otherwise as `labels`."""
+        return self._values(indices, label_key)
 
     def locate(self, index: int) -> tuple[str, str]:
         """Database path and image key of `index`."""
         which, number = self._place(index)
         return self.databases[which].path, image_key(number).decode()
+
+    def indices_of(self, which: int, numbers: Sequence[int]) -> list[int | None]:
+        """Indices of records of the database at place `which`, by their 1-based numbers in it.
+
+        Returns:
+            In the order of `numbers`; None for a record that is not among these.
+        """
+        first, count = self.databases[which].first_index, self.databases[which].count
+        return [first + number - 1 if 1 <= number <= count else None for number in numbers]
 
     def fingerprint(self) -> dict[str, Any]:
         """What the data is, JSON-ready: the same on any machine and path, different when the data differs.

@@ -13,6 +13,7 @@ from lmim_fast.config.tools import CharsetConfig
 from lmim_fast.data.charset import Charset, describe, refusal
 from lmim_fast.data.normalize import chinese
 from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.tools.files import write_whole
 from lmim_fast.errors import DataError, UsageError
 
 RAREST = 10  # characters named in the report
@@ -90,7 +91,7 @@ def write_charset(config: CharsetConfig) -> CharsetFile:
     if config.order == "codepoint":
         chosen.sort()
     charset = Charset("".join(chosen))
-    _write(output, charset)
+    write_whole(output, "".join(f"{character}\n" for character in charset.characters).encode())
     counts = {c: found[c] for c in charset.characters}
     return CharsetFile(str(output), charset, counts, rare, refused, labels, missing, empty)
 
@@ -122,17 +123,6 @@ def _refused(characters: list[str]) -> dict[str, str]:
                 refused[character] = f"a set has one space, {describe(space)} is more frequent"
             space = space or character
     return refused
-
-
-def _write(output: Path, charset: Charset) -> None:
-    """The file appears whole or not at all."""
-    partial = output.with_name(output.name + ".partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes("".join(f"{character}\n" for character in charset.characters).encode())
-        os.replace(partial, output)
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written ({error.strerror})") from error
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,19 @@ from rich.text import Text
 from lmim_fast.data.store.databases import Database
 from lmim_fast.data.store.probe import Status, probe
 from lmim_fast.data.store.records import RecordStore
+from lmim_fast.data.tools.words import (
+    PERCENTILES,
+    character_class,
+    escaped,
+    format_of,
+    percentile_text,
+    share_text,
+)
 
 SAMPLE = 5000  # records per database that are decoded: a second or two
 NAMED_BROKEN = 5  # broken records named in the table
-PERCENTILES = (0, 5, 50, 95, 100)
 _BLOCK = 256  # records in memory at a time
 _LENGTH_BINS = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 10), (11, 15), (16, 25), (26, None))
-_SIGNATURES = (
-    ("JPEG", b"\xff\xd8", b""),
-    ("PNG", b"\x89PNG", b""),
-    ("GIF", b"GIF8", b""),
-    ("WebP", b"RIFF", b"WEBP"),
-    ("BMP", b"BM", b""),
-)  # name, first bytes, bytes from 8 on
 _REASONS = {
     Status.EMPTY: "no bytes",
     Status.NOT_AN_IMAGE: "not an image",
@@ -91,7 +90,9 @@ def inspect(
         summaries = []
         for database in store.databases:
             summaries.append(summarize(store, database, sample))
-            console.print(Text(database.path, style="bold"), soft_wrap=True)  # one line, to be copied
+            console.print(
+                Text(escaped(database.path), style="bold"), soft_wrap=True
+            )  # one line, to be copied
             console.print(_table(summaries[-1]))
         if len(summaries) > 1:
             console.print(f"{len(summaries)} databases, {len(store):,} records")
@@ -121,7 +122,7 @@ def summarize(store: RecordStore, database: Database, sample: int = SAMPLE) -> S
         for index, image, size, reason in zip(
             indices, images, *_verdicts(images, store.max_pixels), strict=True
         ):
-            formats[_format(image)] += 1
+            formats[format_of(image)] += 1
             label = store.label(index)
             if label is not None:
                 lengths[len(label)] += 1
@@ -134,7 +135,7 @@ def summarize(store: RecordStore, database: Database, sample: int = SAMPLE) -> S
                 examples.append(Broken(store.locate(index)[1], reason))
     classes: Counter[str] = Counter()
     for character, occurrences in characters.items():
-        classes[_character_class(character)] += occurrences
+        classes[character_class(character)] += occurrences
     heights, widths = _percentiles(sizes)
     return Summary(
         path=database.path,
@@ -178,36 +179,11 @@ def _undecodable(image: bytes) -> str | None:
     return "does not decode" if pixels is None else None
 
 
-def _format(image: bytes) -> str:
-    for name, start, second in _SIGNATURES:
-        if image.startswith(start) and image.startswith(second, 8):
-            return name
-    return "other"
-
-
 def _percentiles(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not sizes:
         return (), ()
     heights, widths = np.percentile(np.array(sizes), PERCENTILES, axis=0, method="nearest").T
     return tuple(heights.tolist()), tuple(widths.tolist())
-
-
-def _character_class(character: str) -> str:
-    """Broad class in the words of this field: Latin letters apart from other scripts."""
-    category = unicodedata.category(character)
-    if category == "Nd" and character.isascii():
-        return "digits"
-    if character.isascii() and character.isalpha():
-        return "a-z" if character.islower() else "A-Z"
-    if character == " ":
-        return "space"
-    if character.isascii() and character.isprintable():
-        return "ASCII punctuation"
-    if category[0] in "LMN":
-        # Unicode names start with the script: "CJK UNIFIED IDEOGRAPH-4E2D", "GREEK SMALL LETTER ALPHA".
-        script = unicodedata.name(character, "unnamed").split(" ")[0].split("-")[0]
-        return script if script == "CJK" else script.capitalize()
-    return "control" if category[0] == "C" else "other symbols"
 
 
 def _table(summary: Summary) -> Table:
@@ -219,10 +195,13 @@ def _table(summary: Summary) -> Table:
     how = "all read" if complete else f"{summary.sampled:,} read, evenly spread; the rest is about these"
     rows = [
         ("records", f"{summary.records:,} ({how})"),
-        ("labelled", _share(summary.labelled, summary.sampled)),
-        ("formats", ", ".join(f"{name} {_share(n, summary.sampled)}" for name, n in summary.formats.items())),
-        ("height px", _percentile_text(summary.heights)),
-        ("width px", _percentile_text(summary.widths)),
+        ("labelled", share_text(summary.labelled, summary.sampled)),
+        (
+            "formats",
+            ", ".join(f"{name} {share_text(n, summary.sampled)}" for name, n in summary.formats.items()),
+        ),
+        ("height px", percentile_text(summary.heights)),
+        ("width px", percentile_text(summary.widths)),
     ]
     if summary.labelled:
         total = sum(summary.characters.values())
@@ -230,11 +209,11 @@ def _table(summary: Summary) -> Table:
         lengths = np.repeat(list(summary.label_lengths), list(summary.label_lengths.values()))
         spread = np.percentile(lengths, PERCENTILES, method="nearest")
         rows += [
-            ("label length", _percentile_text(tuple(spread.tolist()))),
+            ("label length", percentile_text(tuple(spread.tolist()))),
             ("", _histogram(summary.label_lengths)),
             ("characters", f"{summary.distinct_characters} distinct: {classes}"),
         ]
-    rows.append(("broken", _share(summary.broken, summary.sampled)))
+    rows.append(("broken", share_text(summary.broken, summary.sampled)))
     rows += [("", f"{example.key}: {example.reason}") for example in summary.broken_examples]
     unnamed = summary.broken - len(summary.broken_examples)
     if unnamed:
@@ -242,17 +221,6 @@ def _table(summary: Summary) -> Table:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.4g} %)"
-
-
-def _percentile_text(values: tuple[int, ...]) -> str:
-    if not values:
-        return "none decoded"
-    names = ("least", *(f"{p} %" for p in PERCENTILES[1:-1]), "most")
-    return "   ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
 def _histogram(lengths: dict[int, int]) -> str:

@@ -16,7 +16,8 @@ from lmim_fast.train.world import World
 # Values that change no weight. `data` is decided by the fingerprint: a database may have moved; `charset` by
 # the characters. `teacher` and `init` name what a run began with, and its folder holds that. `device` is the
 # exception, so that a run can move to another machine: matmuls then differ by rounding, views by how CPU and
-# GPU decode and resample. On one machine nothing need differ, so `loader.device` may not change.
+# GPU decode and resample. On one machine nothing need differ, so `loader.device` may not change. A record in
+# the list of `loader.skip` gets the substitute that it gets as a broken one when it is met.
 MAY_CHANGE = {
     "config.data",
     "config.output",
@@ -48,6 +49,7 @@ MAY_CHANGE = {
     "config.loader.threads",
     "config.loader.prefetch",
     "config.loader.max_bad_fraction",
+    "config.loader.skip",
 }
 
 

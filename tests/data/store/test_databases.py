@@ -56,13 +56,13 @@ def test_unknown_keys_around_the_records_are_ignored_without_a_warning(tmp_path)
         (0, dict(skip=[b"num-samples"]), r"the database is empty"),
     ],
 )
-def test_a_wrong_number_of_samples_is_a_data_error_with_both_counts(tmp_path, count, options, message):
+def test_r13_a_wrong_number_of_samples_is_a_data_error_with_both_counts(tmp_path, count, options, message):
     folder = write_database(tmp_path / "crops", count, **options)
     with pytest.raises(DataError, match=f"^{re.escape(str(folder))}: {message}"):
         RecordStore([folder])
 
 
-def test_paths_without_a_database_are_data_errors(tmp_path):
+def test_r13_paths_without_a_database_are_data_errors(tmp_path):
     (tmp_path / "empty/sub").mkdir(parents=True)
     (tmp_path / "file").write_text("text")
     for paths, message in (

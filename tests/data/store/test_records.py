@@ -71,7 +71,7 @@ def _images_elsewhere(store, queue):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_another_process_reads_with_its_own_handles(tmp_path, method):
+def test_r13_another_process_reads_with_its_own_handles(tmp_path, method):
     store = RecordStore([write_database(tmp_path / "a", 3), write_database(tmp_path / "b", 3)])
     expected = store.images([0, 5])  # the parent has both open
     context = multiprocessing.get_context(method)
