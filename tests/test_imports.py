@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "": ("config", "layers", "accelerate"),
     "models": ("layers", "ops", "config", "errors"),
     "data": ("ops", "native", "config", "errors", "faults"),
-    "data.store": ("native", "config", "errors"),
+    "data.store": ("native", "config", "errors", "faults"),
     "data.guidance": ("ops", "native", "config", "errors"),
     "data.augment": ("data.guidance", "ops", "config", "errors"),
     "data.render": ("data.store", "config", "errors"),
