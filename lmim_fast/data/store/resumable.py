@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +14,13 @@ from typing import Any
 
 from lmim_fast import faults
 from lmim_fast.data.store.databases import COUNT_KEY, lmdb
-from lmim_fast.data.store.writer import PARTIAL_FILE, RECORDS_PER_COMMIT, LmdbWriter, sync_folder
+from lmim_fast.data.store.writer import PARTIAL_FILE, LmdbWriter, sync_folder
 from lmim_fast.errors import UsageError
 
+# A commit waits for the disk. It is due when one of these is pending:
+RECORDS_PER_COMMIT = 10_000
 BYTES_PER_COMMIT = 2**25
-"""Pending bytes at which a commit is due, however few records they are."""
+SECONDS_PER_COMMIT = 10.0
 _FIRST_MAP = 2**30  # bytes; the map is doubled when it is full
 _IDENTITY_FILE = "resume.json"
 _STATE_KEY = b"~unfinished"  # deleted by the last transaction
@@ -66,6 +69,7 @@ class ResumableWriter(LmdbWriter):
         self._restart = restart
         self._side_files = tuple(side_files)
         self._pending_bytes = 0
+        self._last_commit = time.monotonic()
 
     def put(self, image: bytes, label: str | bytes | None) -> None:
         """Append one record; it is safe after the next `commit`."""
@@ -74,8 +78,12 @@ class ResumableWriter(LmdbWriter):
         self._pending_bytes += len(image)
 
     def commit_is_due(self) -> bool:
-        """Whether enough records are pending for a transaction."""
-        return self.written - self.committed >= RECORDS_PER_COMMIT or self._pending_bytes >= BYTES_PER_COMMIT
+        """Whether so much is pending that it is time for a transaction."""
+        return (
+            self.written - self.committed >= RECORDS_PER_COMMIT
+            or self._pending_bytes >= BYTES_PER_COMMIT
+            or (self.written > self.committed and time.monotonic() - self._last_commit >= SECONDS_PER_COMMIT)
+        )
 
     def commit(self, state: Mapping[str, Any]) -> None:
         """Write the pending records and the position behind them, both or neither, onto the disk.
@@ -132,8 +140,8 @@ class ResumableWriter(LmdbWriter):
             before, now = earlier.get(name), self._identity.get(name)
             if before != now:
                 raise UsageError(
-                    f"{self.folder} is unfinished, made with another {name} ({_short(before)}, now"
-                    f" {_short(now)}); give the same one to continue, or --restart to begin anew"
+                    f"{self.folder} is unfinished, and {name} {_change(before, now)}; give the same to"
+                    " continue it, or --restart to begin anew"
                 )
 
     def _open(self) -> None:
@@ -166,6 +174,7 @@ class ResumableWriter(LmdbWriter):
     def _commit(self) -> None:
         super()._commit()
         self._pending_bytes = 0
+        self._last_commit = time.monotonic()
 
     def _write(self, transaction: lmdb.Transaction) -> None:
         faults.point("records")
@@ -190,7 +199,8 @@ class ResumableWriter(LmdbWriter):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._cleanup.close()
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """What an interruption leaves, for people."""
         if not self.committed:
             return "nothing was kept"
         return (
@@ -198,6 +208,8 @@ class ResumableWriter(LmdbWriter):
         )
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _change(before: Any, now: Any) -> str:
+    """What became of a value; one with parts is too long to be shown."""
+    if isinstance(before, dict | list) or isinstance(now, dict | list):
+        return "has changed since"
+    return f"was {json.dumps(before)} then, now it is {json.dumps(now)}"

@@ -182,9 +182,10 @@ class LmdbWriter:
             reason = f"the disk is full ({free} bytes free)"
         else:
             reason = _reason(error)
-        return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; {self._kept()}"
+        return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; {self.kept()}"
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """What a failure leaves, for people."""
         return "nothing was kept"
 
 
