@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "data.guidance": ("ops", "native", "config", "errors"),
     "data.augment": ("data.guidance", "ops", "config", "errors"),
     "data.render": ("data.store", "config", "errors"),
+    "data.importers": ("data", "data.store", "config", "errors", "faults"),
     "data.tools": ("data", "data.store", "config", "errors"),
     "train": _TRAIN,
     "train.world": ("config", "errors"),
