@@ -140,8 +140,8 @@ class ResumableWriter(LmdbWriter):
             before, now = earlier.get(name), self._identity.get(name)
             if before != now:
                 raise UsageError(
-                    f"{self.folder} is unfinished, and {name} {_change(before, now)}; give the same to"
-                    " continue it, or --restart to begin anew"
+                    f"{self.folder} is unfinished, made with {_difference(name, before, now)}; give the same"
+                    " to continue it, or --restart to begin anew"
                 )
 
     def _open(self) -> None:
@@ -208,8 +208,8 @@ class ResumableWriter(LmdbWriter):
         )
 
 
-def _change(before: Any, now: Any) -> str:
-    """What became of a value; one with parts is too long to be shown."""
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What has another value; one with parts is too long to be shown."""
     if isinstance(before, dict | list) or isinstance(now, dict | list):
-        return "has changed since"
-    return f"was {json.dumps(before)} then, now it is {json.dumps(now)}"
+        return f"other {name} than now"
+    return f"another {name} ({json.dumps(before)}, now {json.dumps(now)})"

@@ -153,7 +153,7 @@ def test_changed_sources_are_refused_and_restart_begins_anew(tmp_path, capsys, k
         write_tar(source, [("new.jpg", encoded(1))])
     capsys.readouterr()
     error = refused(capsys, "import", source, "--output", tmp_path / "out")
-    assert "is unfinished, and sources has changed since" in error
+    assert "is unfinished, made with other sources than now" in error
     assert "--restart to begin anew" in error
     said = imported(capsys, source, "--output", tmp_path / "out", "--restart")
     assert "continuing" not in said
@@ -168,7 +168,7 @@ def test_other_options_are_refused_and_the_number_of_threads_is_not(tmp_path, ca
     for option in (["--no-turn-vertical"], ["--label-from", "name"], ["--keep-broken"]):
         error = refused(capsys, "import", source, "--output", tmp_path / "out", *option)
         name = option[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-        assert f"and {name} was " in error
+        assert f"made with another {name} (" in error
         assert "--restart" in error
     said = imported(capsys, source, "--output", tmp_path / "out", "--workers", "3")
     assert "continuing behind 15 records" in said

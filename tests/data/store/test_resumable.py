@@ -140,7 +140,7 @@ def test_an_error_before_the_first_commit_leaves_nothing(tmp_path):
 def test_another_identity_is_refused_by_name_and_restart_begins_anew(tmp_path, whole):
     interrupted(tmp_path / "crops")
     before = sorted(path.read_bytes() for path in (tmp_path / "crops.partial").iterdir())
-    with pytest.raises(UsageError, match=r"seed was 1 then, now it is 2.*--restart"):
+    with pytest.raises(UsageError, match=r"another seed \(1, now 2\).*--restart"):
         write(tmp_path / "crops", seed=2)
     assert sorted(path.read_bytes() for path in (tmp_path / "crops.partial").iterdir()) == before
     assert write(tmp_path / "crops", seed=2, restart=True) == 0
