@@ -17,11 +17,14 @@ from lmim_fast.config import (
     ConvertConfig,
     EvaluateConfig,
     FinetuneConfig,
+    ImportConfig,
     InspectConfig,
+    MergeConfig,
     PretrainConfig,
     RenderConfig,
     ReportConfig,
     RunConfig,
+    SplitConfig,
     StatsConfig,
     VerifyConfig,
 )
@@ -55,6 +58,26 @@ def _data_render(config: RenderConfig) -> None:
     from lmim_fast.data.render.database import render
 
     print(f"rendered {config.count} crops into {render(config)}")
+
+
+def _data_import(config: ImportConfig) -> None:
+    from lmim_fast.data.importers.run import import_crops
+
+    print("\n".join(import_crops(config)))
+
+
+def _data_merge(config: MergeConfig) -> None:
+    from lmim_fast.data.tools.merge import merge
+
+    _require_databases(config.paths)
+    print("\n".join(merge(config)))
+
+
+def _data_split(config: SplitConfig) -> None:
+    from lmim_fast.data.tools.split import split
+
+    _require_databases(config.paths)
+    print("\n".join(split(config)))
 
 
 def _data_inspect(config: InspectConfig) -> None:
@@ -126,6 +149,15 @@ COMMANDS = {
         "Read labelled test sets with a recogniser: accuracies, a page of errors, published results.",
     ),
     "data render": Command(_data_render, RenderConfig, "Write an LMDB of rendered words, with labels."),
+    "data import": Command(
+        _data_import, ImportConfig, "Write an LMDB of images in folders, lists or tar archives; resumable."
+    ),
+    "data merge": Command(
+        _data_merge, MergeConfig, "Write one LMDB of several, without duplicates if asked."
+    ),
+    "data split": Command(
+        _data_split, SplitConfig, "Divide records into LMDBs; equal images are in the same one."
+    ),
     "data inspect": Command(
         _data_inspect, InspectConfig, "Say what LMDB folders hold and which records are broken."
     ),

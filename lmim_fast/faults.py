@@ -19,10 +19,11 @@ from typing import Literal, get_args
 
 VARIABLE = "LMIM_FAST_FAULTS"
 
-Point = Literal["step", "gather", "save", "commit", "retention", "batch", "evaluation"]
+Point = Literal["step", "gather", "save", "commit", "retention", "batch", "evaluation", "records", "publish"]
 """step: before an optimiser step; gather: before a checkpoint's tensors are copied to the host; save: after a
 file of it is written; commit: before its folder gets its name; retention: before an old one is deleted;
-batch: in the thread that prepares batches; evaluation: before held-out data is measured."""
+batch: in the thread that prepares batches; evaluation: before held-out data is measured; records: before a
+transaction of a resumable LMDB; publish: before that LMDB gets its name."""
 Action = Literal["kill", "term", "raise", "full", "memory", "hang", "slow"]
 """kill, term: signal 9 or 15 to this process; raise: RuntimeError; full: a full disk's OSError; memory: the
 error of a device without memory; hang: for ever; slow: half a second."""

@@ -1,6 +1,7 @@
 """Every number a user may change: frozen dataclasses, the named presets and recipes."""
 
 from lmim_fast.config.augment import AugmentConfig
+from lmim_fast.config.collections import ImportConfig, MergeConfig, SplitConfig
 from lmim_fast.config.evaluate import EvaluateConfig
 from lmim_fast.config.finetune import FinetuneConfig, LabelConfig, recipe, recognizer_preset
 from lmim_fast.config.model import ModelConfig, PresetName, preset
@@ -28,8 +29,10 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "GuidanceConfig",
+    "ImportConfig",
     "InspectConfig",
     "LabelConfig",
+    "MergeConfig",
     "ModelConfig",
     "Objective",
     "OptimConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "RenderConfig",
     "ReportConfig",
     "RunConfig",
+    "SplitConfig",
     "StatsConfig",
     "VerifyConfig",
     "preset",

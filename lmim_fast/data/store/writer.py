@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from lmim_fast.data.store.databases import COUNT_KEY, image_key, label_key, lmdb
 from lmim_fast.errors import LmimError, UsageError
@@ -15,7 +16,7 @@ from lmim_fast.errors import LmimError, UsageError
 RECORDS_PER_COMMIT = 1000
 BYTES_PER_RECORD = 2**18  # bound of the map, not of the file: far above any crop's size
 BYTES_AT_LEAST = 2**26
-_PARTIAL_FILE = "records.partial"
+PARTIAL_FILE = "records.partial"
 _DISK_IS_FULL_BELOW = 2**20  # bytes free; a failed write is then reported as a full disk
 
 
@@ -42,20 +43,13 @@ class LmdbWriter:
         self._pending: list[tuple[bytes, bytes]] = []
         self._cleanup = contextlib.ExitStack()
 
-    def __enter__(self) -> LmdbWriter:
+    def __enter__(self) -> Self:
         check_output_is_free(self.output)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_folder()
             self._remove_leftovers()
-            self._environment = lmdb.open(
-                str(self.folder / _PARTIAL_FILE),
-                map_size=self._map_size,
-                subdir=False,
-                lock=False,
-                sync=False,
-                meminit=False,
-            )
+            self._open()
         except (OSError, lmdb.Error) as error:
             self._abandon()
             raise UsageError(f"cannot write the LMDB {self.output}: {_reason(error)}") from error
@@ -64,16 +58,14 @@ class LmdbWriter:
             raise
         return self
 
-    def put(self, image: bytes, label: str | None) -> None:
-        """Append one record.
+    def put(self, image: bytes, label: str | bytes | None) -> None:
+        """Append one record; a label that is bytes is stored as it is.
 
         Raises:
             LmimError: the write failed.
         """
         self.written += 1
-        self._pending.append((image_key(self.written), image))
-        if label is not None:
-            self._pending.append((label_key(self.written), label.encode()))
+        self._append(image, label)
         if self.written % RECORDS_PER_COMMIT == 0:
             self._commit()
 
@@ -92,6 +84,12 @@ class LmdbWriter:
             raise
         self._cleanup.close()
 
+    def _append(self, image: bytes, label: str | bytes | None) -> None:
+        self._pending.append((image_key(self.written), image))
+        if label is not None:
+            text = label.encode() if isinstance(label, str) else label
+            self._pending.append((label_key(self.written), text))
+
     def _lock_folder(self) -> None:
         """Lock the partial folder, so that two writers of one output cannot mix."""
         handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -104,39 +102,70 @@ class LmdbWriter:
             raise UsageError(f"another process has just written the LMDB {self.output}")
         self._ours = True
 
+    def _files(self) -> tuple[str, ...]:
+        """Names that a writer may have left in the partial folder."""
+        return (PARTIAL_FILE, "data.mdb")
+
     def _remove_leftovers(self) -> None:
         """Delete what a killed writer left, and nothing else."""
-        foreign = [
-            path.name for path in self.folder.iterdir() if path.name not in (_PARTIAL_FILE, "data.mdb")
-        ]
+        self._refuse_foreign_files()
+        self._delete_files()
+
+    def _refuse_foreign_files(self) -> None:
+        foreign = [path.name for path in self.folder.iterdir() if path.name not in self._files()]
         if foreign:
             self._ours = False
             raise UsageError(
                 f"{self.folder} is needed for the unfinished LMDB but holds {foreign[0]}; remove it"
             )
-        for name in (_PARTIAL_FILE, "data.mdb"):
+
+    def _delete_files(self) -> None:
+        for name in self._files():
             (self.folder / name).unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        self._environment = lmdb.open(
+            str(self.folder / PARTIAL_FILE),
+            map_size=self._map_size,
+            subdir=False,
+            lock=False,
+            sync=False,
+            meminit=False,
+        )
 
     def _commit(self) -> None:
         try:
-            with self._environment.begin(write=True) as transaction:
-                for key, value in self._pending:
-                    transaction.put(key, value)
+            while True:
+                try:
+                    with self._environment.begin(write=True) as transaction:
+                        self._write(transaction)
+                    break
+                except lmdb.MapFullError:
+                    if not self._map_is_full():
+                        raise
         except (OSError, lmdb.Error) as error:
             raise LmimError(self._failure(error)) from error
         self._pending.clear()
+
+    def _write(self, transaction: lmdb.Transaction) -> None:
+        for key, value in self._pending:
+            transaction.put(key, value)
+
+    def _map_is_full(self) -> bool:
+        """Make room, if this writer can; whether it did."""
+        return False
 
     def _finish(self) -> None:
         """Everything onto the disk, and only then the names that readers look for."""
         try:
             self._environment.sync(True)
             self._environment.close()
-            os.rename(self.folder / _PARTIAL_FILE, self.folder / "data.mdb")
-            _sync_folder(self.folder)
+            os.rename(self.folder / PARTIAL_FILE, self.folder / "data.mdb")
+            sync_folder(self.folder)
             os.rename(self.folder, self.output)
         except (OSError, lmdb.Error) as error:
             raise LmimError(self._failure(error)) from error
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
 
     def _abandon(self) -> None:
         if hasattr(self, "_environment"):
@@ -153,7 +182,11 @@ class LmdbWriter:
             reason = f"the disk is full ({free} bytes free)"
         else:
             reason = _reason(error)
-        return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; nothing was kept"
+        return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; {self.kept()}"
+
+    def kept(self) -> str:
+        """What a failure leaves, for people."""
+        return "nothing was kept"
 
 
 def check_output_is_free(output: Path) -> None:
@@ -179,7 +212,7 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut; file systems that cannot do that for folders say EINVAL."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,0 +1,1 @@
+"""Other people's collections of crops as LMDBs: a file for each format."""

@@ -1,0 +1,28 @@
+"""All records of a database as they are stored: for copies, which must not change a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lmim_fast.data.store.databases import Database, image_key, label_key, lmdb, open_environment
+from lmim_fast.errors import DataError
+
+RawRecord = tuple[bytes | None, bytes | None]
+
+
+def raw_records(database: Database) -> Iterator[RawRecord]:
+    """Image and label bytes of every record in order, None for what is absent.
+
+    Raises:
+        DataError: the database is damaged.
+    """
+    environment = open_environment(database.path)
+    number = 0
+    try:
+        with environment.begin() as transaction:
+            for number in range(1, database.count + 1):
+                yield transaction.get(image_key(number)), transaction.get(label_key(number))
+    except lmdb.Error as error:
+        raise DataError(
+            f"{database.path}: record {number} cannot be read ({error}); copy or write the database again"
+        ) from error
