@@ -22,6 +22,7 @@ from lmim_fast.config import (
     RenderConfig,
     ReportConfig,
     RunConfig,
+    SheetConfig,
 )
 from lmim_fast.errors import DataError, LmimError, UsageError, is_shared, shared
 
@@ -56,10 +57,22 @@ def _data_render(config: RenderConfig) -> None:
 
 
 def _data_inspect(config: InspectConfig) -> None:
+    if config.replay is not None:
+        from lmim_fast.report.replay import replay
+
+        print("\n".join(replay(config)))
+        return
     from lmim_fast.data.tools.inspect import inspect
 
     _require_databases(config.paths)
     inspect(config.paths)
+
+
+def _data_sheet(config: SheetConfig) -> None:
+    from lmim_fast.data.tools.sheet import write_sheet
+
+    _require_databases(config.paths)
+    print(write_sheet(config))
 
 
 def _data_charset(config: CharsetConfig) -> None:
@@ -107,7 +120,12 @@ COMMANDS = {
     ),
     "data render": Command(_data_render, RenderConfig, "Write an LMDB of rendered words, with labels."),
     "data inspect": Command(
-        _data_inspect, InspectConfig, "Say what LMDB folders hold and which records are broken."
+        _data_inspect,
+        InspectConfig,
+        "Say what LMDB folders hold and which records are broken, or replay one sample of training.",
+    ),
+    "data sheet": Command(
+        _data_sheet, SheetConfig, "Draw crops of LMDB folders with their labels as one PNG."
     ),
     "data charset": Command(
         _data_charset, CharsetConfig, "Write the characters of labels as a file with one character a line."

@@ -7,7 +7,14 @@ from lmim_fast.config.model import ModelConfig, PresetName, preset
 from lmim_fast.config.pretrain import PretrainConfig
 from lmim_fast.config.recognizer import RecognizerConfig
 from lmim_fast.config.run import MAX_PIXELS_LIMIT, DataConfig, Objective, OptimConfig, RunConfig
-from lmim_fast.config.tools import CharsetConfig, ConvertConfig, InspectConfig, RenderConfig, ReportConfig
+from lmim_fast.config.tools import (
+    CharsetConfig,
+    ConvertConfig,
+    InspectConfig,
+    RenderConfig,
+    ReportConfig,
+    SheetConfig,
+)
 from lmim_fast.config.view import MAX_BLUR_SIGMA, GuidanceConfig
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "RenderConfig",
     "ReportConfig",
     "RunConfig",
+    "SheetConfig",
     "preset",
     "recipe",
     "recognizer_preset",
