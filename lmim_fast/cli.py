@@ -15,6 +15,9 @@ from lmim_fast.cli_options import parse
 from lmim_fast.config import (
     CharsetConfig,
     ConvertConfig,
+    DoctorConfig,
+    DoctorFinetuneConfig,
+    DoctorPretrainConfig,
     EvaluateConfig,
     FinetuneConfig,
     InspectConfig,
@@ -98,6 +101,12 @@ def _convert(config: ConvertConfig) -> None:
     print(convert(config.source, config.target, to=config.to, step=config.step))
 
 
+def _doctor(config: DoctorConfig | DoctorPretrainConfig | DoctorFinetuneConfig) -> None:
+    from lmim_fast.doctor.run import run_doctor
+
+    run_doctor(config)
+
+
 def _report(config: ReportConfig) -> None:
     from lmim_fast.report import write_report
 
@@ -129,6 +138,17 @@ COMMANDS = {
     ),
     "data charset": Command(
         _data_charset, CharsetConfig, "Write the characters of labels as a file with one character a line."
+    ),
+    "doctor": Command(
+        _doctor,
+        DoctorConfig,
+        "Check this machine, and the run of a folder or a config.json, before hours are spent.",
+    ),
+    "doctor pretrain": Command(
+        _doctor, DoctorPretrainConfig, "The same for a run with the options of `pretrain`."
+    ),
+    "doctor finetune": Command(
+        _doctor, DoctorFinetuneConfig, "The same for a run with the options of `finetune`."
     ),
     "convert": Command(
         _convert,
@@ -204,7 +224,7 @@ def _run_and_complain(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    groups = {name.split()[0] for name in COMMANDS if " " in name} - set(COMMANDS)
     first, rest = arguments[:1], arguments[1:]
     if not first or (first[0] in groups and not rest):
         print(_HELP)
@@ -215,7 +235,7 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(lmim_fast.__version__)
         return 0
-    words = 2 if first[0] in groups else 1
+    words = 2 if first[0] in groups or " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
         raise shared(UsageError(f"unknown command {name!r}; `lmim --help` lists them"))

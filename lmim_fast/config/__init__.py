@@ -1,6 +1,7 @@
 """Every number a user may change: frozen dataclasses, the named presets and recipes."""
 
 from lmim_fast.config.augment import AugmentConfig
+from lmim_fast.config.doctor import DoctorConfig, DoctorFinetuneConfig, DoctorPretrainConfig
 from lmim_fast.config.evaluate import EvaluateConfig
 from lmim_fast.config.finetune import FinetuneConfig, LabelConfig, recipe, recognizer_preset
 from lmim_fast.config.model import ModelConfig, PresetName, preset
@@ -24,6 +25,9 @@ __all__ = [
     "CharsetConfig",
     "ConvertConfig",
     "DataConfig",
+    "DoctorConfig",
+    "DoctorFinetuneConfig",
+    "DoctorPretrainConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "GuidanceConfig",

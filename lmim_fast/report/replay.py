@@ -20,10 +20,11 @@ from lmim_fast.data.guidance.parameters import sample_parameters
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.samples import BadRecords
 from lmim_fast.data.store.records import Records
-from lmim_fast.data.tools.captions import caption, visible
+from lmim_fast.data.tools.captions import caption
 from lmim_fast.data.tools.chosen import ChosenSamples
 from lmim_fast.data.tools.operations import augment_lines, guidance_lines
 from lmim_fast.data.tools.sheet import decoded_crops, fitted, require_folder, write_png
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import UsageError
 from lmim_fast.report.images import crop_pixels, masked_pixels
 from lmim_fast.report.run import read_config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,25 +12,12 @@ from fontTools.ttLib import TTFont, TTLibError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from lmim_fast.data.visible import escaped, visible
+
 # Where a desktop or a server keeps fonts, in the order in which they are asked.
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 _SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
-_UNPRINTABLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # categories of Unicode that draw nothing of use
 _ROOM = 6  # pixels of a line above and below its letters, together
-
-
-def visible(text: str) -> str:
-    """The text with control characters, line breaks and the like as escaped code points."""
-    return "".join(
-        escaped(character) if unicodedata.category(character) in _UNPRINTABLE else character
-        for character in text
-    )
-
-
-def escaped(character: str) -> str:
-    """The code point of a character as Python writes it: `\\x1b`, `\\u4e2d`."""
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def caption(text: str, width: int, size: int = 13, ink: int = 40, ground: int = 255) -> NDArray[np.uint8]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lmim_fast.data.tools import captions
-from lmim_fast.data.tools.captions import caption, visible
+from lmim_fast.data.tools.captions import caption
+from lmim_fast.data.visible import visible
 
 
 def test_control_characters_become_code_points_and_words_stay():
