@@ -50,7 +50,7 @@ def run_doctor(config: DoctorConfig | DoctorPretrainConfig | DoctorFinetuneConfi
         _write(Path(config.json), findings)
     print(f"{_number(errors, 'error')}, {_number(warnings, 'warning')}")
     if errors:
-        raise LmimError(f"{_number(errors, 'check')} failed: what to do is said above, errors first")
+        raise LmimError(f"{_number(errors, 'check')} failed; the lines above say what to do")
 
 
 def _run_of(config: DoctorConfig | DoctorPretrainConfig | DoctorFinetuneConfig) -> RunConfig | None:

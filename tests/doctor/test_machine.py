@@ -73,7 +73,7 @@ def test_without_dali_a_line_says_what_to_install_and_the_step_is_made_on_zeros(
     assert levels(lines, "batches") == ["error"]
     assert any("of zeros, as there is no data," in line for line in lines if levels([line], "step"))
     assert levels(lines, "time") == ["ok"]
-    assert complaint == "error: 2 checks failed: what to do is said above, errors first\n"
+    assert complaint == "error: 2 checks failed; the lines above say what to do\n"
     assert not run.exists()
 
 
@@ -106,6 +106,15 @@ def test_an_old_package_is_named_with_what_is_asked_for(monkeypatch):
     assert (entry.level, entry.what) == ("error", "numpy")
     assert entry.text.startswith("1.0, asked for is >=1.26")
     assert entry.advice.startswith('pip install "numpy>=1.26')
+
+
+def test_a_machine_on_which_dali_was_never_installed_is_told_how(monkeypatch):
+    monkeypatch.setattr(packages, "_version", lambda _: None)
+    findings = Findings()
+    packages._dali(findings)
+    (entry,) = findings.entries
+    assert (entry.level, entry.text) == ("error", "is not installed")
+    assert 'pip install "lmim_fast[cuda13]"' in entry.advice
 
 
 def _only_versions(names, version, asked):

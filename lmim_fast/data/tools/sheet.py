@@ -24,6 +24,7 @@ BOX = (48, 192)
 """Height and width of a crop's place: 1.5 times the size that a model sees."""
 _ENLARGED = 4.0  # no crop is drawn larger than this, so that small ones are seen to be small
 _GAP = 8  # pixels between tiles
+_DIGIT = 9  # pixels of a digit of a record's number, at most
 _GRAY = 160  # of a broken record's tile
 
 
@@ -82,8 +83,11 @@ def _tiles(store: RecordStore, indices: list[int], config: SheetConfig) -> tuple
             between = np.full((BOX[0], _GAP // 2, 3), 255, np.uint8)
             pictures += [between, fitted(views[index], BOX) if index in views else empty]
         top = np.concatenate(pictures, axis=1)
-        words = f"{index}  {'(no label)' if label is None else label}"
-        tiles.append(np.concatenate((top, caption(words, top.shape[1])), axis=0))
+        # Two captions: in one, a label that is written from the right would stand before the number.
+        words = "(no label)" if label is None else label
+        number = caption(str(index), _DIGIT * len(str(max(indices))) + _GAP)
+        bottom = np.concatenate((number, caption(words, top.shape[1] - number.shape[1])), axis=1)
+        tiles.append(np.concatenate((top, bottom), axis=0))
     return tiles, sum(crop is None for crop in crops)
 
 
