@@ -12,7 +12,7 @@ SAMPLE = 400  # records decoded of each database: under a second
 
 
 def check_data(plan: Plan, findings: Findings) -> None:
-    """Look into each database, and open the records of the run if all can be read: they become the plan's."""
+    """Look into each database; if all can be read, open the records of the run: they become the plan's."""
     good = _check_paths(plan.config.data, "--data", plan.config, findings)
     for name in ("eval_data", "val"):
         paths = getattr(plan.config, name, ())

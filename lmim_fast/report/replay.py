@@ -1,4 +1,4 @@
-"""`lmim data inspect --replay`: one sample as training had it, with operations and mask, as text and PNG."""
+"""`lmim data inspect --replay`: a sample as training had it, its operations and mask, as text and PNG."""
 
 from __future__ import annotations
 
