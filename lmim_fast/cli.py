@@ -15,6 +15,9 @@ from lmim_fast.cli_options import parse
 from lmim_fast.config import (
     CharsetConfig,
     ConvertConfig,
+    DoctorConfig,
+    DoctorFinetuneConfig,
+    DoctorPretrainConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportConfig,
@@ -24,6 +27,7 @@ from lmim_fast.config import (
     RenderConfig,
     ReportConfig,
     RunConfig,
+    SheetConfig,
     SplitConfig,
     StatsConfig,
     VerifyConfig,
@@ -81,6 +85,11 @@ def _data_split(config: SplitConfig) -> None:
 
 
 def _data_inspect(config: InspectConfig) -> None:
+    if config.replay is not None:
+        from lmim_fast.report.replay import replay
+
+        print("\n".join(replay(config)))
+        return
     from lmim_fast.data.tools.inspect import inspect
 
     _require_databases(config.paths)
@@ -105,6 +114,13 @@ def _data_stats(config: StatsConfig) -> None:
     stats(config)
 
 
+def _data_sheet(config: SheetConfig) -> None:
+    from lmim_fast.data.tools.sheet import write_sheet
+
+    _require_databases(config.paths)
+    print(write_sheet(config))
+
+
 def _data_charset(config: CharsetConfig) -> None:
     from lmim_fast.data.tools.charset_file import write_charset
 
@@ -126,6 +142,12 @@ def _convert(config: ConvertConfig) -> None:
     from lmim_fast.train.export import convert
 
     print(convert(config.source, config.target, to=config.to, step=config.step))
+
+
+def _doctor(config: DoctorConfig | DoctorPretrainConfig | DoctorFinetuneConfig) -> None:
+    from lmim_fast.doctor.run import run_doctor
+
+    run_doctor(config)
 
 
 def _report(config: ReportConfig) -> None:
@@ -159,7 +181,12 @@ COMMANDS = {
         _data_split, SplitConfig, "Divide records into LMDBs; equal images are in the same one."
     ),
     "data inspect": Command(
-        _data_inspect, InspectConfig, "Say what LMDB folders hold and which records are broken."
+        _data_inspect,
+        InspectConfig,
+        "Say what LMDB folders hold and which records are broken, or replay one sample of training.",
+    ),
+    "data sheet": Command(
+        _data_sheet, SheetConfig, "Draw crops of LMDB folders with their labels as one PNG."
     ),
     "data verify": Command(
         _data_verify, VerifyConfig, "Decode every record; list the broken ones, for training to skip."
@@ -169,6 +196,17 @@ COMMANDS = {
     ),
     "data charset": Command(
         _data_charset, CharsetConfig, "Write the characters of labels as a file with one character a line."
+    ),
+    "doctor": Command(
+        _doctor,
+        DoctorConfig,
+        "Check this machine, and the run of a folder or a config.json, before hours are spent.",
+    ),
+    "doctor pretrain": Command(
+        _doctor, DoctorPretrainConfig, "The same for a run with the options of `pretrain`."
+    ),
+    "doctor finetune": Command(
+        _doctor, DoctorFinetuneConfig, "The same for a run with the options of `finetune`."
     ),
     "convert": Command(
         _convert,
@@ -244,7 +282,7 @@ def _run_and_complain(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    groups = {name.split()[0] for name in COMMANDS if " " in name} - set(COMMANDS)
     first, rest = arguments[:1], arguments[1:]
     if not first or (first[0] in groups and not rest):
         print(_HELP)
@@ -255,7 +293,7 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(lmim_fast.__version__)
         return 0
-    words = 2 if first[0] in groups else 1
+    words = 2 if first[0] in groups or " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
         raise shared(UsageError(f"unknown command {name!r}; `lmim --help` lists them"))

@@ -64,11 +64,14 @@ def _defaults(kind: type[RunConfig], arguments: Sequence[str]) -> RunConfig:
     try:
         if issubclass(kind, FinetuneConfig):
             name: Any = _named("--recipe", "lmim", arguments)
-            return recipe(name, data=("",), size=size)
+            chosen = recipe(name, data=("",), size=size)
+            return kind(**{item.name: getattr(chosen, item.name) for item in dataclasses.fields(chosen)})
         model: Any = preset(size)
     except ValueError as error:
         raise shared(UsageError(f"--preset, --recipe: {error}")) from error
-    return PretrainConfig(data=("",), model=model)
+    pretraining: Any = kind if issubclass(kind, PretrainConfig) else PretrainConfig
+    default: RunConfig = pretraining(data=("",), model=model)
+    return default
 
 
 def _named(option: str, default: str, arguments: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from lmim_fast.config import FinetuneConfig, PretrainConfig, recipe
 from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.models import weights
 from lmim_fast.train.export import load_model
-from lmim_fast.train.run import resolve
+from lmim_fast.train.parallel import resolve
 from lmim_fast.train.world import World
 
 

@@ -2,6 +2,7 @@
 
 from lmim_fast.config.augment import AugmentConfig
 from lmim_fast.config.collections import ImportConfig, MergeConfig, SplitConfig
+from lmim_fast.config.doctor import DoctorConfig, DoctorFinetuneConfig, DoctorPretrainConfig
 from lmim_fast.config.evaluate import EvaluateConfig
 from lmim_fast.config.finetune import FinetuneConfig, LabelConfig, recipe, recognizer_preset
 from lmim_fast.config.model import ModelConfig, PresetName, preset
@@ -14,6 +15,7 @@ from lmim_fast.config.tools import (
     InspectConfig,
     RenderConfig,
     ReportConfig,
+    SheetConfig,
     StatsConfig,
     VerifyConfig,
 )
@@ -26,6 +28,9 @@ __all__ = [
     "CharsetConfig",
     "ConvertConfig",
     "DataConfig",
+    "DoctorConfig",
+    "DoctorFinetuneConfig",
+    "DoctorPretrainConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "GuidanceConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "RenderConfig",
     "ReportConfig",
     "RunConfig",
+    "SheetConfig",
     "SplitConfig",
     "StatsConfig",
     "VerifyConfig",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lmim_fast.config.finetune import FinetuneConfig
@@ -52,6 +53,21 @@ def run_from_dict(values: dict[str, Any]) -> RunConfig:
     if isinstance(values.get("cuda_graph"), bool):  # of older runs
         values = values | {"cuda_graph": "on" if values["cuda_graph"] else "off"}
     return from_dict(kind, values)
+
+
+def read_run_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that a run left in its config.json, and the whole document: config, versions, data.
+
+    Raises:
+        OSError:    the file cannot be read.
+        ValueError: it is not a config of this version; says why.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return run_from_dict(document["config"]), document
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a config of this version: {reason}") from error
 
 
 def config_hash(config: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lmim_fast.config.checks import require, require_seed
 from lmim_fast.config.run import MAX_PIXELS_LIMIT
+from lmim_fast.config.view import GuidanceConfig
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,47 @@ class InspectConfig:
 
     paths: tuple[str, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
+    replay: tuple[int, int, int] | None = None
+    """Seed, epoch and index of a sample: show its views, operations and mask as training had them."""
+    run: str | None = None
+    """Run folder or config.json whose data and settings the replay takes; paths, if given, are its data."""
+    output: str = "replay.png"
+    """PNG of the replay."""
+    view: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Guidance view of a replay without a run."""
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0 or self.run is not None, "name at least one LMDB folder")
+        require(self.run is None or self.replay is not None, "run is for a replay: give --replay too")
+        if self.replay is not None:
+            seed, epoch, index = self.replay
+            require_seed(seed)
+            require(0 <= epoch < 2**32, f"the epoch of a replay must be in [0, 2^32), got {epoch}")
+            require(index >= 0, f"the index of a replay must be >= 0, got {index}")
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """What `lmim data sheet` draws."""
+
+    paths: tuple[str, ...]
+    """LMDB folders, or folders that hold LMDB folders at any depth."""
+    output: str = "sheet.png"
+    """PNG to write."""
+    count: int = 64
+    """Crops on the sheet."""
+    seed: int = 0
+    """Which crops: the first that a run of this seed trains on."""
+    columns: int = 8
+    """Crops in a row."""
+    views: bool = False
+    """Draw the guidance view of the first epoch beside each crop."""
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "name at least one LMDB folder")
+        require(1 <= self.count <= 10_000, f"count must be in [1, 10000], got {self.count}")
+        require_seed(self.seed)
+        require(1 <= self.columns <= 100, f"columns must be in [1, 100], got {self.columns}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lmim_fast.config import RunConfig
-from lmim_fast.config.io import run_from_dict
+from lmim_fast.config.io import read_run_config
 from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.train.optim import total_steps
 from lmim_fast.train.task import Task
@@ -93,13 +93,26 @@ def read_run(folder: Path) -> Run:
                 f"{folder} has no {name}: not a run folder of `lmim pretrain` or `lmim finetune`, "
                 "or one that never started"
             )
-    path = folder / "config.json"
-    try:
-        document = json.loads(_read(path))
-        config = run_from_dict(document["config"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LmimError(f"{path} is not a config of this version: {type(error).__name__}: {error}") from error
+    config, document = read_config(folder)
     return Run(folder, config, document, read_metrics(folder / "metrics.jsonl"))
+
+
+def read_config(place: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The config of a run, from its folder or its config.json, and the whole document.
+
+    Raises:
+        UsageError: there is no such file.
+        LmimError:  it cannot be read or used.
+    """
+    path = place / "config.json" if place.is_dir() else place
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; give the folder of a run, or its config.json")
+    try:
+        return read_run_config(path)
+    except OSError as error:
+        raise LmimError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise LmimError(str(error)) from error
 
 
 def read_metrics(path: Path) -> Metrics:

@@ -274,7 +274,7 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
     """Write one line of metrics, and name the skipped ones of its steps."""
     session.telemetry.log(line)
     if skipped:
-        # Seed, epoch and index replay a sample's views and mask.
+        # Seed, epoch and index are what a sample's views and mask are a function of.
         order = session.order
         samples = {step: [array.tolist() for array in order.batch(step - 1)] for step in skipped}
         add_new_lines(
@@ -284,7 +284,11 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
                 for step, (epochs, indices) in samples.items()
             ],
         )
-        session.telemetry.say(f"warning: skipped {len(skipped)} steps whose loss or gradient was not finite")
+        session.telemetry.say(
+            f"warning: skipped {len(skipped)} steps whose loss or gradient was not finite; "
+            f"to see a sample of skipped.jsonl: `lmim data inspect --run {session.run} "
+            "--replay SEED EPOCH INDEX`"
+        )
 
 
 def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:

@@ -35,7 +35,7 @@ class _Unknown(Exception):
 
 def explain_out_of_memory(
     error: torch.OutOfMemoryError,
-    run: Path,
+    run: Path | None,
     task: Task,
     model: nn.Module,
     config: RunConfig,
@@ -51,6 +51,7 @@ def explain_out_of_memory(
     it is said. Training cannot go on afterwards.
 
     Args:
+        run:     folder of the snapshot; None: none is written.
         model:   the module itself, without a wrapper that talks to other ranks.
         measure: another way to measure, for tests; None: CUDA's allocator.
         limit:   bytes that the device gives to this process; None: asks CUDA.
@@ -59,7 +60,7 @@ def explain_out_of_memory(
     """
     images = config.batch_size // (config.accumulation * world.size)
     parts = [f"out of memory with {images} images a pass on {world.device}"]
-    snapshot = _snapshot(run / f"memory-rank{world.rank}.pickle", world.device)
+    snapshot = None if run is None else _snapshot(run / f"memory-rank{world.rank}.pickle", world.device)
     traceback.clear_frames(error.__traceback__)  # they hold the activations
     try:
         fit = _images_that_fit(images, task, model, world, measure, limit)
@@ -67,7 +68,7 @@ def explain_out_of_memory(
         parts.append(f"how many fit could not be measured ({reason}); {_option(config, world, images // 2)}")
     else:
         parts.append(f"about {fit} fit; {_option(config, world, fit)}" if fit else _NO_ROOM)
-    return LmimError("; ".join([": ".join(parts), snapshot]))
+    return LmimError("; ".join([": ".join(parts), *filter(None, [snapshot])]))
 
 
 def _option(config: RunConfig, world: World, fit: int) -> str:

@@ -43,6 +43,22 @@ class Gradients(Protocol):
         """After it: gradients and `losses` (k,) become their means over the ranks, in place."""
 
 
+def resolve(config: RunConfig, world: World) -> RunConfig:
+    """The config with "auto" precision settled, checked against the number of processes.
+
+    Raises:
+        UsageError: the batch cannot be shared.
+    """
+    if config.batch_size % (world.size * config.accumulation):
+        raise UsageError(
+            f"--batch-size {config.batch_size} must be a multiple of {world.size} processes "
+            f"x {config.accumulation} accumulation passes"
+        )
+    if config.precision != "auto":
+        return config
+    return dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
+
+
 def settle(config: RunConfig, model: nn.Module, world: World) -> RunConfig:
     """The config with `parallel` and `cuda_graph` decided for this model on these processes.
 

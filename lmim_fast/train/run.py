@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -68,7 +67,7 @@ def run_training(config: RunConfig) -> Path:
     timeout = config.timeout + COLLECTIVE_GRACE
     with contextlib.ExitStack() as outside, join(config.device, timeout=timeout, grouped=split) as world:
         with world.together():
-            config = resolve(config, world)
+            config = parallel.resolve(config, world)
         return _run(make_task(config), world, _say if world.is_main else _say_nothing, outside)
 
 
@@ -189,22 +188,6 @@ def _capture(run_step: TrainStep, model: nn.Module, world: World) -> None:
         traceback.clear_frames(error.__traceback__)  # they hold what was captured
         message = f"a step cannot be captured as a CUDA graph, pass --cuda-graph off: {error}"
         raise LmimError(message) from error
-
-
-def resolve(config: RunConfig, world: World) -> RunConfig:
-    """The config with "auto" precision settled, checked against the number of processes.
-
-    Raises:
-        UsageError: the batch cannot be shared.
-    """
-    if config.batch_size % (world.size * config.accumulation):
-        raise UsageError(
-            f"--batch-size {config.batch_size} must be a multiple of {world.size} processes "
-            f"x {config.accumulation} accumulation passes"
-        )
-    if config.precision != "auto":
-        return config
-    return dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
 
 
 def _identity(config: RunConfig, store: Records) -> dict[str, Any]:

@@ -1,0 +1,21 @@
+"""Text of files for people: no control character of it reaches a terminal or a picture."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_UNPRINTABLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # categories of Unicode that draw nothing of use
+
+
+def visible(text: str) -> str:
+    """The text with control characters, line breaks and the like as escaped code points."""
+    return "".join(
+        escaped(character) if unicodedata.category(character) in _UNPRINTABLE else character
+        for character in text
+    )
+
+
+def escaped(character: str) -> str:
+    """The code point of a character as Python writes it: `\\x1b`, `\\u4e2d`."""
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
