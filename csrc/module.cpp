@@ -7,4 +7,8 @@ PYBIND11_MODULE(_C, module) {
     lmim::bind_workers(module);
     lmim::bind_probe(module);
     lmim::bind_gather(module);
+    lmim::bind_guidance(module);
+    lmim::bind_philox(module);
+    lmim::bind_views(module);
+    lmim::bind_photometric(module);
 }

@@ -3,73 +3,97 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
 
 namespace lmim {
 
-Workers::Workers(size_t threads) : process_(getpid()) {
-    for (size_t i = 1; i < threads; ++i) team_.emplace_back([this] { serve(); });
+struct Workers::Team {
+    std::vector<std::thread> threads;
+    const pid_t process = getpid();
+    std::mutex caller;  // one `run` at a time has the team
+    std::mutex mutex;   // of all below but `next`
+    std::condition_variable started, finished;
+    size_t round = 0, working = 0;
+    bool closed = false;
+    size_t count = 0, grain = 1;
+    const Work* work = nullptr;
+    std::exception_ptr error;
+    std::atomic<size_t> next{0};
+};
+
+Workers::Workers(size_t threads) : team_(std::make_unique<Team>()) {
+    for (size_t i = 1; i < threads; ++i) team_->threads.emplace_back([&team = *team_] { serve(team); });
 }
 
 Workers::~Workers() {
-    if (getpid() != process_) {  // the threads stayed with the parent
-        for (std::thread& thread : team_) thread.detach();
+    if (getpid() != team_->process) {
+        team_.release();  // the threads stayed with the parent, and what they wait for cannot be destroyed
         return;
     }
     {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        closed_ = true;
+        const std::lock_guard<std::mutex> lock(team_->mutex);
+        team_->closed = true;
     }
-    started_.notify_all();
-    for (std::thread& thread : team_) thread.join();
+    team_->started.notify_all();
+    for (std::thread& thread : team_->threads) thread.join();
 }
 
+size_t Workers::threads() const { return team_->threads.size() + 1; }
+
 void Workers::run(size_t count, size_t grain, const Work& work) {
+    Team& team = *team_;
     grain = std::max<size_t>(grain, 1);
-    std::unique_lock<std::mutex> caller(caller_, std::defer_lock);
-    if (count <= grain || team_.empty() || getpid() != process_ || !caller.try_lock()) {
+    std::unique_lock<std::mutex> caller(team.caller, std::defer_lock);
+    if (count <= grain || team.threads.empty() || getpid() != team.process || !caller.try_lock()) {
         for (size_t begin = 0; begin < count; begin += grain) work(begin, std::min(count, begin + grain));
         return;
     }
     {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        count_ = count;
-        grain_ = grain;
-        work_ = &work;
-        error_ = nullptr;
-        working_ = team_.size();
-        next_.store(0);
-        ++round_;
+        const std::lock_guard<std::mutex> lock(team.mutex);
+        team.count = count;
+        team.grain = grain;
+        team.work = &work;
+        team.error = nullptr;
+        team.working = team.threads.size();
+        team.next.store(0);
+        ++team.round;
     }
-    started_.notify_all();
-    take_pieces();
-    std::unique_lock<std::mutex> lock(mutex_);
-    finished_.wait(lock, [this] { return working_ == 0; });
-    if (error_) std::rethrow_exception(error_);
+    team.started.notify_all();
+    take_pieces(team);
+    std::unique_lock<std::mutex> lock(team.mutex);
+    team.finished.wait(lock, [&team] { return team.working == 0; });
+    if (team.error) std::rethrow_exception(team.error);
 }
 
-void Workers::serve() {
+void Workers::serve(Team& team) {
     size_t seen = 0;
     while (true) {
         {
-            std::unique_lock<std::mutex> lock(mutex_);
-            started_.wait(lock, [&] { return closed_ || round_ != seen; });
-            if (closed_) return;
-            seen = round_;
+            std::unique_lock<std::mutex> lock(team.mutex);
+            team.started.wait(lock, [&] { return team.closed || team.round != seen; });
+            if (team.closed) return;
+            seen = team.round;
         }
-        take_pieces();
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (--working_ == 0) finished_.notify_one();
+        take_pieces(team);
+        const std::lock_guard<std::mutex> lock(team.mutex);
+        if (--team.working == 0) team.finished.notify_one();
     }
 }
 
-void Workers::take_pieces() {
+void Workers::take_pieces(Team& team) {
     try {
-        for (size_t begin; (begin = next_.fetch_add(grain_)) < count_;)
-            (*work_)(begin, std::min(count_, begin + grain_));
+        for (size_t begin; (begin = team.next.fetch_add(team.grain)) < team.count;)
+            (*team.work)(begin, std::min(team.count, begin + team.grain));
     } catch (...) {
-        next_.store(count_);  // the others stop, too
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (!error_) error_ = std::current_exception();
+        team.next.store(team.count);  // the others stop, too
+        const std::lock_guard<std::mutex> lock(team.mutex);
+        if (!team.error) team.error = std::current_exception();
     }
 }
 

@@ -2,16 +2,9 @@
 
 #pragma once
 
-#include <sys/types.h>
-
-#include <atomic>
-#include <condition_variable>
 #include <cstddef>
-#include <exception>
 #include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <memory>
 
 namespace lmim {
 
@@ -26,7 +19,7 @@ public:
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
 
-    size_t threads() const { return team_.size() + 1; }
+    size_t threads() const;
 
     // Calls work(begin, end) for pieces of at most `grain` items that cover 0 .. count - 1, and returns when all are
     // done. The first exception of the work is thrown again here. While the team is busy for another caller, and in
@@ -34,20 +27,11 @@ public:
     void run(size_t count, size_t grain, const Work& work);
 
 private:
-    void serve();
-    void take_pieces();
+    struct Team;
+    static void serve(Team& team);
+    static void take_pieces(Team& team);
 
-    std::vector<std::thread> team_;
-    const pid_t process_;
-    std::mutex caller_;  // one `run` at a time has the team
-    std::mutex mutex_;   // of all below but `next_`
-    std::condition_variable started_, finished_;
-    size_t round_ = 0, working_ = 0;
-    bool closed_ = false;
-    size_t count_ = 0, grain_ = 1;
-    const Work* work_ = nullptr;
-    std::exception_ptr error_;
-    std::atomic<size_t> next_{0};
+    std::unique_ptr<Team> team_;
 };
 
 }  // namespace lmim

@@ -19,10 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmim_fast.data.guidance.kernels import Kernels
 from lmim_fast.data.store.gather import EncodedImages
+from lmim_fast.native import native
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def
+    from nvidia.dali.backend import TensorCPU, TensorListCPU
     from nvidia.dali.plugin.pytorch import feed_ndarray
     from nvidia.dali.types import DALIImageType, DALIInterpType
 except ImportError as error:
@@ -45,8 +48,8 @@ class WarpProgram(Protocol):
         """(B, 2) height and width to which crops are shrunk before filter and warp."""
 
     @property
-    def kernels(self) -> list[NDArray[np.float32]]:
-        """B odd square kernels for the shrunk crop."""
+    def kernels(self) -> Kernels:
+        """For the shrunk crop."""
 
     @property
     def map_x(self) -> NDArray[np.float32]:
@@ -82,9 +85,12 @@ class BrokenImages(Exception):
 class DaliViews:
     """Makes the views of one batch per call with a DALI pipeline.
 
+    On a CPU DALI only decodes, and C++ (`csrc/views.h`) does the rest where it is built: on word crops DALI's
+    operators take several times as long.
+
     Args:
         batch_size: most samples of a call.
-        threads:    DALI threads.
+        threads:    DALI threads, and as many of C++.
         device:     where the views are made.
         image_size: height and width of the views.
         stage:      PLAIN, WARP or AUGMENT.
@@ -99,12 +105,14 @@ class DaliViews:
         image_size: tuple[int, int],
         stage: Stage,
     ) -> None:
-        self._device, self._image_size = device, image_size
+        self._device, self._image_size, self._stage = device, image_size, stage
+        self._native: Any = native() if device.type == "cpu" else None
+        self._workers = None if self._native is None else self._native.Workers(threads)
         device_id = None
         if device.type == "cuda":
             device_id = torch.cuda.current_device() if device.index is None else device.index
         self._options: dict[str, Any] = dict(
-            stage=stage,
+            stage=stage if self._native is None else Stage.DECODE,
             batch_size=batch_size,
             threads=threads,
             device_id=device_id,
@@ -136,11 +144,33 @@ class DaliViews:
             if not broken:
                 raise
             raise BrokenImages(broken) from None
+        if self._native is not None:
+            return self._native_views(outputs[0], len(encoded), program)
         return [self._tensor(output, len(encoded)) for output in outputs]
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory."""
-        self._pipeline = None
+        self._pipeline = self._workers = None
+
+    def _native_views(self, decoded: Any, batch: int, program: WarpProgram | None) -> list[Tensor]:
+        crops = [decoded[row] for row in range(batch)]
+        views = []
+        if self._stage != Stage.AUGMENT:
+            views.append(torch.empty((batch, *self._image_size, 3), dtype=torch.uint8))
+            self._native.make_plain_views(crops, views[-1].numpy(), self._workers)
+        if program is not None:
+            views.append(torch.empty((batch, *self._image_size, 3), dtype=torch.uint8))
+            kernels, maps = program.kernels, (program.map_x, program.map_y)
+            self._native.make_warped_views(
+                crops,
+                program.working_size,
+                kernels.sides,
+                kernels.taps,
+                *maps,
+                views[-1].numpy(),
+                self._workers,
+            )
+        return views
 
     def _tensor(self, output: Any, batch: int) -> Tensor:
         tensor = torch.empty((batch, *self._image_size, 3), dtype=torch.uint8, device=self._device)
@@ -169,14 +199,15 @@ def build_pipeline(
 def feed(pipeline: Pipeline, stage: Stage, encoded: Encoded, program: WarpProgram | None) -> None:
     """Give a pipeline of `stage` its next batch.
 
-    The images are not copied: they must stay as they are until `pipeline.run()` has returned.
+    Images and program are not copied: they must stay as they are until the views are there.
     """
     _feed_encoded(pipeline, encoded)
     if stage >= Stage.FILTER:
         if program is None:
             raise ValueError("the warped view needs a program")
         pipeline.feed_input("working_size", program.working_size)
-        pipeline.feed_input("kernel", program.kernels)
+        kernels = [TensorCPU(kernel) for kernel in program.kernels]
+        pipeline.feed_input("kernel", TensorListCPU(kernels))
         if stage >= Stage.WARP:
             pipeline.feed_input("map_x", program.map_x)
             pipeline.feed_input("map_y", program.map_y)
@@ -184,20 +215,19 @@ def feed(pipeline: Pipeline, stage: Stage, encoded: Encoded, program: WarpProgra
 
 def _feed_encoded(pipeline: Pipeline, encoded: Encoded) -> None:
     # One array for all is handed over in a tenth of the time of an array each.
-    if isinstance(encoded, EncodedImages):
-        lengths = encoded.lengths
-        rectangle = encoded.rectangle()
-        pipeline.feed_input("encoded", [*encoded] if rectangle is None else rectangle)
-    else:
-        lengths = np.array([len(image) for image in encoded], np.int64)
-        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
-    pipeline.feed_input("length", lengths.astype(np.int32).reshape(-1, 1))
+    block = encoded if isinstance(encoded, EncodedImages) else None
+    rows: Any = None if block is None else block.rectangle()
+    if rows is None:
+        rows = TensorListCPU([TensorCPU(np.frombuffer(image, np.uint8)) for image in encoded])
+    pipeline.feed_input("encoded", rows)
+    lengths = [len(image) for image in encoded] if block is None else block.lengths
+    pipeline.feed_input("length", np.array(lengths, np.int32).reshape(-1, 1))
 
 
 def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[Any, ...]:
     # Decoded on the CPU even for views made on the GPU: no GPU decoder is faster on tiny crops.
     # What follows an image in its row is cut off: decoders read on where a damaged image ends too early.
-    encoded = fn.slice(fn.external_source(name="encoded", no_copy=True), 0, _source("length"), axes=[0])
+    encoded = fn.slice(_source("encoded"), 0, _source("length", no_copy=False), axes=[0])
     image: Any = fn.decoders.image(
         encoded, device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
     )
@@ -227,8 +257,8 @@ def _define(stage: Stage, image_size: tuple[int, int], on_gpu: bool) -> tuple[An
     )
 
 
-def _source(name: str, on_gpu: bool = False) -> Any:
-    source: Any = fn.external_source(name=name)
+def _source(name: str, on_gpu: bool = False, no_copy: bool = True) -> Any:
+    source: Any = fn.external_source(name=name, no_copy=no_copy)
     return source.gpu() if on_gpu else source
 
 

@@ -33,6 +33,7 @@ from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.samples import BadRecords, SampleReader, Samples
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import UsageError
+from lmim_fast.native import native
 
 # Shares drawn ahead, a few MB: seconds of training, so that at the end of an epoch the next permutation
 # (3 s for 10 M samples) is there in time.
@@ -97,11 +98,16 @@ class ViewPipeline:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         batch_size = order.share_size(world_size, accumulation)
         self.bad = BadRecords(store, loader.max_bad_fraction)
-        self._reader = SampleReader(store, order, self.bad, loader.max_pixels)
+        threads = loader.threads or default_threads(world_size)
+        module = native()
+        self._workers = None if module is None else module.Workers(threads)
+        self._reader = SampleReader(store, order, self.bad, loader.max_pixels, self._workers)
+        views_on = self._device if loader.device != "cpu" else torch.device("cpu")
+        self._pinned = views_on.type == "cuda"
         self._dali = DaliViews(
             batch_size=batch_size,
-            threads=loader.threads or default_threads(world_size),
-            device=self._device if loader.device != "cpu" else torch.device("cpu"),
+            threads=threads,
+            device=views_on,
             image_size=image_size,
             stage=self._stage(),
         )
@@ -139,6 +145,7 @@ class ViewPipeline:
         self._prepared.close()
         self._batches.close()
         self._dali.close()
+        self._workers = None
 
     def _stage(self) -> Stage:
         if self._augment is not None:
@@ -165,7 +172,14 @@ class ViewPipeline:
         if parameters is None:
             return None
         if isinstance(parameters, GuidanceParameters):
-            return make_program(parameters, samples.heights, samples.widths, self._image_size)
+            return make_program(
+                parameters,
+                samples.heights,
+                samples.widths,
+                self._image_size,
+                workers=self._workers,
+                pinned=self._pinned,
+            )
         keys = self._keys(samples)
         return make_augment_program(parameters, keys, samples.heights, samples.widths, self._image_size)
 

@@ -1,8 +1,8 @@
-"""Which form of an op runs, kernel or eager.
+"""Which form of an op runs, kernel or eager, or on a CPU that in C++ where there is one.
 
 An op checks its arguments and asks `takes`. `LMIM_FAST_BACKEND` (auto, eager or triton) and the `backend`
 context manager override the answer. "auto" launches kernels on CUDA devices alone; in Triton's interpreter,
-on a CPU, they run where "triton" is asked for by name.
+on a CPU, they run where "triton" is asked for by name. Forms in C++ run with "auto" alone.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ def takes(
     if reason is not None and name == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {op} {reason}")
     return reason is None
+
+
+def takes_native(device: torch.device) -> bool:
+    """True if an op's form in C++ may run in place of the eager one: on a CPU, no backend being asked for."""
+    return device.type == "cpu" and current_backend() == "auto"
 
 
 def refusal(tensors: Sequence[Tensor | None], reason: str | None = None, *results: torch.dtype) -> str | None:

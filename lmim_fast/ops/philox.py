@@ -11,6 +11,9 @@ import enum
 import torch
 from torch import Tensor
 
+from lmim_fast.native import native
+from lmim_fast.ops.transforms import transformed
+
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
@@ -49,10 +52,14 @@ def uint32(seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, s
     Raises:
         ValueError: `index` is not a 1-d int64 tensor, or epoch is out of range.
     """
-    if index.dtype != torch.int64 or index.dim() != 1:
-        raise ValueError(f"index must be a 1-d int64 tensor, got {index.dtype} of shape {tuple(index.shape)}")
-    if isinstance(epoch, int) and not 0 <= epoch <= _LOW:
-        raise ValueError(f"epoch must be in [0, 2^32), got {epoch}")
+    _check(epoch, index)
+    if _runs_native(seed, epoch, index):
+        return _native(seed, epoch, index, count, stream, torch.int64)
+    return _eager(seed, epoch, index, count, stream)
+
+
+def _eager(seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, stream: int) -> Tensor:
+    """In PyTorch: on any device, inside a graph."""
     blocks = -(-count // 4)
     shape = (index.shape[0], blocks)
     c0 = torch.arange(blocks, device=index.device).expand(shape)
@@ -74,4 +81,36 @@ def uniform(seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, 
     Returns:
         (B, count) float32, on the device of `index`.
     """
-    return (uint32(seed, epoch, index, count, stream) >> 8).float() * 2.0**-24
+    _check(epoch, index)
+    if _runs_native(seed, epoch, index):
+        return _native(seed, epoch, index, count, stream, torch.float32)
+    return (_eager(seed, epoch, index, count, stream) >> 8).float() * 2.0**-24
+
+
+def _check(epoch: int | Tensor, index: Tensor) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"index must be a 1-d int64 tensor, got {index.dtype} of shape {tuple(index.shape)}")
+    if isinstance(epoch, int) and not 0 <= epoch <= _LOW:
+        raise ValueError(f"epoch must be in [0, 2^32), got {epoch}")
+
+
+def _runs_native(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> bool:
+    """True if the C++ form is built and nothing has to see the operations of the eager one."""
+    if type(index) is not Tensor or not index.is_cpu or not isinstance(seed, int):
+        return False
+    if not isinstance(epoch, int) and type(epoch) is not Tensor:
+        return False
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+        return False
+    return not torch._C._get_tracing_state() and native() is not None
+
+
+def _native(
+    seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, stream: int, dtype: torch.dtype
+) -> Tensor:
+    values = torch.empty((len(index), count), dtype=dtype)
+    epochs = torch.as_tensor(epoch, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
+    native().philox(
+        int(seed) % 2**64, epochs.numpy(), index.contiguous().numpy(), int(stream), values.numpy()
+    )
+    return values

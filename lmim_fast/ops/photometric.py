@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lmim_fast.native import native
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.operators import photometric as operators
+from lmim_fast.ops.operators.operator import differentiable, direct
 
 LUMA = (0.299, 0.587, 0.114)
 """Gray weights of ITU-R BT.601, as PIL, OpenCV and torchvision use them."""
@@ -79,11 +81,39 @@ def photometric(
     Source: LMIM's released augmentation (imgaug's solarize, torchvision's ColorJitter), composed.
     """
     _check(plain, warped, program)
-    if not dispatch.takes("photometric", (plain, warped), _refuses(program), dtype):
-        return _eager(plain, warped, program, dtype)
+    refused = _refuses(program)
     colours = [] if program is None else program.tensors()
-    view, guidance = operators.photometric(plain, warped, colours, dtype)
-    return view, None if warped is None else guidance
+    if dispatch.takes("photometric", (plain, warped), refused, dtype):
+        view, guidance = operators.photometric(plain, warped, colours, dtype)
+        return view, None if warped is None else guidance
+    if refused is None and _runs_native(plain, warped, *colours):
+        return _native(plain, warped, colours, dtype)
+    return _eager(plain, warped, program, dtype)
+
+
+def _runs_native(*tensors: Tensor | None) -> bool:
+    """True if nothing has to see the single operations of the eager form, and the C++ form is built."""
+    if not direct(*tensors) or differentiable(*tensors):
+        return False
+    first = tensors[0]
+    return first is not None and dispatch.takes_native(first.device) and native() is not None
+
+
+def _native(
+    plain: Tensor, warped: Tensor | None, colours: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """In C++, the same bits as `_eager`; by the calling thread: the data threads need the other cores."""
+    batch, height, width, _ = plain.shape
+    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    views = [torch.empty((batch, 3, height, width), dtype=kind) for _ in range(1 if warped is None else 2)]
+    # NumPy has no bfloat16; the bits stand for themselves.
+    arrays = [(view.view(torch.int16) if kind == torch.bfloat16 else view).numpy() for view in views]
+    native().plain_views(plain.contiguous().numpy(), arrays[0])
+    if warped is not None:
+        arguments = (tensor.detach().contiguous().numpy() for tensor in (warped, *colours))
+        native().guidance_views(*arguments, arrays[1])
+    plain_view, *guidance = (view.to(dtype) for view in views)
+    return plain_view, guidance[0] if guidance else None
 
 
 def _eager(
@@ -111,7 +141,8 @@ def _color(value: Tensor, program: ColorProgram) -> Tensor:
     border = program.border[:, :, None, None]
     value = value.sub_(border).mul_(program.coverage[:, None] * (1.0 / 255.0)).add_(border)
     gray = value[:, 0] * LUMA[0] + value[:, 1] * LUMA[1] + value[:, 2] * LUMA[2]
-    mean = gray.flatten(1).mean(dim=1)[:, None, None, None]
+    # In double precision no order of the sum shows in the rounded mean: eager and native views are equal.
+    mean = gray.flatten(1).mean(dim=1, dtype=torch.float64).float()[:, None, None, None]
     value = value.sub_(mean).mul_(program.contrast[:, None, None, None]).add_(mean).clamp_(0.0, 255.0)
     return _affine(program.final, value)
 
@@ -120,11 +151,11 @@ def _affine(matrix: Tensor, value: Tensor) -> Tensor:
     """(B, 3, 4) applied to the colours of (B, 3, H, W), clamped.
 
     Written out, not as a batched product: its rounding could change with the batch size, and with it a
-    solarized pixel.
+    solarized pixel. Nor by addcmul, which rounds once or twice by the instructions of the machine.
     """
     rows = matrix[:, :, :, None, None]
     result = rows[:, :, 0] * value[:, 0:1]
-    result.addcmul_(rows[:, :, 1], value[:, 1:2]).addcmul_(rows[:, :, 2], value[:, 2:3])
+    result.add_(rows[:, :, 1] * value[:, 1:2]).add_(rows[:, :, 2] * value[:, 2:3])
     return result.add_(rows[:, :, 3]).clamp_(0.0, 255.0)
 
 

@@ -131,3 +131,34 @@ def test_neighbouring_samples_and_epochs_are_uncorrelated():
 def test_wrong_arguments_are_errors(epoch, index, message):
     with pytest.raises(ValueError, match=message):
         philox.uint32(0, epoch, index, 4, Stream.MASK)
+
+
+@given(
+    seed=st.integers(-(2**63), 2**64 - 1),
+    indices=st.lists(st.integers(0, ONES), max_size=9),
+    count=st.integers(0, 13),
+    own_epochs=st.booleans(),
+)
+def test_numbers_made_in_cpp_are_those_made_by_torch(seed, indices, count, own_epochs):
+    index = torch.tensor(indices, dtype=torch.int64)
+    epoch = ONES - index if own_epochs else 7
+    assert philox._runs_native(seed, epoch, index)
+    native = philox.uint32(seed, epoch, index, count, Stream.ORDER)
+    eager = philox._eager(seed, epoch, index, count, Stream.ORDER)
+    assert native.dtype == eager.dtype == torch.int64
+    assert torch.equal(native, eager)
+    uniform = philox.uniform(seed, epoch, index, count, Stream.ORDER)
+    assert torch.equal(uniform, (eager >> 8).float() * 2.0**-24)
+
+
+def test_strided_indices_and_epochs_are_read_in_their_order():
+    index, epoch = torch.arange(20)[::3], torch.arange(14).view(7, 2)[:, 1]
+    assert torch.equal(philox.uint32(1, epoch, index, 5, 0), philox._eager(1, epoch, index, 5, 0))
+
+
+def test_a_traced_call_is_made_of_torch_operations():
+    index = torch.arange(6)
+    traced = torch.compile(lambda i: philox.uniform(3, 1, i, 8, Stream.MASK), fullgraph=True, backend="eager")
+    assert torch.equal(traced(index), philox.uniform(3, 1, index, 8, Stream.MASK))
+    with torch.device("meta"):
+        assert philox.uint32(3, 1, index.to("meta"), 8, Stream.MASK).shape == (6, 8)

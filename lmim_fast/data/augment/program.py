@@ -19,6 +19,7 @@ from lmim_fast.data.augment.parseq import Operation, ParseqParameters, blur_sigm
 from lmim_fast.data.augment.parseq_finish import ParseqFinish
 from lmim_fast.data.augment.parseq_geometry import compose
 from lmim_fast.data.augment.warp import inverse_maps, working_sizes
+from lmim_fast.data.guidance.kernels import Kernels
 
 Array = NDArray[np.float64]
 AugmentParameters = AbinetParameters | ParseqParameters
@@ -32,8 +33,8 @@ class AugmentProgram:
 
     working_size: NDArray[np.float32]
     """(B, 2) height and width to which crops are shrunk before filter and warp."""
-    kernels: list[NDArray[np.float32]]
-    """B odd square kernels (1x1 where the filter is off), for the shrunk crop."""
+    kernels: Kernels
+    """For the shrunk crop."""
     map_x: NDArray[np.float32]
     """(B, H, W) source column of every output pixel, in pixels of the shrunk crop, inside it."""
     map_y: NDArray[np.float32]
@@ -103,4 +104,4 @@ def _program(
     image_size: tuple[int, int],
 ) -> AugmentProgram:
     map_x, map_y = inverse_maps(matrix, sizes, working, image_size)
-    return AugmentProgram(working.astype(np.float32), kernels, map_x, map_y, finish)
+    return AugmentProgram(working.astype(np.float32), Kernels.of(kernels), map_x, map_y, finish)
