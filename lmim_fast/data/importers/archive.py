@@ -15,8 +15,9 @@ from functools import partial
 from typing import IO, Any
 
 from lmim_fast.config.collections import ImportConfig
-from lmim_fast.data.importers.entries import Entry, Item, Part, Refused, Reject, Skip, checked_label, escaped
+from lmim_fast.data.importers.entries import Entry, Item, Part, Refused, Reject, Skip, checked_label
 from lmim_fast.data.importers.paths import MAX_FILE_BYTES, SUFFIXES
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError, UsageError
 
 _TEXTS = (".txt", ".json")
@@ -47,7 +48,7 @@ class Tar(Part):
             with open(path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise UsageError(f"{escaped(path)} cannot be read ({error.strerror})") from error
+            raise UsageError(f"{visible(path)} cannot be read ({error.strerror})") from error
         self._file: IO[bytes] | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class Tar(Part):
                 damage = str(error) or type(error).__name__
             except OSError as error:
                 if error.errno is not None:
-                    raise DataError(f"{escaped(self.path)} cannot be read ({error.strerror})") from error
+                    raise DataError(f"{visible(self.path)} cannot be read ({error.strerror})") from error
                 damage = str(error)  # bz2 and gzip say so that data is damaged
         self._file = None
         if damage:  # the last sample may lack members, so it is left out

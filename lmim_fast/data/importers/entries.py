@@ -105,10 +105,3 @@ def checked_label(label: object) -> str:
         if not kinds.isdisjoint(_BREAKS_TEXT):
             raise Refused("control character in the label", label)
     return label
-
-
-def escaped(text: str) -> str:
-    """The text on one line that no terminal acts on: what cannot be printed becomes an escape."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

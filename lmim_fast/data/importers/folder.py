@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any
 
 from lmim_fast.config.collections import ImportConfig
-from lmim_fast.data.importers.entries import Entry, Item, Part, Refused, Reject, Skip, checked_label, escaped
+from lmim_fast.data.importers.entries import Entry, Item, Part, Refused, Reject, Skip, checked_label
 from lmim_fast.data.importers.paths import SUFFIXES, Root
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError, UsageError
 
 _DIGITS = re.compile(r"([0-9]+)")
@@ -27,7 +28,7 @@ class Folder(Part):
 
     def __init__(self, path: str, config: ImportConfig) -> None:
         if os.path.exists(os.path.join(path, "data.mdb")):
-            raise UsageError(f"{escaped(path)} is an LMDB already; `lmim data merge` joins LMDBs")
+            raise UsageError(f"{visible(path)} is an LMDB already; `lmim data merge` joins LMDBs")
         self.path = path
         self._root = Root(path)
         self._label_from = config.label_from
@@ -92,7 +93,7 @@ class Folder(Part):
             with os.scandir(folder) as children:
                 kinds = [(child.name, _kind(child)) for child in children]
         except OSError as error:
-            raise DataError(f"{escaped(folder)} cannot be listed ({error.strerror})") from error
+            raise DataError(f"{visible(folder)} cannot be listed ({error.strerror})") from error
         kinds.sort(key=lambda child: self._key(child[0]))
         return [(os.path.join(name, child), kind) for child, kind in kinds]
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from lmim_fast.config.collections import ImportConfig
 from lmim_fast.data.importers.archive import Tar, is_tar
-from lmim_fast.data.importers.entries import Part, escaped
+from lmim_fast.data.importers.entries import Part
 from lmim_fast.data.importers.folder import Folder
 from lmim_fast.data.importers.lists import Tsv
 from lmim_fast.data.importers.mmocr import Mmocr, is_json_line
 from lmim_fast.data.importers.paddleocr import PaddleOcr, is_detection
 from lmim_fast.data.importers.table import Csv
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import UsageError
 
 FORMATS: dict[str, Callable[[str, ImportConfig], Part]] = {
@@ -71,12 +72,12 @@ def _chosen(source: str, config: ImportConfig) -> tuple[str, str]:
     is_folder = os.path.isdir(source)
     if not is_folder and not os.path.isfile(source):
         found = "not a file or folder" if os.path.exists(source) else "no such file or folder"
-        raise UsageError(f"{escaped(source)}: {found}; name folders, lists or archives to import")
+        raise UsageError(f"{visible(source)}: {found}; name folders, lists or archives to import")
     if config.format == "auto":
         return _guessed(source, config) if not is_folder else ("folder", "it is a folder")
     if is_folder != (config.format == "folder"):
         what = "a folder" if is_folder else "no folder"
-        raise UsageError(f"{escaped(source)} is {what}, so it cannot be read as {config.format}")
+        raise UsageError(f"{visible(source)} is {what}, so it cannot be read as {config.format}")
     return config.format, "as asked for"
 
 
@@ -91,7 +92,7 @@ def _guessed(source: str, config: ImportConfig) -> tuple[str, str]:
         with open(source, "rb") as file:
             beginning = file.read(_BEGINNING)
     except OSError as error:
-        raise UsageError(f"{escaped(source)} cannot be read ({error.strerror})") from error
+        raise UsageError(f"{visible(source)} cannot be read ({error.strerror})") from error
     if is_json_line(beginning):
         return "mmocr", "its first line is JSON"
     if suffix in (".json", ".jsonl"):
@@ -104,7 +105,7 @@ def _guessed(source: str, config: ImportConfig) -> tuple[str, str]:
     if lines and all("\t" in line for line in lines):
         return "tsv", "its lines have a tab"
     raise UsageError(
-        f"{escaped(source)}: {_unclear(lines)}; say which it is: --format {'|'.join(FORMATS)}"
+        f"{visible(source)}: {_unclear(lines)}; say which it is: --format {'|'.join(FORMATS)}"
         " (lines of path, space and label: --format tsv --separator space)"
     )
 

@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from lmim_fast.config.collections import ImportConfig
-from lmim_fast.data.importers.entries import Entry, Item, Part, Refused, Reject, checked_label, escaped
+from lmim_fast.data.importers.entries import Entry, Item, Part, Refused, Reject, checked_label
 from lmim_fast.data.importers.paths import Root
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError, UsageError
 
 MAX_LINE_BYTES = 2**24
@@ -38,7 +39,7 @@ class ListPart(Part):
             with open(path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise UsageError(f"{escaped(path)} cannot be read ({error.strerror})") from error
+            raise UsageError(f"{visible(path)} cannot be read ({error.strerror})") from error
         self._passed = 0  # bytes
 
     def identity(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class ListPart(Part):
             with open(self.path, "rb") as file:
                 yield from self._lines(file)
         except OSError as error:
-            raise DataError(f"{escaped(self.path)} cannot be read ({error.strerror})") from error
+            raise DataError(f"{visible(self.path)} cannot be read ({error.strerror})") from error
 
     def _lines(self, file: Any) -> Iterator[Line]:
         number = 0

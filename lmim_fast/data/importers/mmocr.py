@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator
 
 from lmim_fast.config.collections import ImportConfig
-from lmim_fast.data.importers.entries import Entry, Reject, escaped
+from lmim_fast.data.importers.entries import Entry, Reject
 from lmim_fast.data.importers.json_stream import elements
 from lmim_fast.data.importers.lists import ListPart
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError
 
 _BEGINNING = 2**16  # bytes that decide which of the two it is
@@ -43,7 +44,7 @@ class Mmocr(ListPart):
             yield self._entry(where, value)
 
     def _from_object(self) -> Iterator[Entry]:
-        name = escaped(self.path)
+        name = visible(self.path)
         try:
             with open(self.path, "rb") as binary:
                 # Surrogates are refused where they matter, with the record's number.

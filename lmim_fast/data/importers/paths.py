@@ -7,7 +7,8 @@ import functools
 import os
 import stat
 
-from lmim_fast.data.importers.entries import Refused, escaped
+from lmim_fast.data.importers.entries import Refused
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError, UsageError
 
 MAX_FILE_BYTES = 2**26
@@ -32,7 +33,7 @@ class Root:
 
     def __init__(self, folder: str) -> None:
         if not os.path.isdir(folder):
-            raise UsageError(f"{escaped(folder)}: no such folder; give the one that paths are relative to")
+            raise UsageError(f"{visible(folder)}: no such folder; give the one that paths are relative to")
         self.folder = os.path.realpath(folder)
         self._real_folder = functools.lru_cache(_CACHED_FOLDERS)(self._resolve)
 
@@ -109,5 +110,5 @@ def _failure(error: OSError, name: str, folder: str) -> Exception:
         return Refused("no permission", name)
     if error.errno == errno.ENXIO:  # a socket
         return Refused("not a regular file", name)
-    path = escaped(os.path.join(folder, name))
+    path = visible(os.path.join(folder, name))
     return DataError(f"{path} cannot be read ({error.strerror}); mend that and run the command again")

@@ -17,7 +17,7 @@ import cv2
 
 from lmim_fast import faults
 from lmim_fast.config.collections import ImportConfig
-from lmim_fast.data.importers.entries import Entry, Item, Part, escaped
+from lmim_fast.data.importers.entries import Entry, Item, Part
 from lmim_fast.data.importers.formats import open_sources
 from lmim_fast.data.importers.prepare import Outcome, Preparer
 from lmim_fast.data.importers.summary import (
@@ -30,6 +30,7 @@ from lmim_fast.data.importers.summary import (
 from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.store.resumable import ResumableWriter
 from lmim_fast.data.store.writer import check_output_is_free
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError
 
 _CHUNK = 256
@@ -69,7 +70,7 @@ def import_crops(config: ImportConfig) -> list[str]:
     check_output_is_free(output)
     sources = open_sources(config)
     for part, name, why in sources:
-        print(escaped(f"{part.path}: read as {name} ({why})"), flush=True)
+        print(visible(f"{part.path}: read as {name} ({why})"), flush=True)
     identity = {
         "sources": [
             {"name": os.path.basename(os.path.abspath(part.path)), "format": name, **part.identity()}

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lmim_fast.data.importers.entries import escaped
 from lmim_fast.data.importers.prepare import Outcome
+from lmim_fast.data.visible import visible
 
 REJECTS_FILE = "rejects.tsv"
 SUMMARY_FILE = "import.json"
@@ -91,7 +91,7 @@ class Summary:
                 + (f" and {more} more reasons" if more else "")
                 + f"; listed in {output / REJECTS_FILE}"
             )
-        return [escaped(line) for line in lines]
+        return [visible(line) for line in lines]
 
 
 class RejectList:
@@ -111,7 +111,7 @@ class RejectList:
     def add(self, outcome: Outcome) -> None:
         """Append the rejects of one entry."""
         for reject in outcome.rejects:
-            fields = map(escaped, (reject.where, reject.reason, reject.detail[:1000]))
+            fields = map(visible, (reject.where, reject.reason, reject.detail[:1000]))
             self._file.write("\t".join(fields).encode() + b"\n")
 
     def sync(self) -> int:

@@ -6,8 +6,9 @@ import csv
 from collections.abc import Generator, Iterator
 
 from lmim_fast.config.collections import ImportConfig
-from lmim_fast.data.importers.entries import Entry, Reject, escaped
+from lmim_fast.data.importers.entries import Entry, Reject
 from lmim_fast.data.importers.lists import SEPARATORS, ListPart
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import UsageError
 
 
@@ -26,7 +27,7 @@ class Csv(ListPart):
             header = next(rows)[1]
         except StopIteration:
             raise UsageError(
-                f"{escaped(path)}: no header can be read; a csv begins with the names of its columns"
+                f"{visible(path)}: no header can be read; a csv begins with the names of its columns"
             ) from None
         finally:
             rows.close()
@@ -41,8 +42,8 @@ class Csv(ListPart):
         if header.count(name) == 1:
             return header.index(name)
         found = "twice" if name in header else "not there"
-        listed = ", ".join(map(escaped, header[:20]))
-        raise UsageError(f"{escaped(self.path)}: column {name!r} is {found}; {option} names one of: {listed}")
+        listed = ", ".join(map(visible, header[:20]))
+        raise UsageError(f"{visible(self.path)}: column {name!r} is {found}; {option} names one of: {listed}")
 
     def _all_entries(self) -> Iterator[Entry]:
         refused: list[Reject] = []

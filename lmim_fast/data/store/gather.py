@@ -107,10 +107,12 @@ class DatabaseFiles:
         try:
             return self._gather(databases, numbers, max_pixels, workers)
         except damaged:
-            # A database that is being written has grown behind the end of its map.
-            self._files = self._opened()
+            pass  # perhaps a database that is being written has grown behind the end of its map
         try:
+            self._files = self._opened()
             return self._gather(databases, numbers, max_pixels, workers)
+        except self._native.LmdbUnsupported as error:
+            raise DataError(f"a database was changed while it was read ({error}); start again") from error
         except damaged as error:
             reason, row = error.args
             path, key = self._paths[databases[row]], image_key(int(numbers[row])).decode()

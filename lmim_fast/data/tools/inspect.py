@@ -18,11 +18,11 @@ from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools.words import (
     PERCENTILES,
     character_class,
-    escaped,
     format_of,
     percentile_text,
     share_text,
 )
+from lmim_fast.data.visible import visible
 
 SAMPLE = 5000  # records per database that are decoded: a second or two
 NAMED_BROKEN = 5  # broken records named in the table
@@ -91,7 +91,7 @@ def inspect(
         for database in store.databases:
             summaries.append(summarize(store, database, sample))
             console.print(
-                Text(escaped(database.path), style="bold"), soft_wrap=True
+                Text(visible(database.path), style="bold"), soft_wrap=True
             )  # one line, to be copied
             console.print(_table(summaries[-1]))
         if len(summaries) > 1:

@@ -93,10 +93,10 @@ def _tiles(store: RecordStore, indices: list[int], config: SheetConfig) -> tuple
 
 def decoded_crops(store: Records, indices: Sequence[int]) -> tuple[list[Pixels | None], list[str]]:
     """Crops (H, W, 3) RGB as they are in the database, None where broken, and why they are."""
-    encoded, status, _, _ = decodable(store.images(indices), store.max_pixels)
+    images = decodable(store.gather(indices, store.max_pixels))
     crops: list[Pixels | None] = []
     problems: list[str] = []
-    for image, verdict in zip(encoded, status, strict=True):
+    for image, verdict in zip(images.encoded, images.status, strict=True):
         crop = decoded(image) if verdict == Status.OK else None
         crops.append(crop)
         problems.append("" if crop is not None else _problem(int(verdict)))
@@ -107,11 +107,11 @@ def _problem(verdict: int) -> str:
     return "does not decode" if verdict == Status.OK else reason_of(verdict)
 
 
-def decoded(image: bytes) -> Pixels | None:
+def decoded(image: NDArray[np.uint8]) -> Pixels | None:
     """(H, W, 3) RGB, turned by no EXIF entry, as training has it; None if OpenCV cannot decode it."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+        pixels = cv2.imdecode(image, flags)
     except cv2.error:
         return None
     return None if pixels is None else np.asarray(pixels[..., ::-1], np.uint8)

@@ -21,11 +21,11 @@ from lmim_fast.data.tools.progress import progress
 from lmim_fast.data.tools.record_stats import Stats, percentiles
 from lmim_fast.data.tools.stats_plots import histograms
 from lmim_fast.data.tools.words import (
-    escaped,
     format_of,
     percentile_text,
     share_text,
 )
+from lmim_fast.data.visible import visible
 
 REPORT = "stats.json"
 _BLOCK = 1024  # records in memory at a time
@@ -55,7 +55,7 @@ def stats(config: StatsConfig, console: Console | None = None) -> Stats:
             write_whole(output / name, picture)
         write_whole(output / REPORT, json.dumps(counted.as_json(), indent=1).encode())
         names = ", ".join([REPORT, *pictures])
-        console.print(Text(f"written: {escaped(str(output))}/{names}"), soft_wrap=True)
+        console.print(Text(f"written: {visible(str(output))}/{names}"), soft_wrap=True)
     return counted
 
 
@@ -138,4 +138,4 @@ def _table(counted: Stats) -> Table:
 
 
 def _shown(character: str) -> str:
-    return "space" if character == " " else escaped(character)
+    return "space" if character == " " else visible(character)

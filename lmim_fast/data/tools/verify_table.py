@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lmim_fast.data.tools.verified import Bad, Verified
-from lmim_fast.data.tools.words import escaped, share_text
+from lmim_fast.data.tools.words import share_text
+from lmim_fast.data.visible import visible
 
 _EXAMPLES = 3  # of a kind
 
@@ -19,7 +20,7 @@ def print_verified(found: Verified, output: Path | None, console: Console) -> No
     """Print databases with broken records, a table of the kinds, and what was written where."""
     for database in found.databases:
         if database["bad"]:
-            path = escaped(database["path"])
+            path = visible(database["path"])
             share = share_text(database["bad"], database["records"])
             console.print(Text(f"{path}: {share} broken"), soft_wrap=True)
     if found.bad or found.bad_labels:
@@ -36,7 +37,7 @@ def print_verified(found: Verified, output: Path | None, console: Console) -> No
         highlight=False,
     )
     if output is not None:
-        console.print(Text(f"written: {escaped(str(output))}/verify.json, skip.txt"), soft_wrap=True)
+        console.print(Text(f"written: {visible(str(output))}/verify.json, skip.txt"), soft_wrap=True)
     elif found.bad:
         console.print("--output DIR writes them as a skip list for --loader.skip")
 
@@ -62,7 +63,7 @@ def _examples(found: Verified, records: Sequence[Bad], kind: str) -> str:
     for bad in records:
         if bad.reason == kind:
             database, key = found.locate(bad.record)
-            named.append(f"{escaped(database['name'])} {key}")
+            named.append(f"{visible(database['name'])} {key}")
             if len(named) == _EXAMPLES:
                 break
     return "\n".join(named)

@@ -51,8 +51,3 @@ def percentile_text(values: tuple[float, ...]) -> str:
         return "none decoded"
     names = ("least", *(f"{p} %" for p in PERCENTILES[1:-1]), "most")
     return "   ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-
-
-def escaped(text: str) -> str:
-    """The text with everything escaped that could steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
