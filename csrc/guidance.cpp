@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace lmim {
 namespace {
 
+constexpr double kLargestSigma = 40.0;  // a kernel of 237 pixels: no size overflows
 constexpr size_t kGrain = 4;  // samples of one piece of work, ~40 us
 
 // An argument (B, ...) of a fixed shape behind its first dimension.
@@ -93,7 +94,10 @@ struct Kernels {
     Kernels(const Parameters& parameters, size_t batch) : sides(static_cast<py::ssize_t>(batch)) {
         size_t total = 0;
         for (size_t i = 0; i < batch; ++i) {
-            const int side = guidance::filter_side(parameters.at(i));
+            const guidance::Drawn drawn = parameters.at(i);
+            if (!(drawn.blur_sigma > 0.0 && drawn.blur_sigma <= kLargestSigma))
+                throw py::value_error("blur_sigma must be in (0, 40], got " + std::to_string(drawn.blur_sigma));
+            const int side = guidance::filter_side(drawn);
             sides.mutable_data()[i] = side;
             starts.push_back(total);
             total += static_cast<size_t>(side) * static_cast<size_t>(side);

@@ -156,6 +156,8 @@ LMIM_SIMD void project(const Matrix& matrix, const float* x, const float* y, siz
     }
 }
 
+// Here and below, std::max(0.0f, value) is 0 for what is no number, which a strong perspective may give at its horizon.
+
 // Moves points by the piecewise affine warp over its canvas: 4x4 control points, each cell two triangles.
 LMIM_SIMD void bend(const double* piecewise, Size size, size_t count, float* x, float* y) {
     const float width = static_cast<float>(size[0]), height = static_cast<float>(size[1]);
@@ -166,7 +168,7 @@ LMIM_SIMD void bend(const double* piecewise, Size size, size_t count, float* x, 
     }
     const float across = 3.0f / width, down = 3.0f / height, right = width - 0.5f, bottom = height - 0.5f;
     for (size_t i = 0; i < count; ++i) {
-        float u = std::min(std::max(x[i] * across, 0.0f), 3.0f), v = std::min(std::max(y[i] * down, 0.0f), 3.0f);
+        float u = std::min(std::max(0.0f, x[i] * across), 3.0f), v = std::min(std::max(0.0f, y[i] * down), 3.0f);
         const int column = static_cast<int>(std::min(u, 2.0f)), line = static_cast<int>(std::min(v, 2.0f));
         u -= static_cast<float>(column);
         v -= static_cast<float>(line);
@@ -177,8 +179,8 @@ LMIM_SIMD void bend(const double* piecewise, Size size, size_t count, float* x, 
         const float start_x = shift_x[corner], start_y = shift_y[corner];
         const float move_x = (shift_x[corner + turn] - start_x) * u + (shift_x[corner + 4 * turn] - start_x) * v;
         const float move_y = (shift_y[corner + turn] - start_y) * u + (shift_y[corner + 4 * turn] - start_y) * v;
-        x[i] = std::min(std::max(x[i] + start_x + move_x, 0.5f), right);
-        y[i] = std::min(std::max(y[i] + start_y + move_y, 0.5f), bottom);
+        x[i] = std::min(std::max(0.5f, x[i] + start_x + move_x), right);
+        y[i] = std::min(std::max(0.5f, y[i] + start_y + move_y), bottom);
     }
 }
 
@@ -187,7 +189,7 @@ LMIM_SIMD void shrink(const float* values, float factor, size_t count, float* sh
 }
 
 LMIM_SIMD void clamp(float* values, float limit, size_t count) {
-    for (size_t i = 0; i < count; ++i) values[i] = std::min(std::max(values[i], 0.0f), limit);
+    for (size_t i = 0; i < count; ++i) values[i] = std::min(std::max(0.0f, values[i]), limit);
 }
 
 LMIM_SIMD void from_middle(const float* values, float middle, float soft, size_t count, float* widths) {
@@ -196,8 +198,8 @@ LMIM_SIMD void from_middle(const float* values, float middle, float soft, size_t
 
 LMIM_SIMD void cover(const float* x, const float* y, float reach_x, float reach_y, size_t count, uint8_t* coverage) {
     for (size_t i = 0; i < count; ++i) {
-        const float share_x = std::min(std::max(reach_x - std::abs(x[i]), 0.0f), 1.0f);
-        const float share_y = std::min(std::max(reach_y - std::abs(y[i]), 0.0f), 1.0f);
+        const float share_x = std::min(std::max(0.0f, reach_x - std::abs(x[i])), 1.0f);
+        const float share_y = std::min(std::max(0.0f, reach_y - std::abs(y[i])), 1.0f);
         coverage[i] = static_cast<uint8_t>(static_cast<int>(share_x * share_y * 255.0f + 0.5f));
     }
 }

@@ -2,14 +2,7 @@
 
 #include "philox.h"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
-
-#include "bindings.h"
-
-namespace py = pybind11;
 
 namespace lmim {
 namespace {
@@ -52,21 +45,6 @@ void fill(uint64_t seed, const int64_t* epochs, size_t stride, const int64_t* in
     }
 }
 
-template <typename T>
-void philox_into(uint64_t seed, const py::array_t<int64_t, py::array::c_style>& epochs,
-                 const py::array_t<int64_t, py::array::c_style>& indices, uint32_t stream,
-                 py::array_t<T, py::array::c_style> values) {
-    const auto samples = static_cast<size_t>(indices.size());
-    const bool one = epochs.size() == 1;
-    if (values.ndim() != 2 || values.shape(0) != indices.size() || (!one && epochs.size() != indices.size()))
-        throw py::value_error("values must be (B, count) for B indices, with one epoch or B of them");
-    T* to = values.mutable_data();
-    const int64_t *from = epochs.data(), *of = indices.data();
-    const auto count = static_cast<size_t>(values.shape(1));
-    py::gil_scoped_release release;
-    philox(seed, from, one ? 0 : 1, of, samples, count, stream, to);
-}
-
 }  // namespace
 
 void philox(uint64_t seed, const int64_t* epochs, size_t stride, const int64_t* indices, size_t samples, size_t count,
@@ -77,14 +55,6 @@ void philox(uint64_t seed, const int64_t* epochs, size_t stride, const int64_t* 
 void philox(uint64_t seed, const int64_t* epochs, size_t stride, const int64_t* indices, size_t samples, size_t count,
             uint32_t stream, float* values) {
     fill(seed, epochs, stride, indices, samples, count, stream, values);
-}
-
-void bind_philox(py::module_& module) {
-    const char* about = "Fill (B, count) with the random numbers of B samples; see lmim_fast.ops.philox.";
-    module.def("philox", &philox_into<int64_t>, py::arg("seed"), py::arg("epochs"), py::arg("indices"),
-               py::arg("stream"), py::arg("values").noconvert(), about);
-    module.def("philox", &philox_into<float>, py::arg("seed"), py::arg("epochs"), py::arg("indices"),
-               py::arg("stream"), py::arg("values").noconvert(), about);
 }
 
 }  // namespace lmim

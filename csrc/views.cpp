@@ -27,17 +27,17 @@ LMIM_SIMD void widen(const uint8_t* from, size_t count, float* to) {
     for (size_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// To the nearest whole number, 0..255.
+// To the nearest whole number, 0..255; what is no number becomes 0.
 LMIM_SIMD void narrow(const float* from, size_t count, uint8_t* to) {
     for (size_t i = 0; i < count; ++i) {
-        const float value = std::min(std::max(from[i], 0.0f), 255.0f);
+        const float value = std::min(std::max(0.0f, from[i]), 255.0f);
         to[i] = static_cast<uint8_t>(static_cast<int>(value + 0.5f));
     }
 }
 
 LMIM_SIMD void round_values(size_t count, float* values) {
     for (size_t i = 0; i < count; ++i) {
-        const float value = std::min(std::max(values[i], 0.0f), 255.0f);
+        const float value = std::min(std::max(0.0f, values[i]), 255.0f);
         values[i] = static_cast<float>(static_cast<int>(value + 0.5f));
     }
 }

@@ -2,9 +2,11 @@
 //
 //     fuzz probe MAX_PIXELS < images        a line for each: status, height, width
 //     fuzz lmdb DATABASE KEYS < mutations   a line for each: keys found as before, found otherwise, absent, errors
+//     fuzz views < samples                  a line for each: whether its maps stay inside the crop
 //
 // An image is its size (uint32) and its bytes. A mutation is a count (uint32) and that many places (uint64) and
-// bytes (uint8) to write there; the size of the file that it begins with (uint64) cuts it short. All little-endian.
+// bytes (uint8) to write there; the size of the file that it begins with (uint64) cuts it short. A sample is heights and
+// widths of crop and view (4 uint32), what is drawn for it, and its pixels. All little-endian.
 // A new part of csrc gets a function and a line in kTargets.
 
 #include <cinttypes>
@@ -20,8 +22,10 @@
 #include <vector>
 
 #include "gather.h"
+#include "guidance.h"
 #include "image_headers.h"
 #include "lmdb_file.h"
+#include "views.h"
 
 namespace {
 
@@ -116,7 +120,63 @@ void lmdb(const Arguments& arguments) {
     }
 }
 
-const std::map<std::string, void (*)(const Arguments&)> kTargets{{"probe", probe}, {"lmdb", lmdb}};
+// What is drawn, as it comes from the stream.
+struct Sample {
+    int64_t order[lmim::guidance::kOperations], jitter_order[lmim::guidance::kJitters];
+    double contrast, blur_sigma, crop_vertical[2], crop_horizontal[2], sharpen_alpha, sharpen_lightness, angle;
+    double piecewise[32], perspective[8], solarize_threshold, grayscale_alpha, jitter_factors[4];
+    uint64_t above, jitter, gray;
+
+    lmim::guidance::Drawn drawn() const {
+        return {order,         contrast,      blur_sigma,           crop_vertical, crop_horizontal, sharpen_alpha,
+                sharpen_lightness, angle,     piecewise,            perspective,   solarize_threshold, above != 0,
+                grayscale_alpha,   jitter != 0, jitter_order,       jitter_factors, gray != 0};
+    }
+};
+
+template <class T>
+struct Exactly {
+    explicit Exactly(size_t count) : bytes(exactly(count * sizeof(T))) {}
+    T* data() const { return reinterpret_cast<T*>(bytes.get()); }
+    std::unique_ptr<uint8_t[]> bytes;
+};
+
+void views(const Arguments&) {
+    using namespace lmim;
+    for (uint32_t sizes[4]; take(sizes);) {
+        Sample sample;
+        need(take(sample));
+        const size_t height = sizes[0], width = sizes[1], pixels = static_cast<size_t>(sizes[2]) * sizes[3];
+        const auto image = exactly(3 * height * width);
+        need(std::fread(image.get(), 1, 3 * height * width, stdin) == 3 * height * width);
+        const guidance::Drawn drawn = sample.drawn();
+        const guidance::Sides crop{double(height), double(width)};
+        const guidance::Sides small = guidance::working_size(crop, {double(sizes[2]), double(sizes[3])});
+        const guidance::Mesh mesh{static_cast<int>(sizes[2]), static_cast<int>(sizes[3])};
+        const Exactly<float> map_x(pixels), map_y(pixels), before(12), after(12), final(12), border(3), rest(2);
+        const auto coverage = exactly(pixels), view = exactly(3 * pixels);
+        bool invert_above;
+        guidance::inverse_maps(drawn, crop, small, mesh, {map_x.data(), map_y.data(), coverage.get()});
+        guidance::color_program(drawn, {before.data(), after.data(), final.data(), rest.data(), border.data(),
+                                        rest.data() + 1, &invert_above});
+        const int side = guidance::filter_side(drawn);
+        const Exactly<float> kernel(static_cast<size_t>(side) * static_cast<size_t>(side));
+        guidance::filter_kernel(drawn, crop, small, side, kernel.data());
+        const Crop decoded{image.get(), height, width};
+        const ViewSize size{sizes[2], sizes[3]};
+        make_plain_view(decoded, size, view.get());
+        const ViewSize working{static_cast<size_t>(small.height), static_cast<size_t>(small.width)};
+        make_warped_view(decoded, {working, size_t(side), kernel.data(), map_x.data(), map_y.data()}, size, view.get());
+        bool inside = true;
+        for (size_t i = 0; i < pixels; ++i) {
+            inside &= map_x.data()[i] >= 0 && map_x.data()[i] <= small.width - 1;
+            inside &= map_y.data()[i] >= 0 && map_y.data()[i] <= small.height - 1;
+        }
+        std::printf("%d\n", inside);
+    }
+}
+
+const std::map<std::string, void (*)(const Arguments&)> kTargets{{"probe", probe}, {"lmdb", lmdb}, {"views", views}};
 
 }  // namespace
 

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests/data python tests/csrc/fuzz.py [--count 200000] [--seed 0]
 
-Compiles `fuzz.cpp` with the sources of `csrc/` that need no Python. It feeds it mutated images, whose
-verdicts are compared with the Python form's, and mutated LMDB files, a twentieth as many, which are searched
-for every key. A part that is added to `fuzz.cpp` gets a function here and a line in `PARTS`. `make fuzz` sets
-the paths of modules.
+Compiles `fuzz.cpp` with the sources of `csrc/` that need no Python. It feeds it mutated images, whose verdicts
+are compared with the Python form's; mutated LMDB files, a twentieth as many, which are searched for all keys;
+and views of random crops, a twentieth as many, whose draws may be any number. A part that is added to
+`fuzz.cpp` gets a function here and a line in `PARTS`. `make fuzz` sets the paths of modules.
 """
 
 import argparse
@@ -50,10 +50,12 @@ def build(folder):
     command = [compiler, *_FLAGS, str(trial), "-o", str(folder / "trial")]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         raise Unavailable("the compiler has no sanitizers")
-    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if "pybind11" not in path.read_text()]
+    # bindings.h is Python's.
     sources = [
-        path for path in sources if path.name != "module.cpp"
-    ]  # it is all Python's, through bindings.h
+        path
+        for path in sorted((ROOT / "csrc").glob("*.cpp"))
+        if not any(name in path.read_text() for name in ("pybind11", '"bindings.h"'))
+    ]
     files = [str(path) for path in (Path(__file__).with_name("fuzz.cpp"), *sources)]
     subprocess.run([compiler, *_FLAGS, f"-I{ROOT / 'csrc'}", *files, "-o", str(folder / "fuzz")], check=True)
     return folder / "fuzz"
@@ -167,7 +169,36 @@ def fuzz_lmdb(fuzzer, folder, count, rng):
     return outcomes
 
 
-PARTS = {"probe": fuzz_probe, "lmdb": fuzz_lmdb}
+def _numbers(rng, count):
+    """Doubles: usual ones, or any."""
+    usual = [rng.uniform(-2.0, 2.0) for _ in range(count)]
+    strange = [0.0, 1e-300, 1e300, -1e300, float("inf"), float("-inf"), float("nan"), 1e9, -0.5]
+    return [rng.choice(strange) if rng.random() < 0.05 else value for value in usual]
+
+
+def fuzz_views(fuzzer, folder, count, rng):
+    """Views of random crops; a map never leaves its crop, whatever was drawn."""
+    outcomes = Counter()
+    cases = max(1, count // 20)
+    for start in range(0, cases, _CHUNK // 10):
+        stream = b""
+        for _ in range(min(_CHUNK // 10, cases - start)):
+            height, width = rng.randint(1, 40), rng.randint(1, 90)
+            if rng.random() < 0.1:
+                height, width = rng.choice([(1, 700), (300, 1), (200, 600)])
+            view = rng.choice([(32, 128), (1, 1), (7, 13), (33, 101)])
+            order = rng.sample(range(-1, 11), 10)
+            drawn = [*_numbers(rng, 1), rng.uniform(0.01, 5.0), *_numbers(rng, 7 + 32 + 8 + 2 + 4)]
+            stream += struct.pack("<4I10q4q", height, width, *view, *order, *rng.sample(range(-1, 5), 4))
+            stream += struct.pack("<55d3Q", *drawn, *(rng.randrange(2) for _ in range(3)))
+            stream += rng.randbytes(3 * height * width)
+        for (inside,) in run(fuzzer, ["views"], stream):
+            assert inside
+            outcomes["inside"] += 1
+    return outcomes
+
+
+PARTS = {"probe": fuzz_probe, "lmdb": fuzz_lmdb, "views": fuzz_views}
 
 
 def fuzz(count, seed, folder):
