@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from lmim_fast.config import RenderConfig
@@ -12,6 +13,8 @@ from lmim_fast.data.render.fonts import font_files
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
 TRAIN, TEST = 12_000, 1_000  # crops
+# The test's strings are read as words of one line; a line of several words would join them anew.
+PLAIN = RenderConfig(random_share=0.0, lines_share=0.0, curved_share=0.0, vertical_share=0.0, sign_share=0.0)
 
 
 def rendered_digits(folder: Path) -> tuple[list[str], str]:
@@ -22,7 +25,7 @@ def rendered_digits(folder: Path) -> tuple[list[str], str]:
     fonts = folder / "fonts"
     if not fonts.is_dir():
         fonts.mkdir(parents=True)
-        for file in font_files(None):
+        for file in font_files(()):
             if file.stem in FONTS:
                 shutil.copy(file, fonts)
     words = [f"{number:02d}" for number in range(100)]
@@ -33,12 +36,12 @@ def rendered_digits(folder: Path) -> tuple[list[str], str]:
             continue
         (folder / f"{name}.txt").write_text("\n".join(part) + "\n")
         render(
-            RenderConfig(
+            replace(
+                PLAIN,
                 output=str(folder / name),
                 count=count,
-                fonts=str(fonts),
-                words=str(folder / f"{name}.txt"),
-                random_share=0.0,
+                fonts=(str(fonts),),
+                words=(str(folder / f"{name}.txt"),),
                 seed=seed,
             )
         )

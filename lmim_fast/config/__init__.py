@@ -8,12 +8,12 @@ from lmim_fast.config.finetune import FinetuneConfig, LabelConfig, recipe, recog
 from lmim_fast.config.model import ModelConfig, PresetName, preset
 from lmim_fast.config.pretrain import PretrainConfig
 from lmim_fast.config.recognizer import RecognizerConfig
+from lmim_fast.config.render import RenderConfig
 from lmim_fast.config.run import MAX_PIXELS_LIMIT, DataConfig, Objective, OptimConfig, RunConfig
 from lmim_fast.config.tools import (
     CharsetConfig,
     ConvertConfig,
     InspectConfig,
-    RenderConfig,
     ReportConfig,
     SheetConfig,
     StatsConfig,

@@ -11,35 +11,6 @@ from lmim_fast.config.view import GuidanceConfig
 
 
 @dataclass(frozen=True)
-class RenderConfig:
-    """The embedded default data: rendered words, written as an LMDB with labels."""
-
-    output: str = "data/rendered"
-    """Folder of the new LMDB; must not hold one already."""
-    count: int = 5000
-    """Crops to render."""
-    seed: int = 0
-    """Same seed, same crops."""
-    fonts: str | None = None
-    """Folder of .ttf/.otf/.ttc files to use in place of the fonts that come with matplotlib."""
-    words: str | None = None
-    """UTF-8 file, one word a line, in place of the built-in list (any script works, given a font)."""
-    max_length: int = 25
-    """Longest label in characters."""
-    random_share: float = 0.25
-    """Share of the labels that are random strings and numbers instead of words."""
-    processes: int = 0
-    """Rendering processes; 0 takes one per core."""
-
-    def __post_init__(self) -> None:
-        require(self.count >= 1, f"count must be >= 1, got {self.count}")
-        require_seed(self.seed)
-        require(self.max_length >= 1, f"max_length must be >= 1, got {self.max_length}")
-        require(0.0 <= self.random_share <= 1.0, f"random_share must be in [0, 1], got {self.random_share}")
-        require(self.processes >= 0, f"processes must be >= 0, got {self.processes}")
-
-
-@dataclass(frozen=True)
 class ReportConfig:
     """What `lmim report` draws."""
 

@@ -4,8 +4,8 @@
 
 Compiles `fuzz.cpp` with the sources of `csrc/` that need no Python. It feeds it mutated images, whose
 verdicts are compared with the Python form's; mutated LMDB files, a twentieth as many, which are searched for
-all keys; and views of random crops, a twentieth as many, whose draws may be any number. A part that is added to
-`fuzz.cpp` gets a function here and a line in `PARTS`. `make fuzz` sets the paths of modules.
+all keys; and views of random crops, a twentieth as many, whose draws may be any number. A part that is added
+to `fuzz.cpp` gets a function here and a line in `PARTS`. `make fuzz` sets the paths of modules.
 """
 
 import argparse

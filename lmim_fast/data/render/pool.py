@@ -10,7 +10,6 @@ that is killed while it sends a long message leaves half of it there, and the ex
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -24,13 +23,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 import cv2
 
-from lmim_fast.data.render.crop import render_crop
-from lmim_fast.data.render.words import Vocabulary
+from lmim_fast.data.render.crop import Recipe
 from lmim_fast.errors import LmimError
 
 Record = tuple[str, bytes]
@@ -43,24 +40,21 @@ _render: Callable[[int], Record]  # of a worker, from a crop's index; set by _st
 _folder: Path  # of a worker, for its records
 
 
-def render_records(
-    vocabulary: Vocabulary, seed: int, count: int, processes: int
-) -> Generator[Record, None, None]:
-    """Labels and encoded images of crops 0 .. count-1, in order, equal for any number of processes.
+def render_records(recipe: Recipe, indices: range, processes: int) -> Generator[Record, None, None]:
+    """Labels and encoded images of the crops `indices`, in order, equal for any number of processes.
 
     Closing the iterator ends the processes.
 
     Raises:
         LmimError: a process cannot be started, died, or could not read a font.
     """
-    processes = min(processes, -(-count // CHUNK))
-    if processes == 1:
-        for index in range(count):
-            yield render_crop(vocabulary, seed, index)
+    processes = min(processes, -(-len(indices) // CHUNK))
+    if processes <= 1:
+        yield from map(recipe.crop, indices)
         return
     try:
         with tempfile.TemporaryDirectory(prefix="lmim-render-", ignore_cleanup_errors=True) as folder:
-            yield from _render_in_processes(vocabulary, seed, count, processes, Path(folder))
+            yield from _render_in_processes(recipe, indices, processes, Path(folder))
     except BrokenProcessPool as error:
         raise LmimError("a rendering process died: it crashed or was killed (out of memory?)") from error
     except OSError as error:
@@ -68,9 +62,9 @@ def render_records(
 
 
 def _render_in_processes(
-    vocabulary: Vocabulary, seed: int, count: int, processes: int, folder: Path
+    recipe: Recipe, indices: range, processes: int, folder: Path
 ) -> Generator[Record, None, None]:
-    initial = dataclasses.replace(vocabulary), seed, folder  # a copy: a vocabulary's caches cannot be pickled
+    initial = recipe.save_words(folder), folder
     with _inherited_environment():  # for the resource tracker, a process that comes with the queues
         executor = ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), _start_worker, initargs=initial
@@ -81,10 +75,10 @@ def _render_in_processes(
     with ThreadPoolExecutor(1, "lmim-start", signal.pthread_sigmask, block) as starter:
         pending: deque[Future[Future[Path]]] = deque()
         try:
-            for start in range(0, count, CHUNK):
+            for start in range(0, len(indices), CHUNK):
                 if len(pending) == _CHUNKS_AHEAD * processes:
                     yield from _read(pending.popleft().result().result())
-                pending.append(starter.submit(_submit, executor, range(start, min(start + CHUNK, count))))
+                pending.append(starter.submit(_submit, executor, indices[start : start + CHUNK]))
             while pending:
                 yield from _read(pending.popleft().result().result())
         finally:
@@ -125,12 +119,12 @@ def _read(path: Path) -> list[Record]:
     return records
 
 
-def _start_worker(vocabulary: Vocabulary, seed: int, folder: Path) -> None:
+def _start_worker(recipe: Recipe, folder: Path) -> None:
     global _render, _folder
     os.setsid()  # the terminal's other signals, such as its closing, also go to the parent alone
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     cv2.setNumThreads(1)
-    _render, _folder = partial(render_crop, vocabulary, seed), folder
+    _render, _folder = recipe.with_words(folder).crop, folder
 
 
 def _end_with_parent(folder: Path) -> None:

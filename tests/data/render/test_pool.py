@@ -2,22 +2,28 @@
 
 import dataclasses
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from lmim_fast.config import RenderConfig
 from lmim_fast.data.render import pool
-from lmim_fast.data.render.crop import render_crop
+from lmim_fast.data.render.coverage import Coverage
+from lmim_fast.data.render.crop import Recipe
 from lmim_fast.data.render.database import render
-from lmim_fast.data.render.fonts import Font
+from lmim_fast.data.render.fonts import Face
+from lmim_fast.data.render.labels import Vocabulary
+from lmim_fast.data.render.layouts import LayoutShares
+from lmim_fast.data.render.load import load_vocabulary
 from lmim_fast.data.render.pool import CHUNK, render_records
-from lmim_fast.data.render.words import Vocabulary, load_vocabulary
+from lmim_fast.data.render.wordlist import WordList
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError, LmimError
 
@@ -32,8 +38,9 @@ render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2))
 
 
 @pytest.fixture(scope="module")
-def vocabulary():
-    return load_vocabulary(None, None, 25, 0.25)
+def recipe():
+    config = RenderConfig(seed=5)
+    return Recipe(load_vocabulary(config)[0], LayoutShares.of(config), config.seed)
 
 
 def worker_processes(process):
@@ -77,29 +84,28 @@ class Rendering:
         return self.process.returncode, errors
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_a_killed_render_leaves_no_database_and_no_process_and_can_be_repeated(tmp_path, busy):
-    rendering = Rendering(tmp_path / "words", busy=busy)
+def test_a_render_that_is_killed_at_its_start_leaves_no_database_and_no_process_and_can_be_repeated(tmp_path):
+    rendering = Rendering(tmp_path / "words", busy=False)
     rendering.process.kill()
-    code, errors = rendering.end()
+    code, _ = rendering.end()
     assert code == -signal.SIGKILL
-    # Python's resource tracker names the semaphores that it removes; workers print nothing.
-    assert not busy or "Traceback" not in errors
     with pytest.raises(DataError, match="no LMDB"):
         RecordStore([tmp_path])
-    assert len(RecordStore([render(RenderConfig(output=str(tmp_path / "words"), count=5))])) == 5
+    config = RenderConfig(output=str(tmp_path / "words"), count=5, restart=True)
+    assert len(RecordStore([render(config)])) == 5
     assert os.listdir(tmp_path) == ["words"]
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_ctrl_c_leaves_no_file_and_no_process_and_prints_one_traceback(tmp_path, busy):
+def test_ctrl_c_leaves_no_process_and_what_was_committed_and_prints_one_traceback(tmp_path, busy):
     rendering = Rendering(tmp_path / "words", busy=busy)
     os.killpg(rendering.process.pid, signal.SIGINT)
     code, errors = rendering.end()
     assert code != 0
     assert errors.strip().endswith("KeyboardInterrupt")
     assert errors.count("Traceback") == 1
-    assert os.listdir(tmp_path) == []
+    # Stopped in the first commit or behind it.
+    assert os.listdir(tmp_path) in ([["words.partial"], []] if busy else [[]])
 
 
 def test_the_death_of_a_rendering_process_is_an_error_not_a_hang(tmp_path):
@@ -112,7 +118,7 @@ def test_the_death_of_a_rendering_process_is_an_error_not_a_hang(tmp_path):
         .splitlines()[-1]
         .endswith("LmimError: a rendering process died: it crashed or was killed (out of memory?)")
     )
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["words.partial"]
 
 
 def test_no_death_of_a_process_leaves_half_a_message_to_wait_for(tmp_path):
@@ -127,8 +133,8 @@ def test_no_death_of_a_process_leaves_half_a_message_to_wait_for(tmp_path):
     assert "LmimError: a rendering process died" in errors
 
 
-def test_a_process_computes_in_one_thread(vocabulary):
-    records = render_records(vocabulary, 0, 10**6, 2)
+def test_a_process_computes_in_one_thread(recipe):
+    records = render_records(recipe, range(10**6), 2)
     next(records)
     workers = worker_processes(psutil.Process())
     # The second one waits for the end of the parent and may begin late; there is none of OpenCV's or BLAS's.
@@ -139,9 +145,9 @@ def test_a_process_computes_in_one_thread(vocabulary):
     records.close()
 
 
-def test_records_come_in_order_and_the_vocabulary_is_sent_once_to_each_process(vocabulary, monkeypatch):
+def test_records_come_in_order_and_the_vocabulary_is_sent_once_to_each_process(recipe, monkeypatch):
     count = 3 * CHUNK * 4 + 1
-    expected = [render_crop(vocabulary, 5, index) for index in range(count)]  # and fills the caches
+    expected = [recipe.crop(index) for index in range(count)]  # and fills the caches
     sent = []
 
     def counted(self):
@@ -149,11 +155,22 @@ def test_records_come_in_order_and_the_vocabulary_is_sent_once_to_each_process(v
         return self.__dict__
 
     monkeypatch.setattr(Vocabulary, "__getstate__", counted)
-    assert list(render_records(vocabulary, 5, count, 3)) == expected
+    assert list(render_records(recipe, range(count), 3)) == expected
     assert len(sent) == 3
 
 
-def test_few_crops_are_rendered_ahead_of_the_reader_and_closing_ends_the_processes(vocabulary, monkeypatch):
+def test_processes_get_a_long_word_list_as_files_that_they_share(recipe, tmp_path):
+    words = WordList(np.full(10**6, ord("a"), np.uint8), np.arange(1, 10**6 + 1), None)
+    vocabulary = dataclasses.replace(recipe.vocabulary, words=words)
+    sent = pickle.dumps(dataclasses.replace(recipe, vocabulary=vocabulary).save_words(tmp_path))
+    assert len(sent) < 50_000
+    received = pickle.loads(sent).with_words(tmp_path).vocabulary.words
+    assert isinstance(received.text.base, np.memmap)
+    assert len(received) == 10**6
+    assert received[999_999] == "a"
+
+
+def test_few_crops_are_rendered_ahead_of_the_reader_and_closing_ends_the_processes(recipe, monkeypatch):
     submitted, main = [], sys.modules["__main__"]
     submit = pool.ProcessPoolExecutor.submit
 
@@ -162,8 +179,8 @@ def test_few_crops_are_rendered_ahead_of_the_reader_and_closing_ends_the_process
         return submit(self, *args)
 
     monkeypatch.setattr(pool.ProcessPoolExecutor, "submit", counted)
-    records = render_records(vocabulary, 0, 10**9, 2)
-    assert next(records) == render_crop(vocabulary, 0, 0)
+    records = render_records(recipe, range(10**9), 2)
+    assert next(records) == recipe.crop(0)
     assert len(submitted) <= 20
     workers = worker_processes(psutil.Process())
     assert len(workers) == 2
@@ -174,16 +191,20 @@ def test_few_crops_are_rendered_ahead_of_the_reader_and_closing_ends_the_process
 
 
 @pytest.mark.parametrize(("count", "processes"), [(CHUNK, 8), (3 * CHUNK, 1)])
-def test_one_process_or_one_chunk_renders_in_the_callers_process(vocabulary, monkeypatch, count, processes):
+def test_one_process_or_one_chunk_renders_in_the_callers_process(recipe, monkeypatch, count, processes):
     monkeypatch.setattr(pool, "ProcessPoolExecutor", None)
-    assert len(list(render_records(vocabulary, 0, count, processes))) == count
+    assert len(list(render_records(recipe, range(count), processes))) == count
 
 
-def test_a_font_that_a_process_cannot_read_is_an_error(vocabulary):
-    letters = frozenset().union(*(font.characters for font in vocabulary.fonts))
-    gone = dataclasses.replace(vocabulary, fonts=(Font("/no/such/font.ttf", letters),))
+def test_a_font_that_a_process_cannot_read_is_an_error(recipe):
+    coverage = recipe.vocabulary.coverage
+    faces = tuple(Face("/no/such/font.ttf") for _ in coverage.faces)
+    gone = dataclasses.replace(
+        recipe,
+        vocabulary=dataclasses.replace(recipe.vocabulary, coverage=Coverage(faces, coverage.bits)),
+    )
     with pytest.raises(LmimError, match="rendering in 2 processes failed: cannot open resource"):
-        list(render_records(gone, 0, 2 * CHUNK, 2))
+        list(render_records(gone, range(2 * CHUNK), 2))
 
 
 @pytest.mark.parametrize("form", ["script", "standard input", "module", "command"])
