@@ -9,10 +9,10 @@ namespace lmim {
 
 enum class Kernel { LINEAR, CUBIC };
 
-// Rows of pixels of three interleaved values. A few floats behind the last one may be read.
+// Rows of pixels of three interleaved values. kSlack floats behind the last one may be read, whatever they are.
 class Image {
 public:
-    static constexpr size_t kChannels = 3, kSlack = 16;
+    static constexpr size_t kChannels = 3, kSlack = 64;
 
     void reset(size_t height, size_t width);
     size_t height() const { return height_; }

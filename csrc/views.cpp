@@ -73,23 +73,19 @@ void pad(const Image& from, size_t radius, Image& to) {
 }
 
 constexpr size_t kTile = 64;  // values whose sums stay in registers
+static_assert(kTile <= Image::kSlack, "the last tile of an image reads behind it");
 
 // A row of the filtered image, from the padded one; `row` points to its upper left value.
 LMIM_SIMD void filter_row(const float* row, size_t stride, const float* kernel, size_t side, size_t count, float* to) {
     for (size_t start = 0; start < count; start += kTile) {
         float sums[kTile] = {};
-        const size_t here = std::min(kTile, count - start);
         for (size_t ky = 0; ky < side; ++ky)
             for (size_t kx = 0; kx < side; ++kx) {
                 const float weight = kernel[ky * side + kx];
                 const float* from = row + ky * stride + kChannels * kx + start;
-                if (here == kTile) {
-                    for (size_t i = 0; i < kTile; ++i) sums[i] += from[i] * weight;
-                } else {
-                    for (size_t i = 0; i < here; ++i) sums[i] += from[i] * weight;
-                }
+                for (size_t i = 0; i < kTile; ++i) sums[i] += from[i] * weight;
             }
-        std::memcpy(to + start, sums, here * sizeof(float));
+        std::memcpy(to + start, sums, std::min(kTile, count - start) * sizeof(float));
     }
 }
 
