@@ -182,11 +182,6 @@ class ResumableWriter(LmdbWriter):
         if self._pending and self._pending[-1][0] == COUNT_KEY:
             transaction.delete(_STATE_KEY)
 
-    def _map_is_full(self) -> bool:
-        self._map_size *= 2
-        self._environment.set_mapsize(self._map_size)
-        return True
-
     def _finish(self) -> None:
         faults.point("publish")
         super()._finish()

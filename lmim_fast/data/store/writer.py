@@ -14,7 +14,7 @@ from lmim_fast.data.store.databases import COUNT_KEY, image_key, label_key, lmdb
 from lmim_fast.errors import LmimError, UsageError
 
 RECORDS_PER_COMMIT = 1000
-BYTES_PER_RECORD = 2**18  # bound of the map, not of the file: far above any crop's size
+BYTES_PER_RECORD = 2**18  # of the map, not of the file: above most crops' size; a full map is doubled
 BYTES_AT_LEAST = 2**26
 PARTIAL_FILE = "records.partial"
 _DISK_IS_FULL_BELOW = 2**20  # bytes free; a failed write is then reported as a full disk
@@ -28,7 +28,7 @@ class LmdbWriter:
 
     Args:
         output:  folder of the new LMDB (`data.mdb`); its parents are made.
-        count:   records that will be put, a bound for the size of the memory map.
+        count:   records that will be put, for the size of the memory map at first.
     Raises:
         UsageError: the output exists and is not an empty folder, cannot be made, or is being written already.
         LmimError:  a write failed, for one because the disk is full.
@@ -38,6 +38,7 @@ class LmdbWriter:
         self.output = Path(os.path.abspath(output))
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.written = 0
+        self._flushed = False
         self._ours = False  # whether the partial folder is locked by this writer
         self._map_size = BYTES_AT_LEAST + count * BYTES_PER_RECORD
         self._pending: list[tuple[bytes, bytes]] = []
@@ -69,6 +70,22 @@ class LmdbWriter:
         if self.written % RECORDS_PER_COMMIT == 0:
             self._commit()
 
+    def flush(self) -> None:
+        """Bring all records onto the disk; nothing may be put after it, and the block's end only gives names.
+
+        Raises:
+            LmimError: the write failed.
+        """
+        if self._flushed:
+            return
+        self._pending.append((COUNT_KEY, b"%d" % self.written))
+        self._commit()
+        try:
+            self._environment.sync(True)
+        except (OSError, lmdb.Error) as error:
+            raise LmimError(self._failure(error)) from error
+        self._flushed = True
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -76,8 +93,7 @@ class LmdbWriter:
             self._abandon()
             return
         try:
-            self._pending.append((COUNT_KEY, b"%d" % self.written))
-            self._commit()
+            self.flush()
             self._finish()
         except BaseException:
             self._abandon()
@@ -141,8 +157,8 @@ class LmdbWriter:
                         self._write(transaction)
                     break
                 except lmdb.MapFullError:
-                    if not self._map_is_full():
-                        raise
+                    self._map_size *= 2
+                    self._environment.set_mapsize(self._map_size)
         except (OSError, lmdb.Error) as error:
             raise LmimError(self._failure(error)) from error
         self._pending.clear()
@@ -151,14 +167,9 @@ class LmdbWriter:
         for key, value in self._pending:
             transaction.put(key, value)
 
-    def _map_is_full(self) -> bool:
-        """Make room, if this writer can; whether it did."""
-        return False
-
     def _finish(self) -> None:
-        """Everything onto the disk, and only then the names that readers look for."""
+        """The names that readers look for, now that everything is on the disk."""
         try:
-            self._environment.sync(True)
             self._environment.close()
             os.rename(self.folder / PARTIAL_FILE, self.folder / "data.mdb")
             sync_folder(self.folder)
@@ -176,12 +187,7 @@ class LmdbWriter:
 
     def _failure(self, error: Exception) -> str:
         free = shutil.disk_usage(self.folder).free
-        if isinstance(error, lmdb.MapFullError):
-            reason = f"the records are larger than {self._map_size} bytes in all"
-        elif free < _DISK_IS_FULL_BELOW:
-            reason = f"the disk is full ({free} bytes free)"
-        else:
-            reason = _reason(error)
+        reason = f"the disk is full ({free} bytes free)" if free < _DISK_IS_FULL_BELOW else _reason(error)
         return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; {self.kept()}"
 
     def kept(self) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ def split(config: SplitConfig) -> list[str]:
         LmimError:  a write failed; the command starts anew.
     """
     output = Path(os.path.abspath(config.output))
-    check_output_is_free(output)
     shares = config.shares()
+    _check_output(output, shares)
     store = RecordStore(config.paths)
     part_of = _by_hash(config, shares) if config.by == "hash" else _at_random(config, shares, len(store))
     empty = 0
@@ -57,6 +57,8 @@ def split(config: SplitConfig) -> list[str]:
                         f"part {name} would hold none of {len(store)} records; give it a larger share"
                         " or another --seed"
                     )
+            for writer in writers:  # all, before the first one appears
+                writer.flush()
     finally:
         store.close()
         with contextlib.suppress(OSError):  # it is empty after a failure, and stays otherwise
@@ -67,6 +69,13 @@ def split(config: SplitConfig) -> list[str]:
         for writer in writers
     ]
     return [*lines, *([f"  {empty:,} without an image left out"] if empty else [])]
+
+
+def _check_output(output: Path, names: Iterable[str]) -> None:
+    """Refuse a folder that is not free, but for what a killed split of these parts left in it."""
+    left = {f"{name}.partial" for name in names}
+    if not output.is_dir() or not left.issuperset(os.listdir(output)):
+        check_output_is_free(output)
 
 
 PartOf = Callable[[int, bytes], int]

@@ -6,13 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lmdb
 import pytest
 
 from lmim_fast.data.store import writer as lmdb_writer
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.store.writer import RECORDS_PER_COMMIT, LmdbWriter
-from lmim_fast.errors import DataError, LmimError, UsageError
+from lmim_fast.errors import DataError, UsageError
 
 FILL_THE_DISK = """
 import sys
@@ -141,18 +140,15 @@ def test_a_folder_without_write_permission_is_a_clear_error(tmp_path):
     assert os.listdir(locked) == []
 
 
-def test_a_full_memory_map_is_a_clear_error(tmp_path, monkeypatch):
+def test_a_full_memory_map_is_doubled(tmp_path, monkeypatch):
     monkeypatch.setattr(lmdb_writer, "BYTES_AT_LEAST", 2**20)
-
-    def overfull():
-        with LmdbWriter(tmp_path / "words", 1) as writer:
-            for _ in range(RECORDS_PER_COMMIT):
-                writer.put(bytes(5000), None)
-
-    with pytest.raises(LmimError, match="larger than 1310720 bytes") as caught:
-        overfull()
-    assert isinstance(caught.value.__cause__, lmdb.MapFullError)
-    assert os.listdir(tmp_path) == []
+    with LmdbWriter(tmp_path / "words", 1) as writer:
+        for _ in range(RECORDS_PER_COMMIT + 1):
+            writer.put(bytes(5000), None)
+    store = RecordStore([tmp_path / "words"])
+    assert len(store) == RECORDS_PER_COMMIT + 1
+    assert store.images([0, RECORDS_PER_COMMIT]) == [bytes(5000)] * 2
+    store.close()
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):

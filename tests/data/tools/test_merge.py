@@ -7,6 +7,7 @@ from import_sources import content, records, refused
 from lmdb_folders import image, write_database
 
 from lmim_fast import cli
+from lmim_fast.data.store import writer
 
 
 def merged(capsys, *arguments):
@@ -65,3 +66,13 @@ def test_an_output_that_exists_and_a_path_without_data_are_refused(tmp_path, cap
     assert "holds an LMDB already" in refused(capsys, "merge", tmp_path / "a", "--output", tmp_path / "out")
     assert "cannot be opened" in refused(capsys, "merge", tmp_path / "gone", "--output", tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["a", "out"]
+
+
+def test_records_may_be_as_large_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(writer, "BYTES_AT_LEAST", 2**18)
+    monkeypatch.setattr(writer, "BYTES_PER_RECORD", 2**10)
+    large = [(b"image-%09d" % number, bytes([number]) * 500_000) for number in range(1, 5)]
+    write_database(tmp_path / "large", 4, extra=large)
+    assert cli.main(["data", "merge", str(tmp_path / "large"), "--output", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert [image for image, _ in records(tmp_path / "out")] == [image for _, image in large]

@@ -8,6 +8,8 @@ from lmdb_folders import image, write_database
 
 from lmim_fast import cli
 from lmim_fast.config import SplitConfig
+from lmim_fast.data.store.writer import LmdbWriter
+from lmim_fast.errors import LmimError
 
 COUNT = 400
 
@@ -97,3 +99,27 @@ def test_a_part_without_a_record_is_an_error_and_none_is_written(tmp_path, capsy
 def test_wrong_parts_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         SplitConfig(("x",), parts=parts)
+
+
+def test_no_part_appears_when_one_cannot_be_written(tmp_path, capsys, crops, monkeypatch):
+    def fails(writer):
+        if writer.output.name == "train":
+            raise LmimError("the disk is full")
+        flush(writer)
+
+    flush = LmdbWriter.flush
+    monkeypatch.setattr(LmdbWriter, "flush", fails)
+    error = refused(capsys, "split", crops, "--output", tmp_path / "out", code=1)
+    assert "the disk is full" in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_split_starts_anew_where_one_was_killed_but_not_over_other_files(tmp_path, capsys, crops):
+    left = tmp_path / "out" / "train.partial"
+    left.mkdir(parents=True)
+    (left / "records.partial").write_bytes(b"half")
+    split(capsys, crops, "--output", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["train", "val"]
+    left.mkdir()
+    assert "is not empty" in refused(capsys, "split", crops, "--output", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["train", "train.partial", "val"]
