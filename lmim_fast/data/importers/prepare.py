@@ -10,8 +10,7 @@ from lmim_fast.data.importers import images
 from lmim_fast.data.importers.entries import Entry, Item, Refused, Reject
 from lmim_fast.data.store.probe import Status, probe
 
-MAX_PIXELS = 2**26
-"""Images that claim more are rejected, and never decoded."""
+BYTES_AT_ONCE = 2**22  # of the images that one task holds, but for the last one: it bounds the memory
 
 
 @dataclass
@@ -22,6 +21,8 @@ class Outcome:
     rejects: list[Reject] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     """skipped, cropped, ignored, turned, upright, broken: see `summary.Summary`."""
+    read: int = 0
+    """Bytes of the image."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,34 @@ class Preparer:
     keep_broken: bool
 
     def __call__(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """The outcome of each entry.
+        """The outcome of each entry, up to the one whose image makes `BYTES_AT_ONCE`: at least of the first.
 
         Raises:
             DataError: a file that is there cannot be read.
         """
-        outcomes = [Outcome() for _ in entries]
+        outcomes: list[Outcome] = []
         read: list[tuple[Outcome, Item, bytes]] = []
-        for outcome, entry in zip(outcomes, entries, strict=True):
+        held = 0
+        for entry in entries:
+            if held >= BYTES_AT_ONCE:
+                break
+            outcome = Outcome()
+            outcomes.append(outcome)
             if isinstance(entry, Reject):
                 outcome.rejects.append(entry)
             elif isinstance(entry, Item):
                 outcome.rejects.extend(entry.refused)
                 outcome.counts["ignored"] += entry.ignored
                 try:
-                    read.append((outcome, entry, entry.read()))
+                    image = entry.read()
+                    outcome.read = len(image)
+                    held += len(image)
+                    read.append((outcome, entry, image))
                 except Refused as refused:
                     outcome.rejects.append(Reject(entry.where, refused.reason, refused.detail))
             else:
                 outcome.counts["skipped"] += 1
-        status, heights, widths = probe([image for _, _, image in read], MAX_PIXELS)
+        status, heights, widths = probe([image for _, _, image in read], images.MAX_PIXELS)
         for (outcome, item, image), verdict, height, width in zip(
             read, status.tolist(), heights.tolist(), widths.tolist(), strict=True
         ):

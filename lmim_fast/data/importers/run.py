@@ -19,12 +19,13 @@ from lmim_fast import faults
 from lmim_fast.config.collections import ImportConfig
 from lmim_fast.data.importers.entries import Entry, Item, Part
 from lmim_fast.data.importers.formats import open_sources
-from lmim_fast.data.importers.prepare import Outcome, Preparer
+from lmim_fast.data.importers.prepare import BYTES_AT_ONCE, Outcome, Preparer
 from lmim_fast.data.importers.summary import (
     REJECTS_FILE,
     SUMMARY_FILE,
     RejectList,
     Summary,
+    first_reject,
     write_summary,
 )
 from lmim_fast.data.progress import progress_bar
@@ -34,7 +35,6 @@ from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError
 
 _CHUNK = 256
-_CHUNK_BYTES = 2**22  # of images in a task, going by those before: it bounds the memory
 _CHUNKS_AHEAD = 2  # tasks in flight for each thread: its results wait while records are committed
 _MOST_WORKERS = 16
 _SHOWN_EVERY = 500  # entries between two looks at the bar
@@ -142,8 +142,12 @@ def _write(
             commit()
     summary.counts["skipped"] += sum(part.passed_over for part in parts)
     if not summary.records:
-        found = "; ".join(line.strip() for line in summary.report_lines(writer.output)[1:])
-        raise DataError(f"no record was found: {found or 'no image and no line'}")
+        found = "; ".join(line.strip() for line in summary.count_lines())
+        example = first_reject(writer.folder / REJECTS_FILE)
+        raise DataError(
+            f"no record was found: {found or 'no image and no line'}"
+            + (f" (the first one: {example})" if example else "")
+        )
     if not summary.rejected:
         (writer.folder / REJECTS_FILE).unlink()
     write_summary(writer.folder / SUMMARY_FILE, identity, summary)
@@ -153,30 +157,33 @@ def _outcomes(
     part: Part, start: int, prepare: Preparer, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Outcome]:
     """Outcomes of the entries from `start` on, in order; `ahead` tasks at a time are under way."""
-    pending: deque[Future[list[Outcome]]] = deque()
+    pending: deque[tuple[list[Entry], Future[list[Outcome]]]] = deque()
     size = _Size()
 
     def finished() -> list[Outcome]:
-        outcomes = pending.popleft().result()
+        chunk, future = pending.popleft()
+        outcomes = future.result()
         size.learn(outcomes)
+        if rest := chunk[len(outcomes) :]:  # its images are larger than those before
+            pending.appendleft((rest, pool.submit(prepare, rest)))
         return outcomes
 
     for chunk in _chunks(part.entries(start), size):
-        if len(pending) == ahead:
+        while len(pending) >= ahead:
             yield from finished()
-        pending.append(pool.submit(prepare, chunk))
+        pending.append((chunk, pool.submit(prepare, chunk)))
     while pending:
         yield from finished()
 
 
 @dataclass
 class _Size:
-    """Bytes of an image, by the largest records lately."""
+    """Bytes of an image, by the largest ones lately; it makes tasks as long as one can do."""
 
-    bytes: int = 0
+    bytes: int = 2**18
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
-        largest = max((len(image) for outcome in outcomes for image, _ in outcome.records), default=0)
+        largest = max((outcome.read for outcome in outcomes), default=0)
         self.bytes = max(largest, self.bytes * 7 // 8)
 
 
@@ -188,7 +195,7 @@ def _chunks(entries: Iterator[Entry], size: _Size) -> Iterator[list[Entry]]:
         chunk.append(entry)
         is_page = isinstance(entry, Item) and entry.boxes is not None
         held += max(size.bytes, entry.size if isinstance(entry, Item) else 0)
-        if is_page or held >= _CHUNK_BYTES or len(chunk) == _CHUNK:
+        if is_page or held >= BYTES_AT_ONCE or len(chunk) == _CHUNK:
             yield chunk
             chunk, held = [], 0
     if chunk:

@@ -3,13 +3,15 @@
 import os
 import tarfile
 import tempfile
+import threading
 
 import pytest
 from import_sources import encoded, imported, records, refused, rejects, write_folder, write_tar
 
-from lmim_fast.data.importers import archive, paths
+from lmim_fast.data.importers import archive, paths, prepare
 from lmim_fast.data.importers.entries import Refused
 from lmim_fast.data.importers.paths import Root
+from lmim_fast.data.store.resumable import ResumableWriter
 
 IMAGE = encoded(1)
 
@@ -168,3 +170,36 @@ def test_no_file_stays_open(source):
         with pytest.raises(Refused):
             root.read("sub")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_large_images_are_held_in_memory_a_few_at_a_time_and_keep_their_order(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    made = [encoded(number, suffix=".jpg") for number in range(40)]  # small ones first
+    made += [encoded(number, 300, 400, ".bmp") for number in range(100)]  # 360 KB each
+    for number, image in enumerate(made):
+        (folder / f"{number}.jpg").write_bytes(image)
+    held, most, lock = 0, 0, threading.Lock()
+    read, put = Root.read, ResumableWriter.put
+
+    def reading(root, name):
+        nonlocal held, most
+        content = read(root, name)
+        with lock:
+            held += len(content)
+            most = max(most, held)
+        return content
+
+    def putting(writer, image, label):
+        nonlocal held
+        put(writer, image, label)
+        with lock:
+            held -= len(image)
+
+    monkeypatch.setattr(Root, "read", reading)
+    monkeypatch.setattr(ResumableWriter, "put", putting)
+    monkeypatch.setattr(prepare, "BYTES_AT_ONCE", 2**20)  # of a task; the tasks are made for more
+    imported(capsys, folder, "--output", tmp_path / "out", "--workers", 1)
+    assert records(tmp_path / "out") == [(image, None) for image in made]
+    assert held == 0
+    assert most < 3 * (2**20 + len(made[-1]))  # two tasks, and what one gave is being written
