@@ -30,7 +30,7 @@ class ImportConfig:
     """Label of an image in a folder: none, the file's name without its suffix, or the name of its folder."""
     sort: Literal["natural", "plain"] = "natural"
     """Order of names within a folder: img2 before img10 (natural), or by code point (plain)."""
-    separator: Literal["tab", "space", "comma"] | None = None
+    separator: Literal["tab", "space", "comma", "semicolon"] | None = None
     """What stands between the columns of a tsv or csv; None: a tab, or in a csv a comma. After the first one
     the rest of a tsv's line is the label."""
     path_column: str = "path"

@@ -13,6 +13,9 @@ from lmim_fast.data.importers.entries import Refused
 VERTICAL_RATIO = 1.5
 """Height over width from which a crop is vertical, as in PaddleOCR's recogniser."""
 JPEG_QUALITY = 95
+MAX_PIXELS = 2**26
+"""Images that claim more are rejected, and never decoded; nor is a crop of more made."""
+_TIMES_THE_PAGE = 4  # a box has a larger area only where its corners are not meant
 _ORIENTATION_TAG = 0x0112
 _SHORT = 3
 
@@ -75,7 +78,7 @@ def rectify(page: Pixels, points: tuple[tuple[float, float], ...]) -> Pixels:
     crop is mirrored.
 
     Raises:
-        Refused: the box has no area or lies outside of the page.
+        Refused: the box has no area, lies outside of the page or is much larger than it.
     """
     quad = np.array(points, np.float32)
     if len(quad) > 4:
@@ -91,7 +94,8 @@ def rectify(page: Pixels, points: tuple[tuple[float, float], ...]) -> Pixels:
         raise Refused("box without area", str(points)[:100])
     if high[0] <= 0 or high[1] <= 0 or low[0] >= page_width or low[1] >= page_height:
         raise Refused("box outside of the page", str(points)[:100])
-    if max(width, height) > 2 * (page_width + page_height):
+    limit = min(_TIMES_THE_PAGE * page_height * page_width, MAX_PIXELS)
+    if max(width, height) > 2 * (page_width + page_height) or width * height > limit:
         raise Refused("box larger than the page", str(points)[:100])
     target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
     crop: Any = cv2.warpPerspective(

@@ -18,7 +18,7 @@ from lmim_fast.errors import DataError, UsageError
 
 MAX_LINE_BYTES = 2**24
 """Longer lines are refused: a page's boxes take a few KB."""
-SEPARATORS = {"tab": "\t", "space": " ", "comma": ","}
+SEPARATORS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";"}
 
 
 class Line(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,9 +72,15 @@ class Summary:
         self.rejected.update(reject.reason for reject in outcome.rejects)
 
     def report_lines(self, output: Path) -> list[str]:
-        """For people."""
-        counts = self.counts
-        lines = [f"{self.records:,} records in {output}, {self.labelled:,} with a label"]
+        """For people, once the database is there."""
+        lines = [f"{self.records:,} records in {output}, {self.labelled:,} with a label", *self.count_lines()]
+        if self.rejected:
+            lines[-1] += f"; listed in {output / REJECTS_FILE}"
+        return [visible(line) for line in lines]
+
+    def count_lines(self) -> list[str]:
+        """What was done and left out; the rejects come last."""
+        counts, lines = self.counts, []
         told = {
             "cropped": "cut out of pages",
             "ignored": "boxes left out, marked as unreadable",
@@ -89,9 +96,8 @@ class Summary:
             lines.append(
                 f"  {self.rejected.total():,} rejected: {', '.join(reasons)}"
                 + (f" and {more} more reasons" if more else "")
-                + f"; listed in {output / REJECTS_FILE}"
             )
-        return [visible(line) for line in lines]
+        return lines
 
 
 class RejectList:
@@ -123,6 +129,13 @@ class RejectList:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def first_reject(path: Path) -> str:
+    """The first entry of a list of rejects, as a phrase; "" without one."""
+    with open(path, encoding="utf-8") as file:
+        lines = [line.rstrip("\n") for line in islice(file, 1, 2)]
+    return ", ".join(field for field in lines[0].split("\t") if field) if lines else ""
 
 
 def write_summary(path: Path, identity: dict[str, Any], summary: Summary) -> None:

@@ -43,7 +43,10 @@ class Csv(ListPart):
             return header.index(name)
         found = "twice" if name in header else "not there"
         listed = ", ".join(map(visible, header[:20]))
-        raise UsageError(f"{visible(self.path)}: column {name!r} is {found}; {option} names one of: {listed}")
+        others = "" if len(header) > 1 else " (one column only: is --separator right?)"
+        raise UsageError(
+            f"{visible(self.path)}: column {name!r} is {found}; {option} names one of: {listed}{others}"
+        )
 
     def _all_entries(self) -> Iterator[Entry]:
         refused: list[Reject] = []

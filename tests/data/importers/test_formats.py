@@ -183,6 +183,16 @@ def test_a_csv_without_the_column_names_those_that_it_has(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["list.csv"]
 
 
+def test_a_csv_with_another_separator_is_told_from_one_without_the_column(tmp_path, capsys):
+    made = write_folder(tmp_path, 3)
+    rows = "".join(f"{name};{label}\n" for name, _, label in made)
+    (tmp_path / "list.csv").write_text("path;label\n" + rows, "utf-8")
+    error = refused(capsys, "import", tmp_path / "list.csv", "--output", tmp_path / "out")
+    assert "one of: path;label (one column only: is --separator right?)" in error
+    imported(capsys, tmp_path / "list.csv", "--separator", "semicolon", "--output", tmp_path / "out")
+    assert records(tmp_path / "out") == [(image, label) for _, image, label in made]
+
+
 def test_a_quote_that_is_never_closed_costs_some_rows_and_no_memory(tmp_path, capsys):
     made = write_folder(tmp_path, 1)
     rows = [f"{made[0][0]},word {number}\n" for number in range(12000)]
@@ -372,6 +382,8 @@ def test_sources_without_a_record_say_why_and_leave_nothing(tmp_path, capsys):
     (tmp_path / "in" / "b.txt").touch()
     error = refused(capsys, "import", tmp_path / "in", "--output", tmp_path / "out", code=1)
     assert "no record was found: 1 other files passed over; 1 rejected: 1 not an image" in error
+    assert f"(the first one: {tmp_path}/in/a.jpg, not an image)" in error
+    assert "rejects.tsv" not in error  # it goes with the rest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 

@@ -249,6 +249,7 @@ def test_a_polygon_is_cut_out_by_the_smallest_rectangle_around_it():
         (((10, 10), (50, 50), (90, 90), (130, 130)), "without area"),
         (((500, 10), (600, 10), (600, 50), (500, 50)), "outside"),
         (((0, 0), (99999, 0), (99999, 50), (0, 50)), "larger than the page"),
+        (((-400, -400), (600, -400), (600, 600), (-400, 600)), "larger than the page"),
     ],
 )
 def test_a_box_that_holds_nothing_is_refused(points, reason):
@@ -265,6 +266,7 @@ def test_boxes_and_pages_that_cannot_be_used_are_rejected_one_by_one(tmp_path, c
         box(good[:3]),
         box([[0, "x"]] * 4),
         box([[float("nan"), 0]] * 4),
+        box([[10**400, 0]] * 4),
         {"points": good},
         "text",
         box([[500, 10], [600, 10], [600, 50], [500, 50]]),
@@ -281,8 +283,7 @@ def test_boxes_and_pages_that_cannot_be_used_are_rejected_one_by_one(tmp_path, c
     assert [reason for _, reason in rejects(tmp_path / "out")] == [
         "control character in the label",
         "box of less than four points",
-        "box without points [[x, y], ...]",
-        "box without points [[x, y], ...]",
+        *["box without points [[x, y], ...]"] * 3,
         "label is not text",
         "box is not a JSON object",
         "box outside of the page",
@@ -292,7 +293,7 @@ def test_boxes_and_pages_that_cannot_be_used_are_rejected_one_by_one(tmp_path, c
         "path with ..",
     ]
     assert rejects(tmp_path / "out")[0][0] == f"{listed}:1: page.png box 1"
-    assert "11 rejected" in said
+    assert "12 rejected" in said
 
 
 def test_boxes_are_meant_on_the_page_as_it_is_seen(tmp_path, capsys):
