@@ -116,6 +116,30 @@ def test_many_broken_records_are_an_error_and_a_few_a_warning(tmp_path, doctor):
     assert level(found, "--data") == ["warning"]
 
 
+def test_records_on_the_skip_list_are_not_broken_ones_and_a_wrong_list_is_an_error(tmp_path, doctor):
+    half = write_lmdb(tmp_path / "half", 40, broken=tuple(range(1, 41, 2)))
+    assert cli.main(["data", "verify", str(half), "--output", str(tmp_path / "verified")]) == 0
+    skip = tmp_path / "verified" / "skip.txt"
+    arguments = options(half, tmp_path / "run", "--loader.skip", str(skip))
+    code, found, _ = doctor("pretrain", *arguments)
+    assert code == 0
+    assert level(found, "--data") == ["ok"]
+    assert "40 records, 20 of them on the skip list; 20 decoded, all good" in found["--data"][0][1]
+    assert found["skip list"] == [("ok", "20 of 40 records are never read ")]
+
+    with skip.open("a") as file:
+        file.write(f"other@{'0' * 32}\timage-000000001\n")
+    code, found, _ = doctor("pretrain", *arguments)
+    assert code == 1
+    assert level(found, "skip list") == ["error"]
+    assert "no database of this run is other@" in found["skip list"][0][1]
+
+    skip.write_text("nonsense\n")
+    code, found, _ = doctor("pretrain", *arguments)
+    assert code == 1
+    assert "line 1: 'nonsense' is not NAME@HASH" in found["skip list"][0][1]
+
+
 def test_a_full_disk_is_an_error_before_the_run_and_its_own_checkpoints_count(tmp_path, doctor, monkeypatch):
     data, run = write_lmdb(tmp_path / "words", 20), tmp_path / "run"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 1000))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -101,23 +101,29 @@ def inspect(
         store.close()
 
 
-def summarize(store: RecordStore, database: Database, sample: int = SAMPLE) -> Summary:
+def summarize(
+    store: RecordStore, database: Database, sample: int = SAMPLE, left_out: Container[int] = ()
+) -> Summary:
     """Read up to `sample` evenly spread records of one of the store's databases.
 
+    Args:
+        left_out: records that are not read where they are among these.
     Raises:
         ValueError: sample is not positive.
         DataError:  the database is damaged.
     """
     if sample < 1:
         raise ValueError(f"sample must be >= 1, got {sample}")
-    sampled = min(sample, database.count)
+    sampled = 0
     formats: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
     characters: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     examples: list[Broken] = []
     broken = 0
-    for indices in _blocks(database, sampled):
+    for block in _blocks(database, min(sample, database.count)):
+        indices = [index for index in block if index not in left_out]
+        sampled += len(indices)
         images = store.images(indices)
         for index, image, size, reason in zip(
             indices, images, *_verdicts(images, store.max_pixels), strict=True
