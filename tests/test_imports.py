@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "data.store": ("native", "config", "errors", "faults"),
     "data.guidance": ("ops", "native", "config", "errors"),
     "data.augment": ("data.guidance", "ops", "config", "errors"),
-    "data.render": ("data.store", "config", "errors"),
+    "data.render": ("data", "data.store", "config", "errors"),
     "data.importers": ("data", "data.store", "config", "errors", "faults"),
     "data.tools": ("data", "data.store", "config", "errors"),
     "train": _TRAIN,

@@ -22,8 +22,9 @@ from lmim_fast.data.samples import BadRecords
 from lmim_fast.data.store.records import Records
 from lmim_fast.data.tools.captions import caption
 from lmim_fast.data.tools.chosen import ChosenSamples
+from lmim_fast.data.tools.files import require_writable
 from lmim_fast.data.tools.operations import augment_lines, guidance_lines
-from lmim_fast.data.tools.sheet import decoded_crops, fitted, require_folder, write_png
+from lmim_fast.data.tools.sheet import decoded_crops, fitted, write_png
 from lmim_fast.data.visible import visible
 from lmim_fast.errors import UsageError
 from lmim_fast.report.images import crop_pixels, masked_pixels
@@ -69,7 +70,7 @@ def replay(config: InspectConfig) -> list[str]:
     """
     assert config.replay is not None
     seed, epoch, index = config.replay
-    require_folder(Path(config.output))
+    require_writable(Path(config.output))
     run, document = _run_config(config, seed)
     task = make_task(dataclasses.replace(run, seed=seed))
     store = task.records(lambda _: None)

@@ -6,23 +6,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
 from lmim_fast.config import RenderConfig
+from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.render.crop import RENDERER, Recipe
 from lmim_fast.data.render.layouts import LayoutShares
 from lmim_fast.data.render.load import load_vocabulary
@@ -35,6 +24,7 @@ _MADE_OF = (
     "sign_share",
 )  # fmt: skip
 
+_SHOWN_EVERY = 20  # crops between two looks at the bar
 _WORTH_A_SPEED = 1000  # crops; fewer are mostly the start of the processes
 
 
@@ -77,43 +67,20 @@ def _write(
     started = time.monotonic()
     with (
         contextlib.closing(render_records(recipe, indices, processes)) as records,
-        _progress(indices) as advance,
+        progress_bar("Rendering crops") as advance,
     ):
-        for label, image in records:
+        for index, (label, image) in zip(indices, records, strict=True):
             writer.put(image, label)
             if writer.commit_is_due():
                 writer.commit({})
-            advance()
+            if index % _SHOWN_EVERY == 0:
+                advance(index / indices.stop, index - indices.start)
     seconds = time.monotonic() - started
     if len(indices) >= _WORTH_A_SPEED:
         say(
             f"{len(indices):,} crops in {seconds:,.0f} s: {len(indices) / seconds:,.0f} crops/s"
             f" with {processes} {'process' if processes == 1 else 'processes'}"
         )
-
-
-class _Speed(ProgressColumn):
-    """Crops a second."""
-
-    def render(self, task: Task) -> Text:
-        """What the bar shows."""
-        return Text(f"{task.speed:,.0f} crops/s" if task.speed else "")
-
-
-@contextlib.contextmanager
-def _progress(indices: range) -> Iterator[Callable[[], None]]:
-    """A progress bar with the speed, on a terminal's standard error; call what it gives once a crop."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("Rendering crops", total=indices.stop, completed=indices.start)
-        yield lambda: progress.advance(task)
 
 
 def _to_stderr(line: str) -> None:

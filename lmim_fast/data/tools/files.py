@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,7 +21,23 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UsageError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before time is spent on what goes into it.
+
+    Raises:
+        UsageError: its folder does not exist or takes no files, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise UsageError(f"--output {path}: is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {path}: no permission to write in {path.parent}")
 
 
 def require_new(folder: Path, names: tuple[str, ...]) -> None:

@@ -16,7 +16,8 @@ from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import Records, RecordStore
 from lmim_fast.data.tools.captions import caption
 from lmim_fast.data.tools.chosen import ChosenSamples
-from lmim_fast.errors import UsageError
+from lmim_fast.data.tools.files import require_writable, write_whole
+from lmim_fast.data.visible import visible
 
 Pixels = NDArray[np.uint8]
 
@@ -34,11 +35,11 @@ def write_sheet(config: SheetConfig) -> str:
     Returns:
         One line that says what is on it.
     Raises:
-        UsageError: the folder of the file does not exist.
+        UsageError: the file cannot be written.
         DataError:  a path without a database, or one that cannot be read.
     """
     path = Path(config.output)
-    require_folder(path)
+    require_writable(path)
     store = RecordStore(config.paths)
     try:
         count = min(config.count, len(store))
@@ -49,22 +50,12 @@ def write_sheet(config: SheetConfig) -> str:
         store.close()
     write_png(path, _grid(tiles, config.columns))
     bad = f", {broken} of them broken" if broken else ""
-    return f"{path}: {count:,} of {len(store):,} records{bad}"
-
-
-def require_folder(path: Path) -> None:
-    """Refuse a file whose folder does not exist.
-
-    Raises:
-        UsageError: names both.
-    """
-    if not path.parent.is_dir():
-        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+    return f"{visible(str(path))}: {count:,} of {len(store):,} records{bad}"
 
 
 def write_png(path: Path, pixels: Pixels) -> None:
-    """Write (H, W, 3) uint8 RGB."""
-    path.write_bytes(cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes())
+    """Write (H, W, 3) uint8 RGB; UsageError where it cannot be written."""
+    write_whole(path, cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
 def _tiles(store: RecordStore, indices: list[int], config: SheetConfig) -> tuple[list[Pixels], int]:

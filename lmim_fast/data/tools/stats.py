@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lmim_fast.config.tools import StatsConfig
+from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.samples import reason_of
 from lmim_fast.data.store.probe import Status, probe
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools.files import require_new, write_whole
-from lmim_fast.data.tools.progress import progress
 from lmim_fast.data.tools.record_stats import Stats, percentiles
 from lmim_fast.data.tools.stats_plots import histograms
 from lmim_fast.data.tools.words import (
@@ -69,7 +69,7 @@ def count_records(store: RecordStore) -> Stats:
     broken: Counter[str] = Counter()
     characters: Counter[str] = Counter()
     heights, widths, sizes, hashes, lengths = [], [], [], [], []
-    with progress("Counting records", len(store)) as advance:
+    with progress_bar("Counting records") as advance:
         for start in range(0, len(store), _BLOCK):
             indices = range(start, min(start + _BLOCK, len(store)))
             images = store.images(indices)
@@ -84,7 +84,7 @@ def count_records(store: RecordStore) -> Stats:
             labels = [label for label in store.labels(indices) if label is not None]
             lengths.append(np.array([len(label) for label in labels], dtype=np.int32))
             characters.update("".join(labels))
-            advance(len(indices))
+            advance(indices.stop / len(store), indices.stop)
     return Stats(
         paths=tuple(database.path for database in store.databases),
         records=len(store),

@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.text import Text
 
 from lmim_fast.config.tools import VerifyConfig
 from lmim_fast.data.background import Background
 from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
+from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.samples import UNDECODABLE, decodable, reason_of
 from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools.files import require_new, write_whole
-from lmim_fast.data.tools.progress import progress
 from lmim_fast.data.tools.quiet import decoders_silenced
 from lmim_fast.data.tools.verified import Bad, Verified
 from lmim_fast.data.tools.verify_table import print_verified
+from lmim_fast.data.visible import visible
 
 REPORT, SKIP_LIST = "verify.json", "skip.txt"
 _BLOCK = 256  # records read, and at most decoded, at once
@@ -55,10 +57,14 @@ def verify(config: VerifyConfig, console: Console | None = None) -> Verified:
         found = check_records(store, config.threads)
     finally:
         store.close()
+    console = console or Console()
+    print_verified(found, console)  # first: a full disk should not cost what took hours
     if output is not None:
         write_whole(output / SKIP_LIST, found.skip_list(labels=config.skip_labels).encode())
         write_whole(output / REPORT, json.dumps(found.as_json(), indent=1).encode())
-    print_verified(found, output, console or Console())
+        console.print(Text(f"written: {visible(str(output))}/{REPORT}, {SKIP_LIST}"), soft_wrap=True)
+    elif found.bad:
+        console.print("--output DIR writes them as a skip list for --loader.skip")
     return found
 
 
@@ -73,6 +79,7 @@ def check_records(store: RecordStore, threads: int = 0) -> Verified:
     start = time.monotonic()
     bad: list[Bad] = []
     bad_labels: list[Bad] = []
+    done = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(decoders_silenced())
         views = DaliViews(
@@ -85,11 +92,12 @@ def check_records(store: RecordStore, threads: int = 0) -> Verified:
         stack.callback(views.close)
         blocks = Background(_blocks(store), _BLOCKS_AHEAD, "lmim-verify")
         stack.callback(blocks.close)
-        advance = stack.enter_context(progress("Decoding records", len(store)))
+        advance = stack.enter_context(progress_bar("Decoding records"))
         for block in blocks:
             bad += sorted([*block.bad, *_undecodable(block, views)])
             bad_labels += block.bad_labels
-            advance(block.records)
+            done += block.records
+            advance(done / len(store), done)
     return Verified(
         databases=_described(store, bad),
         records=len(store),

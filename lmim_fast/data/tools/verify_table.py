@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +15,8 @@ from lmim_fast.data.visible import visible
 _EXAMPLES = 3  # of a kind
 
 
-def print_verified(found: Verified, output: Path | None, console: Console) -> None:
-    """Print databases with broken records, a table of the kinds, and what was written where."""
+def print_verified(found: Verified, console: Console) -> None:
+    """Print databases with broken records, and a table of the kinds."""
     for database in found.databases:
         if database["bad"]:
             path = visible(database["path"])
@@ -36,10 +35,6 @@ def print_verified(found: Verified, output: Path | None, console: Console) -> No
         soft_wrap=True,
         highlight=False,
     )
-    if output is not None:
-        console.print(Text(f"written: {visible(str(output))}/verify.json, skip.txt"), soft_wrap=True)
-    elif found.bad:
-        console.print("--output DIR writes them as a skip list for --loader.skip")
 
 
 def _table(found: Verified) -> Table:

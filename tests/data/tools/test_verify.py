@@ -22,6 +22,7 @@ from lmim_fast.data.skip_list import SkipList
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools import verify as verify_module
 from lmim_fast.data.tools.verify import check_records
+from lmim_fast.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:.*some lack image or label:UserWarning")
@@ -221,3 +222,16 @@ def test_r19_ctrl_c_leaves_no_half_written_file_no_process_and_no_shared_memory(
 def test_real_crops_are_all_good(real_crops):
     found = check_records(RecordStore([real_crops / "train" / "SVT_train"]))
     assert (found.records, found.bad, found.bad_labels) == (257, [], [])
+
+
+def test_what_was_found_is_printed_even_where_it_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def full(path, content):
+        raise UsageError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr(verify_module, "write_whole", full)
+    data = write(tmp_path / "words", [encoded(), b"junk", encoded(1)], [b"w"] * 3)
+    assert cli.main(["data", "verify", str(data), "--output", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "1 (33.33 %) broken" in shown.out
+    assert "written" not in shown.out
+    assert "No space left" in shown.err
