@@ -56,6 +56,9 @@ class Root:
         try:
             handle = self._open(os.path.join(self._real_folder(head), tail), name)
             try:
+                # Again, now that it is open: a folder on the way may have become a link since.
+                if not self._holds(os.readlink(f"/proc/self/fd/{handle}")):
+                    raise Refused("link out of the folder", name)
                 return _content(handle, name)
             finally:
                 os.close(handle)

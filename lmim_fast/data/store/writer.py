@@ -46,6 +46,11 @@ class LmdbWriter:
 
     def __enter__(self) -> Self:
         check_output_is_free(self.output)
+        # A finished folder takes this name at the end, which neither can give up.
+        if self.output.is_symlink():
+            raise UsageError(f"{self.output} is a link; name the folder that it leads to")
+        if self.output.is_mount():
+            raise UsageError(f"{self.output} is a mount point; name a folder in it, {self.output / 'crops'}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_folder()

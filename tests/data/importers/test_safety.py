@@ -56,6 +56,15 @@ def test_paths_of_a_list_stay_in_its_folder(source, capsys, tmp_path):
     assert [reason for _, reason in rejects(tmp_path / "out")] == reasons
 
 
+def test_a_folder_that_becomes_a_link_to_the_outside_in_between_is_refused(source, tmp_path):
+    root = Root(str(source))
+    assert root.read("sub/a.jpg") == IMAGE
+    (source / "sub").rename(source / "old")
+    os.symlink(tmp_path / "secrets", source / "sub")
+    with pytest.raises(Refused, match="link out of the folder"):
+        root.read("sub/b.jpg")
+
+
 def test_a_root_that_is_a_link_itself_is_followed(source, capsys, tmp_path):
     os.symlink(source, tmp_path / "latest")
     imported(capsys, tmp_path / "latest", "--output", tmp_path / "out")

@@ -151,6 +151,18 @@ def test_a_full_memory_map_is_doubled(tmp_path, monkeypatch):
     store.close()
 
 
+def test_a_name_that_the_finished_folder_cannot_take_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="link is a link; name the folder"):
+        write(tmp_path / "link")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(UsageError, match=r"disk is a mount point; name a folder in it, .*disk/crops"):
+        write(tmp_path / "disk")
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    write(tmp_path / "disk" / "crops")
+
+
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):
     if (
         shutil.which("unshare") is None
