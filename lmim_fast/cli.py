@@ -85,7 +85,9 @@ def _data_split(config: SplitConfig) -> None:
 
 
 def _data_inspect(config: InspectConfig) -> None:
-    if config.replay is not None:
+    from lmim_fast.config.tools import NO_REPLAY
+
+    if config.replay != NO_REPLAY:
         from lmim_fast.report.replay import replay
 
         print("\n".join(replay(config)))

@@ -28,14 +28,19 @@ class ReportConfig:
         require(self.maps >= 0, f"maps must be >= 0, got {self.maps}")
 
 
+NO_REPLAY = (-1, -1, -1)
+"""Three numbers as well: an option of three or none would take the paths behind it for some of them."""
+
+
 @dataclass(frozen=True)
 class InspectConfig:
     """What `lmim data inspect` reads."""
 
     paths: tuple[str, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    replay: tuple[int, int, int] | None = None
-    """Seed, epoch and index of a sample: show its views, operations and mask as training had them."""
+    replay: tuple[int, int, int] = NO_REPLAY
+    """Seed, epoch and index of a sample: show its views, operations and mask as training had them. All -1
+    stands for no replay."""
     run: str | None = None
     """Run folder or config.json whose data and settings the replay takes; paths, if given, are its data."""
     output: str = "replay.png"
@@ -45,8 +50,8 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0 or self.run is not None, "name at least one LMDB folder")
-        require(self.run is None or self.replay is not None, "run is for a replay: give --replay too")
-        if self.replay is not None:
+        require(self.run is None or self.replay != NO_REPLAY, "run is for a replay: give --replay too")
+        if self.replay != NO_REPLAY:
             seed, epoch, index = self.replay
             require_seed(seed)
             require(0 <= epoch < 2**32, f"the epoch of a replay must be in [0, 2^32), got {epoch}")

@@ -68,7 +68,6 @@ def replay(config: InspectConfig) -> list[str]:
         DataError:  the data cannot be used.
         LmimError:  config.json cannot be used.
     """
-    assert config.replay is not None
     seed, epoch, index = config.replay
     require_writable(Path(config.output))
     run, document = _run_config(config, seed)

@@ -21,7 +21,7 @@ def test_a_file_that_cannot_be_written_leaves_no_part_of_it(tmp_path):
 def test_a_picture_is_not_written_over_a_folder_or_into_one_that_is_not_there(tmp_path, capsys, command):
     data = write_words(tmp_path / "words", 4)
     for output, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.png", "does not exist")):
-        assert cli.main(["data", command[0], str(data), *command[1:], "--output", str(output)]) == 2
+        assert cli.main(["data", *command, str(data), "--output", str(output)]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
