@@ -173,7 +173,7 @@ def check_database(path: str, first_index: int) -> Database:
             raise DataError(f"{path}: the database is empty; write records into it or leave it out")
         with environment.begin() as transaction:
             count = _count(transaction, path)
-            has_labels = any(transaction.get(label_key(number)) is not None for number in (1, count))
+            has_labels = _has_label(transaction, count)
     except lmdb.Error as error:
         raise DataError(f"{path}: damaged ({error}); copy or write the database again") from error
     expected = 1 + count * (2 if has_labels else 1)
@@ -211,6 +211,12 @@ def _count(transaction: lmdb.Transaction, path: str) -> int:
             f" ({last} found); write {last} there, or write the database again"
         )
     return claimed
+
+
+def _has_label(transaction: lmdb.Transaction, count: int) -> bool:
+    """Whether any record has a label: their keys stand together, so that one look finds the first."""
+    cursor = transaction.cursor()
+    return bool(cursor.set_range(label_key(1))) and label_key(1) <= bytes(cursor.key()) <= label_key(count)
 
 
 def _last_image(transaction: lmdb.Transaction) -> int:

@@ -23,6 +23,14 @@ def test_a_missing_image_or_label_in_the_middle_warns_at_open_and_reads_as_absen
     assert [store.label(5), store.label(6)] == ["word 6", None]
 
 
+def test_labels_are_read_though_neither_the_first_nor_the_last_record_has_one(tmp_path):
+    absent = [b"label-%09d" % number for number in (1, 2, 5)]
+    write_database(tmp_path / "crops", 5, skip=absent)
+    with pytest.warns(UserWarning, match="5 records need 11 keys, there are 8"):
+        store = RecordStore([tmp_path / "crops"])
+    assert store.labels(range(5)) == [None, None, "word 3", "word 4", None]
+
+
 def test_unknown_keys_around_the_records_are_ignored_without_a_warning(tmp_path):
     keys = [
         b"aaa",
