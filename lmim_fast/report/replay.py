@@ -71,6 +71,10 @@ def replay(config: InspectConfig) -> list[str]:
     seed, epoch, index = config.replay
     require_writable(Path(config.output))
     run, document = _run_config(config, seed)
+    skip = run.loader.skip
+    is_gone = skip is not None and not Path(skip).is_file()
+    if is_gone:
+        run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, skip=None))
     task = make_task(dataclasses.replace(run, seed=seed))
     store = task.records(lambda _: None)
     try:
@@ -83,6 +87,9 @@ def replay(config: InspectConfig) -> list[str]:
         lines = _lines(sample, task, store, device)
         if "seed" in document and document["seed"] != seed:
             lines.insert(1, f"note: the seed of the run is {document['seed']}, this is another sample of it")
+        if is_gone:
+            gone = f"warning: the skip list {visible(str(skip))} is not there"
+            lines.insert(1, f"{gone}, so only broken records are replaced")
         expected = document.get("data")
         if expected is not None and store.fingerprint() != expected:
             lines.insert(1, "warning: the data is no longer what the run was trained on")
@@ -110,18 +117,24 @@ def replay_sample(
     if plainly is not None:  # its batches hold the augmented crop only
         second, plain = plain, _views(plainly, store, epoch, index, device)[0]
     source = _source(task.order(store), bad, epoch, index)
-    reasons = {(database, key): reason for database, key, reason in bad.entries}
     return Replayed(
         epoch=epoch,
         index=index,
         source=source,
-        broken=reasons.get(store.locate(index)) if source != index else None,
+        broken=None if source == index else _reason(store, bad, index),
         plain=plain,
         second=second,
         second_title=task.second_view,
         operations=tuple(_operations(task, epoch, index)),
         ids_masked=_masked(task, epoch, index),
     )
+
+
+def _reason(store: Records, bad: BadRecords, index: int) -> str:
+    """Why a record is replaced."""
+    if index in bad.skipped:
+        return f"on the skip list, {bad.skipped[index] or 'without a reason'}"
+    return {(database, key): reason for database, key, reason in bad.entries}[store.locate(index)]
 
 
 def _run_config(config: InspectConfig, seed: int) -> tuple[RunConfig, dict[str, Any]]:

@@ -146,3 +146,25 @@ def test_a_database_alone_replays_lmim_and_names_the_substitute_and_the_operatio
     assert "config.json does not exist" in capsys.readouterr().err
     assert cli.main(["data", "inspect"]) == 2
     assert "name at least one LMDB folder" in capsys.readouterr().err
+
+
+def test_a_record_of_the_skip_list_is_named_and_a_list_that_is_gone_is_a_warning(tmp_path, capsys):
+    data = write_lmdb(tmp_path / "words", 30, broken=(4,))
+    run, output = tmp_path / "run", tmp_path / "verified"
+    assert cli.main(["data", "verify", str(data), "--output", str(output)]) == 0
+    skip = output / "skip.txt"
+    assert cli.main(["pretrain", *options(data, run, "--loader.skip", str(skip), steps=1)]) == 0
+    shown = ["data", "inspect", "--run", str(run), "--output", str(tmp_path / "replay.png")]
+    capsys.readouterr()
+    assert cli.main([*shown, "--replay", "0", "0", "3"]) == 0
+    listed = capsys.readouterr().out
+    assert f"broken: {data} image-000000004: on the skip list, truncated; its substitute is index " in listed
+
+    skip.unlink()
+    assert cli.main([*shown, "--replay", "0", "0", "3"]) == 0
+    met = capsys.readouterr().out
+    assert f"warning: the skip list {skip} is not there, so only broken records are replaced" in met
+    assert (
+        met.replace("image-000000004: ", "image-000000004: on the skip list, ").splitlines()[2:]
+        == (listed.splitlines()[1:])
+    )
