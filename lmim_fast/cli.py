@@ -32,6 +32,7 @@ from lmim_fast.config import (
     StatsConfig,
     VerifyConfig,
 )
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError, LmimError, UsageError, is_shared, shared
 
 
@@ -61,7 +62,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 def _data_render(config: RenderConfig) -> None:
     from lmim_fast.data.render.database import render
 
-    print(f"rendered {config.count} crops into {render(config)}")
+    print(visible(f"rendered {config.count} crops into {render(config)}"))
 
 
 def _data_import(config: ImportConfig) -> None:
@@ -321,7 +322,7 @@ def _complain(error: Exception, message: str) -> None:
     if rank != "0" and is_shared(error):
         return
     suffix = "" if rank == "0" else f" (rank {rank})"
-    print("error: " + " ".join(message.split()) + suffix, file=sys.stderr)
+    print("error: " + visible(" ".join(message.split())) + suffix, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lmim_fast.data.visible import escaped, visible
 # Where a desktop or a server keeps fonts, in the order in which they are asked.
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 _SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
+_LONGEST = 4  # characters of a caption for each of its pixels: more than any line has
 _ROOM = 6  # pixels of a line above and below its letters, together
 
 
@@ -33,7 +34,7 @@ def caption(text: str, width: int, size: int = 13, ink: int = 40, ground: int = 
         (size + 6, width, 3) uint8.
     """
     image = Image.new("RGB", (width, size + _ROOM), (ground,) * 3)
-    path, line = _set(visible(text))
+    path, line = _set(visible(text[: _LONGEST * width]))  # fonts refuse a text of a million characters
     font = _font(path, size)
     if font.getlength(line) > width:
         line = _shortened(line, font, width)

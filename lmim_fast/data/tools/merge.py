@@ -11,6 +11,7 @@ from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.store.raw import raw_records
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.store.writer import LmdbWriter, check_output_is_free
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError
 
 _SHOWN_EVERY = 1000  # records between two looks at the bar
@@ -53,7 +54,7 @@ def merge(config: MergeConfig) -> list[str]:
     finally:
         store.close()
     count = len(store.databases)
-    lines = [f"{writer.written:,} records of {count} database{'s' * (count > 1)} in {output}"]
+    lines = [f"{writer.written:,} records of {count} database{'s' * (count > 1)} in {visible(str(output))}"]
     if config.dedupe != "none":
         lines.append(f"  {duplicates:,} duplicates left out (same {_SAME[config.dedupe]})")
     if empty:

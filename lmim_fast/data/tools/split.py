@@ -17,6 +17,7 @@ from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.store.raw import raw_records
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.store.writer import LmdbWriter, check_output_is_free
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import DataError
 
 _SHOWN_EVERY = 1000  # records between two looks at the bar
@@ -65,7 +66,7 @@ def split(config: SplitConfig) -> list[str]:
             output.rmdir()
     total = sum(writer.written for writer in writers)
     lines = [
-        f"{writer.written:,} records ({100 * writer.written / total:.4g} %) in {writer.output}"
+        f"{writer.written:,} records ({100 * writer.written / total:.4g} %) in {visible(str(writer.output))}"
         for writer in writers
     ]
     return [*lines, *([f"  {empty:,} without an image left out"] if empty else [])]

@@ -50,3 +50,7 @@ def test_a_damaged_font_of_the_machine_is_passed_over(tmp_path, monkeypatch):
         caption("中", 100)
     finally:
         captions._font_files.cache_clear()
+
+
+def test_a_text_of_millions_of_characters_is_shortened():
+    assert np.array_equal(caption("x" * 3_000_000, 80), caption("x" * 100, 80))

@@ -123,3 +123,11 @@ def test_a_split_starts_anew_where_one_was_killed_but_not_over_other_files(tmp_p
     left.mkdir()
     assert "is not empty" in refused(capsys, "split", crops, "--output", tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["train", "train.partial", "val"]
+
+
+def test_no_control_character_of_a_path_reaches_the_terminal(tmp_path, capsys, crops):
+    output = tmp_path / "a\x1b[31mb"
+    assert "\x1b" not in split(capsys, crops, "--output", output)
+    error = refused(capsys, "split", crops, "--output", output)
+    assert "\x1b" not in error
+    assert "a\\x1b[31mb is not empty" in error
