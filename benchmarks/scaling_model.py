@@ -7,6 +7,7 @@ are seconds, sizes bytes, rates a second, unless a name says otherwise.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +55,16 @@ def _rate_per_core(stage: str) -> float:
     return float(row["images_per_second"] / result["cores"])
 
 
+def _serial_us(*parts: str) -> float:
+    """CPU time of these parts of preparing an image, in one thread: the medians of `bench_host`."""
+    result = json.loads((RESULTS / "cpu_host.json").read_text(encoding="utf-8"))
+    return sum(statistics.median(result["data"]["microseconds"][part]) for part in parts)
+
+
+_IN_PYTHON = ("order", "draws", "feeding")  # under the interpreter's lock
+_IN_CPP = ("records and probe", "programs")
+
+
 @dataclass(frozen=True)
 class Host:
     """CPU time of a process, and what its data threads make."""
@@ -66,12 +77,16 @@ class Host:
     """Of an eager ViT-S step on a GPU server's CPU: 16 to 20, estimated; others by their number of stages."""
     unit_ms: float = 0.4
     """Of FSDP2's hooks a sharded unit and step. An assumption."""
-    serial_us: float = 172.0
-    """An image in the one thread that prepares batches: records 10, draws 8, programs 136, feeding 17."""
-    plain_serial_us: float = 27.0
-    """The same where only plain views are made: records and feeding."""
-    lock_share: float = 1.0
-    """Share of that thread's time in which the training loop waits for Python's lock; 1 is the worst case."""
+    serial_us: float = field(default_factory=lambda: _serial_us(*_IN_PYTHON, *_IN_CPP))
+    """An image in the one thread that prepares batches: `results/cpu_host.json`."""
+    plain_serial_us: float = field(
+        default_factory=lambda: _serial_us("order", "records and probe", "feeding")
+    )
+    """The same where only plain views are made."""
+    lock_share: float = field(
+        default_factory=lambda: _serial_us(*_IN_PYTHON) / _serial_us(*_IN_PYTHON, *_IN_CPP)
+    )
+    """Share of that thread's time in which the training loop waits for Python's lock: all that is not C++."""
     cores_per_gpu: float = 16.0
     """CPU cores whose data threads feed a GPU."""
     views_per_core: float = field(

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import goals, tables_model
 from benchmarks.markdown import machine, table
+from benchmarks.tables_data import data, gather
 from benchmarks.tables_host import host
 from benchmarks.tables_parallel import checkpoint, parallel
 from benchmarks.tables_value import value
@@ -79,16 +80,6 @@ def _parts(found: list[dict[str, Any]]) -> str:
         names = (str(row[name]) for name in ("part", "direction", "variant", "batch", "dropout"))
         rows.append([*names, f"{row['milliseconds']:,.2f}", "" if floor is None else f"{floor:,.2f}"])
     return table(("part", "direction", "variant", "batch", "dropout", "ms", "floor ms"), rows)
-
-
-def data(result: dict[str, Any]) -> str:
-    """The input pipeline, stage by stage."""
-    names = ("images_per_second", "lowest", "highest")
-    rows = [[row["stage"], *(f"{row[name]:,.0f}" for name in names)] for row in result["rows"]]
-    settings = f"Batch {result['batch']}, {result['dali_threads']} DALI threads, {result['records']} records."
-    title = f"## Input pipeline: {result['device']}"
-    head = ("stage", "images/s", "lowest", "highest")
-    return "\n\n".join([title, f"{machine(result)} {settings}", table(head, rows)])
 
 
 def ops(result: dict[str, Any]) -> str:
@@ -225,6 +216,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(
     ops=ops,
     tune=tune,
     data=data,
+    gather=gather,
     host=host,
     value=value,
     parallel=parallel,

@@ -171,6 +171,10 @@ class SampleReader:
                     self.replace(samples, row, "")
         return samples
 
+    def close(self) -> None:
+        """Let go of the workers; the calling thread reads alone from now on."""
+        self._workers = None
+
     def replace(self, samples: Samples, row: int, reason: str) -> None:
         """Mark the record in `row` as broken and put the next good candidate there."""
         self.bad.note(samples.sources[row], reason)
