@@ -13,7 +13,13 @@ setup(
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             # No contraction: a product and a sum round as in NumPy, whatever instructions the machine has.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-pthread"],
+            extra_compile_args=[
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-trapping-math",
+                "-fno-math-errno",
+                "-pthread",
+            ],
             optional=True,  # without a compiler the Python form runs, with a warning
         )
     ],

@@ -3,8 +3,11 @@
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
+
+from lmim_fast.native import native
 
 pytest.importorskip("lmim_fast._C", reason="lmim_fast._C is not built")
 
@@ -75,3 +78,17 @@ def test_a_huge_crop_does_not_keep_its_memory() -> None:
         """
     )
     assert int(process.stdout) < 40  # its values in single precision are 115 MB a thread
+
+
+def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = types.ModuleType("lmim_fast._C")
+    older.__file__ = "lmim_fast/_C.so"
+    monkeypatch.setitem(sys.modules, "lmim_fast._C", older)
+    native.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"is not built \(lmim_fast/_C.so is of another version: interface None"
+        ):
+            assert native() is None
+    finally:
+        native.cache_clear()
