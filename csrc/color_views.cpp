@@ -58,7 +58,7 @@ void plain_views(const Array<uint8_t>& images, Array<T>& views) {
     const Sizes sizes(images, views);
     const uint8_t* bytes = images.data();
     T* out = views.mutable_data();
-    const py::gil_scoped_release release;
+    const lmim::WithoutGil without_gil;
     each(sizes, out, [&](py::ssize_t i, float* view) {
         lmim::plain_view(bytes + i * 3 * sizes.pixels, sizes.pixels, view);
     });
@@ -83,7 +83,7 @@ void guidance_views(const Array<uint8_t>& images, const Array<float>& before, co
     const float *borders = border.data(), *contrasts = contrast.data(), *finals = final.data();
     const bool* above = invert_above.data();
     T* out = views.mutable_data();
-    const py::gil_scoped_release release;
+    const lmim::WithoutGil without_gil;
     each(sizes, out, [&](py::ssize_t i, float* view) {
         const lmim::Colors colors{befores + 12 * i,
                                   thresholds[i],

@@ -31,7 +31,7 @@ py::tuple gather_batch(const std::vector<std::shared_ptr<lmim::LmdbFile>>& files
                               heights.mutable_data(), widths.mutable_data()};
     lmim::Arena arena;
     try {
-        py::gil_scoped_release release;
+        const lmim::WithoutGil without_gil;
         lmim::Workers alone(1);
         arena = lmim::gather(wanted, images, max_pixels, rectangle_bytes, workers ? *workers : alone);
     } catch (const lmim::RecordDamaged& error) {

@@ -139,7 +139,7 @@ py::tuple guidance_programs(const py::object& parameters, const Array<int32_t>& 
                                   threshold.mutable_data(), border.mutable_data(), contrast.mutable_data(),
                                   invert_above.mutable_data()};
     {
-        py::gil_scoped_release release;
+        const WithoutGil without_gil;
         const guidance::Mesh mesh(static_cast<int>(height), static_cast<int>(width));
         const guidance::Sides view{static_cast<double>(height), static_cast<double>(width)};
         const size_t pixels = height * width;

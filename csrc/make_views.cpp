@@ -89,7 +89,7 @@ void plain_views_of(const py::sequence& images, Array<uint8_t> plain, Workers* w
     check_views(plain, crops.size(), "plain");
     const ViewSize size = size_of(plain);
     uint8_t* to = plain.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     for_each(workers, crops.size(), [&](size_t i) { make_plain_view(crops.at(i), size, to + i * 3 * size.height * size.width); });
 }
 
@@ -126,7 +126,7 @@ void warped_views_of(const py::sequence& images, const Array<float>& working, co
     }
     if (next != static_cast<size_t>(taps.size())) throw py::value_error("the kernels' sides do not fit their taps");
     uint8_t* to = warped.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     for_each(workers, batch, [&](size_t i) { make_warped_view(crops.at(i), programs[i], size, to + i * 3 * pixels); });
 }
 

@@ -22,7 +22,7 @@ void philox_into(uint64_t seed, const py::array_t<int64_t, py::array::c_style>& 
     T* to = values.mutable_data();
     const int64_t *from = epochs.data(), *of = indices.data();
     const auto count = static_cast<size_t>(values.shape(1));
-    py::gil_scoped_release release;
+    const WithoutGil without_gil;
     philox(seed, from, one ? 0 : 1, of, samples, count, stream, to);
 }
 

@@ -52,7 +52,7 @@ py::tuple probe(const py::sequence& images, uint64_t max_pixels) {
     uint8_t* statuses = status.mutable_data();
     int32_t *heights = height.mutable_data(), *widths = width.mutable_data();
     {
-        py::gil_scoped_release release;
+        const lmim::WithoutGil without_gil;
         for (size_t i = 0; i < buffers.size(); ++i) {
             const lmim::Verdict verdict = lmim::read_header(buffers.data(i), buffers.size(i), max_pixels);
             statuses[i] = static_cast<uint8_t>(verdict.status);

@@ -15,6 +15,7 @@ public:
     static constexpr size_t kChannels = 3, kSlack = 64;
 
     void reset(size_t height, size_t width);
+    size_t capacity() const { return values_.capacity() * sizeof(float); }  // bytes
     size_t height() const { return height_; }
     size_t width() const { return width_; }
     size_t stride() const { return kChannels * width_; }

@@ -13,15 +13,30 @@ namespace {
 
 constexpr size_t kChannels = Image::kChannels;
 
-// Of one thread, so that a crop costs no memory from the system.
+constexpr size_t kKept = size_t{1} << 24;  // bytes of scratch that a thread keeps: for a crop of a million pixels
+
 struct Scratch {
     Image crop, rows, resized, padded, filtered;
 };
 
-Scratch& scratch() {
-    thread_local Scratch mine;
-    return mine;
-}
+// Memory of one thread, kept from crop to crop so that it costs nothing from the system, but not after a huge crop.
+class Borrowed {
+public:
+    ~Borrowed() {
+        size_t bytes = 0;
+        for (const Image* image : {&space_.crop, &space_.rows, &space_.resized, &space_.padded, &space_.filtered})
+            bytes += image->capacity();
+        if (bytes > kKept) space_ = Scratch();
+    }
+    Scratch& operator*() { return space_; }
+
+private:
+    static Scratch& mine() {
+        thread_local Scratch scratch;
+        return scratch;
+    }
+    Scratch& space_ = mine();
+};
 
 LMIM_SIMD void widen(const uint8_t* from, size_t count, float* to) {
     for (size_t i = 0; i < count; ++i) to[i] = from[i];
@@ -128,14 +143,16 @@ LMIM_SIMD void remap(const float* image, size_t height, size_t width, const floa
 }  // namespace
 
 void make_plain_view(const Crop& crop, ViewSize size, uint8_t* view) {
-    Scratch& space = scratch();
+    Borrowed scratch;
+    Scratch& space = *scratch;
     load(crop, space.crop);
     resize(space.crop, size.height, size.width, Kernel::CUBIC, space.rows, space.resized);
     narrow(space.resized.row(0), size.height * space.resized.stride(), view);
 }
 
 void make_warped_view(const Crop& crop, const WarpProgram& program, ViewSize size, uint8_t* view) {
-    Scratch& space = scratch();
+    Borrowed scratch;
+    Scratch& space = *scratch;
     load(crop, space.crop);
     const Image* image = &space.crop;
     if (program.working.height != crop.height || program.working.width != crop.width) {

@@ -28,7 +28,12 @@ struct Workers::Team {
 };
 
 Workers::Workers(size_t threads) : team_(std::make_unique<Team>()) {
-    for (size_t i = 1; i < threads; ++i) team_->threads.emplace_back([&team = *team_] { serve(team); });
+    try {
+        for (size_t i = 1; i < threads; ++i) team_->threads.emplace_back([&team = *team_] { serve(team); });
+    } catch (...) {  // no more threads: those that wait already must not outlive the team
+        close();
+        throw;
+    }
 }
 
 Workers::~Workers() {
@@ -36,6 +41,10 @@ Workers::~Workers() {
         team_.release();  // the threads stayed with the parent, and what they wait for cannot be destroyed
         return;
     }
+    close();
+}
+
+void Workers::close() {
     {
         const std::lock_guard<std::mutex> lock(team_->mutex);
         team_->closed = true;

@@ -14,7 +14,7 @@ class Workers {
 public:
     using Work = std::function<void(size_t begin, size_t end)>;
 
-    explicit Workers(size_t threads);
+    explicit Workers(size_t threads);  // std::system_error if the system has no more threads
     ~Workers();
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
@@ -30,6 +30,7 @@ private:
     struct Team;
     static void serve(Team& team);
     static void take_pieces(Team& team);
+    void close();
 
     std::unique_ptr<Team> team_;
 };

@@ -7,16 +7,31 @@ import importlib
 import warnings
 from typing import Any
 
+_INTERFACE = 2  # as in csrc/module.cpp
+
 
 @functools.cache
 def native() -> Any:
-    """The module, or None with one warning: everything it does has a Python form, with the same results."""
+    """The module, or None with one warning: all that it does has a Python form."""
     try:
-        return importlib.import_module("lmim_fast._C")
+        return load()
     except ImportError as error:
         warnings.warn(
-            f"lmim_fast._C is not built ({error}); its Python forms run: the same results, slower."
-            " A C++ compiler and `pip install -e .` build it.",
+            f"lmim_fast._C is not built ({error}); its Python forms run: the same results up to rounding,"
+            " slower. A C++ compiler and `pip install -e .` build it.",
             stacklevel=3,
         )
         return None
+
+
+def load() -> Any:
+    """The module.
+
+    Raises:
+        ImportError: it is not built, or from sources of another version: a checkout that was updated.
+    """
+    module = importlib.import_module("lmim_fast._C")
+    found = getattr(module, "interface", None)
+    if found != _INTERFACE:
+        raise ImportError(f"{module.__file__} is of another version: interface {found}, not {_INTERFACE}")
+    return module

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "train.checkpoint": ("train.world", "models", "config", "errors", "faults"),
     "report": ("train", *_TRAIN),
     "cli_options": ("config", "errors"),
-    "doctor": ("train", *_TRAIN),
+    "doctor": ("train", "native", *_TRAIN),
     "cli": ("cli_options", "doctor", "report", "train", *_TRAIN),
     "pretrain": ("cli", "train"),
     "finetune": ("cli", "train"),

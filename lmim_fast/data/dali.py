@@ -156,12 +156,12 @@ class DaliViews:
 
     def _native_views(self, decoded: Any, batch: int, program: WarpProgram | None) -> list[Tensor]:
         crops = [decoded[row] for row in range(batch)]
-        views = []
+        shape, views = (batch, *self._image_size, 3), []
         if self._stage != Stage.AUGMENT:
-            views.append(torch.empty((batch, *self._image_size, 3), dtype=torch.uint8))
+            views.append(torch.empty(shape, dtype=torch.uint8, device="cpu"))
             self._native.make_plain_views(crops, views[-1].numpy(), self._workers)
         if program is not None:
-            views.append(torch.empty((batch, *self._image_size, 3), dtype=torch.uint8))
+            views.append(torch.empty(shape, dtype=torch.uint8, device="cpu"))
             kernels, maps = program.kernels, (program.map_x, program.map_y)
             self._native.make_warped_views(
                 crops,

@@ -12,6 +12,7 @@ from typing import Any
 import lmim_fast
 from lmim_fast.doctor.findings import Findings
 from lmim_fast.doctor.machine import visible_gpus
+from lmim_fast.native import load
 
 # Distributions whose module has another name.
 _MODULES = {
@@ -141,9 +142,9 @@ def _dali(findings: Findings) -> None:
 
 def _native(findings: Findings) -> None:
     try:
-        importlib.import_module("lmim_fast._C")
+        load()
     except ImportError as error:
-        slower = f"is not built ({error}): its Python forms run, the same results, slower"
+        slower = f"is not built ({error}): its Python forms run, the same results up to rounding, slower"
         findings.warning("native part", slower, f"with a C++ compiler, {_INSTALL}")
         return
     findings.ok("native part", f"built for {sys.implementation.cache_tag}")

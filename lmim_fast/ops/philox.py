@@ -108,7 +108,7 @@ def _runs_native(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> bool
 def _native(
     seed: int | Tensor, epoch: int | Tensor, index: Tensor, count: int, stream: int, dtype: torch.dtype
 ) -> Tensor:
-    values = torch.empty((len(index), count), dtype=dtype)
+    values = torch.empty((len(index), count), dtype=dtype, device="cpu")
     epochs = torch.as_tensor(epoch, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
     native().philox(
         int(seed) % 2**64, epochs.numpy(), index.contiguous().numpy(), int(stream), values.numpy()

@@ -105,7 +105,9 @@ def _native(
     """In C++, the same bits as `_eager`; by the calling thread: the data threads need the other cores."""
     batch, height, width, _ = plain.shape
     kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    views = [torch.empty((batch, 3, height, width), dtype=kind) for _ in range(1 if warped is None else 2)]
+    views = [
+        plain.new_empty((batch, 3, height, width), dtype=kind) for _ in range(1 if warped is None else 2)
+    ]
     # NumPy has no bfloat16; the bits stand for themselves.
     arrays = [(view.view(torch.int16) if kind == torch.bfloat16 else view).numpy() for view in views]
     native().plain_views(plain.contiguous().numpy(), arrays[0])

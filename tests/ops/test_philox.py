@@ -162,3 +162,10 @@ def test_a_traced_call_is_made_of_torch_operations():
     assert torch.equal(traced(index), philox.uniform(3, 1, index, 8, Stream.MASK))
     with torch.device("meta"):
         assert philox.uint32(3, 1, index.to("meta"), 8, Stream.MASK).shape == (6, 8)
+
+
+def test_a_default_device_does_not_matter():
+    index = torch.arange(3)
+    expected = philox.uniform(7, 1, index, 8, Stream.MASK)
+    with torch.device("meta"):
+        assert philox.uniform(7, 1, index, 8, Stream.MASK).equal(expected)

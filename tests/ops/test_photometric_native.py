@@ -175,6 +175,13 @@ def test_compiler_and_fake_tensors_see_the_eager_form() -> None:
         assert photometric(plain, dtype=torch.bfloat16)[0].shape == (2, 3, 4, 16)
 
 
+def test_a_default_device_does_not_matter() -> None:
+    arguments = inputs(2)
+    expected = photometric(*arguments)
+    with torch.device("meta"):
+        assert_equal(photometric(*arguments), expected)
+
+
 def test_a_program_that_wants_gradients_is_run_by_torch() -> None:
     plain, warped, program = inputs(2, 4, 16)
     program = dataclasses.replace(program, contrast=program.contrast.requires_grad_())

@@ -71,7 +71,7 @@ def make_program(
     if module is None:
         return program_in_numpy(parameters, sizes.astype(np.float64), image_size)
     batch = len(parameters)
-    empty = functools.partial(torch.empty, pin_memory=pinned)
+    empty = functools.partial(torch.empty, device="cpu", pin_memory=pinned)
     pixels = (batch, *image_size)
     working, map_x, map_y = empty((batch, 2)), empty(pixels), empty(pixels)
     color = ColorProgram(

@@ -238,6 +238,13 @@ def test_arrays_of_another_shape_are_refused(change, message):
         )
 
 
+def test_a_default_device_does_not_matter():
+    parameters, (heights, widths) = drawn(4, 8), crop_sizes(4, 8)
+    expected = make_program(parameters, heights, widths)
+    with torch.device("meta"):
+        assert_equal(make_program(parameters, heights, widths), expected)
+
+
 def test_without_the_native_form_numpy_makes_the_program(monkeypatch):
     parameters, (heights, widths) = drawn(4, 8), crop_sizes(4, 8)
     monkeypatch.setitem(sys.modules, "lmim_fast._C", None)  # makes the import fail
