@@ -12,7 +12,14 @@ from benchmarks import static_cases
 from benchmarks.operation import Operation, kernel_name
 from lmim_fast.kernels import runtime
 
-SCRIPTS = ("bench_checkpoint", "bench_data", "bench_parallel", "bench_step")  # not of operations
+SCRIPTS = (  # not of operations
+    "bench_checkpoint",
+    "bench_data",
+    "bench_gather",
+    "bench_maps",
+    "bench_parallel",
+    "bench_step",
+)
 WHOLE = ("bench_host", "bench_reading")  # of a whole model, timed by pytest too
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # ops.dropout is below ops.operators, ops.norm above.
 FILES_ARE_ROOMS = ("lmim_fast", "lmim_fast.train", "lmim_fast.ops", "benchmarks")
 
-_TRAIN = ("evaluation", "data", "models", "layers", "ops", "config", "errors", "faults", "")
+_TRAIN = ("evaluation", "data", "models", "layers", "ops", "native", "config", "errors", "faults", "")
 # What each place in lmim_fast may import beside itself; "" is lmim_fast/__init__.py (version, public names).
 # The longest place that contains a module applies to it. A new file or package at the top needs a line here.
 MAY_IMPORT = {

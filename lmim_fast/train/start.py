@@ -15,6 +15,7 @@ import lmim_fast
 from lmim_fast.config import RunConfig
 from lmim_fast.errors import DataError, UsageError
 from lmim_fast.models import weights
+from lmim_fast.native import native
 from lmim_fast.train.checkpoint import folders
 
 if TYPE_CHECKING:
@@ -120,9 +121,11 @@ def load_teacher(name: str, teacher: nn.Module) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Packages that a run is made with, by name."""
+    """Packages that a run is made with, by name; `native` is the interface of the C++ parts, if these run."""
     versions = {"lmim_fast": lmim_fast.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    if (module := native()) is not None:
+        versions["native"] = str(module.interface)
     return versions
