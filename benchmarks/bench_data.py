@@ -3,7 +3,8 @@
     python -m benchmarks.bench_data --data PATH... [--batch 256] [--seconds 10] [--threads 2] [--json FILE]
                                     [--imgaug-python PYTHON]
 
-The DALI stages grow by one operator at a time on batches that are already in memory; "whole pipeline" is
+The stages of DALI grow by one operator at a time on batches that are already in memory. All run on a GPU; on
+a CPU the pipeline has the first alone, and C++ for the others where that is built. "whole pipeline" is
 `ViewPipeline` as training uses it: reading, header checks, programs, both views, and the photometric op.
 CPU us is the process's CPU time an image, of all its threads. "Released manner" is one image after the other
 in one process, on one core: `released_views`, and with `--imgaug-python` also `released_imgaug`, run by an
@@ -48,11 +49,11 @@ _RELEASED_IMGAUG = "released manner with imgaug, one process"
 _IMGAUG_RECORDS = 400  # over a second of its time
 GOAL, GOAL_RATIO = 1500, 25  # images/s a core of the whole pipeline; times the released manner's
 _NAMES = {
-    Stage.DECODE: "decode",
-    Stage.PLAIN: "+ bicubic resize: the plain view",
-    Stage.FILTER: "+ shrink and filter",
-    Stage.WARP: "+ warp: both views",
-    Stage.AUGMENT: "shrink, filter and warp: the warped view alone",
+    Stage.DECODE: "DALI: decode",
+    Stage.PLAIN: "DALI: + bicubic resize: the plain view",
+    Stage.FILTER: "DALI: + shrink and filter",
+    Stage.WARP: "DALI and OpenCV: + warp: both views",
+    Stage.AUGMENT: "DALI and OpenCV: the warped view alone",
 }
 
 

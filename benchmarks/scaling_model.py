@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from benchmarks import floors
 from benchmarks.floors import Ceilings, Passes, Work, floor_seconds
@@ -83,10 +84,13 @@ class Host:
         default_factory=lambda: _serial_us("order", "records and probe", "feeding")
     )
     """The same where only plain views are made."""
+    augmented_serial_us: float = 115.0
+    """The same where crops are augmented: records and feeding 8, NumPy and torch 107 (ABINet's)."""
     lock_share: float = field(
         default_factory=lambda: _serial_us(*_IN_PYTHON) / _serial_us(*_IN_PYTHON, *_IN_CPP)
     )
-    """Share of that thread's time in which the training loop waits for Python's lock: all that is not C++."""
+    """Share of that thread's time in which the training loop waits for Python's lock: all that is not C++.
+    Augmentation is not."""
     cores_per_gpu: float = 16.0
     """CPU cores whose data threads feed a GPU."""
     views_per_core: float = field(
@@ -95,6 +99,13 @@ class Host:
     """Images a second and core, both views: `results/cpu_data.json`."""
     plain_per_core: float = field(default_factory=lambda: _rate_per_core("whole pipeline, plain view alone"))
     """The same for plain views alone."""
+
+    def serial(self, views: str) -> tuple[float, float]:
+        """Microseconds an image in the thread that prepares batches, and those under Python's lock."""
+        if views == "augmented":
+            return self.augmented_serial_us, self.augmented_serial_us
+        serial = self.plain_serial_us if views == "plain" else self.serial_us
+        return serial, self.lock_share * serial
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Job:
     trained: parameters with a gradient; `units` equal blocks of `unit` parameters and the rest.
     teacher: parameters of the frozen one.
     stored:  values that the backward pass needs, an image.
-    guided:  whether the guidance view is made.
+    views:   what is made of a crop.
     """
 
     name: str
@@ -115,7 +126,7 @@ class Job:
     units: int
     teacher: int
     stored: float
-    guided: bool = True
+    views: Literal["plain", "guided", "augmented"] = "guided"
 
     @property
     def rest(self) -> int:
@@ -230,7 +241,7 @@ def mae(name: str, config: ModelConfig) -> Job:
     tokens = config.mae_num_visible + 1
     stored = 16.0 * config.depth * config.width * tokens
     stored += 16.0 * config.mae_decoder_depth * config.decoder_width * (config.num_patches + 1)
-    return Job(name, passes, trained, unit, config.depth, 0, stored, guided=False)
+    return Job(name, passes, trained, unit, config.depth, 0, stored, views="plain")
 
 
 def reader(name: str, config: ModelConfig, trained: int, layers: int, width: int) -> Job:
@@ -245,4 +256,4 @@ def reader(name: str, config: ModelConfig, trained: int, layers: int, width: int
 
     stored = 16.0 * config.depth * config.width * tokens + 2.0 * layers * width * tokens
     unit = block_parameters(config.width, config.mlp_ratio)
-    return Job(name, passes, trained, unit, config.depth, 0, stored)
+    return Job(name, passes, trained, unit, config.depth, 0, stored, views="augmented")

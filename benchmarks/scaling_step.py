@@ -259,10 +259,11 @@ def predict(job: Job, mode: str, gpus: int, batch: int, setup: Setup) -> Step:
         loop += host.unit_ms * (job.units + 1) * passes
     computing = passes * (times.forward + times.backward) + times.optimiser + copies
     device = gpu_seconds(times, sent, passes, copies)
-    serial = batch * (host.serial_us if job.guided else host.plain_serial_us) / 1e3
-    cores = 1e3 * batch / (host.cores_per_gpu * (host.views_per_core if job.guided else host.plain_per_core))
+    serial, locked = (batch * part / 1e3 for part in host.serial(job.views))
+    views_per_core = host.plain_per_core if job.views == "plain" else host.views_per_core
+    cores = 1e3 * batch / (host.cores_per_gpu * views_per_core)
     exposed = device - computing
-    process = max(loop + host.lock_share * serial, serial)
+    process = max(loop + locked, serial)
     total = max(1e3 * device, process, cores)
     if total == 1e3 * device:
         limit = "communication" if exposed > computing else "compute"

@@ -219,7 +219,7 @@ def test_efficiency_is_at_most_one_and_more_bandwidth_is_never_slower(name: str,
         (dict(fabric=Fabric(network_bandwidth=1e9)), "communication"),
         (dict(host=Host(graph=False)), "host"),
         (dict(host=Host(serial_us=2000.0)), "data"),
-        (dict(host=Host(cores_per_gpu=0.5)), "data"),
+        (dict(host=Host(cores_per_gpu=0.1)), "data"),
     ],
 )
 def test_the_limit_is_the_part_that_takes_longest(changes: dict[str, Any], limit: str) -> None:
