@@ -1,4 +1,4 @@
-"""What each `lmim` command does: it takes its config; what it needs is imported late, so that help is quick."""
+"""What each `lmim` command does: it takes its config; imports are late, so that help is quick."""
 
 from __future__ import annotations
 
