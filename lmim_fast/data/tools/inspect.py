@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmim_fast.data.samples import reason_of
 from lmim_fast.data.store.databases import Database
 from lmim_fast.data.store.probe import Status, probe
 from lmim_fast.data.store.records import RecordStore
@@ -28,14 +29,6 @@ SAMPLE = 5000  # records per database that are decoded: a second or two
 NAMED_BROKEN = 5  # broken records named in the table
 _BLOCK = 256  # records in memory at a time
 _LENGTH_BINS = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 10), (11, 15), (16, 25), (26, None))
-_REASONS = {
-    Status.EMPTY: "no bytes",
-    Status.NOT_AN_IMAGE: "not an image",
-    Status.TRUNCATED: "truncated",
-    Status.TOO_LARGE: "too many pixels",
-    Status.INVALID: "invalid header",
-    Status.UNSUPPORTED: "unsupported variant",
-}
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ def _verdicts(images: Sequence[bytes], max_pixels: int) -> tuple[list[tuple[int,
     """Size of each image, and why it cannot be used (None: it can)."""
     status, heights, widths = probe(images, max_pixels)
     reasons = [
-        _undecodable(image) if verdict == Status.OK else _REASONS[Status(verdict)]
+        _undecodable(image) if verdict == Status.OK else reason_of(verdict)
         for image, verdict in zip(images, status, strict=True)
     ]
     return list(zip(heights.tolist(), widths.tolist(), strict=True)), reasons

@@ -82,11 +82,11 @@ def test_broken_records_are_counted_and_the_first_are_named(tmp_path):
     (summary,), text = inspected(path, max_pixels=299 * 300)
     assert summary.broken == 7
     assert [(example.key, example.reason) for example in summary.broken_examples] == [
-        ("image-000000002", "no bytes"),
+        ("image-000000002", "empty"),
         ("image-000000003", "not an image"),
         ("image-000000004", "truncated"),
         ("image-000000005", "does not decode"),
-        ("image-000000006", "too many pixels"),
+        ("image-000000006", "too large"),
     ]
     assert summary.heights == (12,) * 5  # of the good one
     assert "7 (87.5 %)" in text
@@ -117,7 +117,7 @@ def test_every_database_under_a_path_gets_its_own_table(tmp_path):
     assert [(s.records, s.labelled, s.broken) for s in summaries] == [(1, 1, 0), (2, 0, 1)]
     assert str(tmp_path / "all" / "a") in text
     assert str(tmp_path / "all" / "b" / "c") in text
-    assert "image-000000002: no bytes" in text
+    assert "image-000000002: empty" in text
     assert "2 databases, 3 records" in text
 
 
