@@ -2,8 +2,10 @@
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+
+ParallelCompile().install()  # a file a core
 
 setup(
     ext_modules=[
@@ -16,7 +18,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",
-                "-fno-trapping-math",
+                "-fno-trapping-math",  # nobody reads the flags of traps, and loops become vectors without them
                 "-fno-math-errno",
                 "-pthread",
             ],

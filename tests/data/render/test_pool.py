@@ -32,6 +32,8 @@ SCRIPT = """
 import sys
 from lmim_fast.config import RenderConfig
 from lmim_fast.data.render.database import render
+from lmim_fast.data.store import resumable
+resumable.SECONDS_PER_COMMIT = 0.5
 print("the script runs", flush=True)
 render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2))
 """
