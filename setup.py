@@ -18,7 +18,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",
-                "-fno-trapping-math",  # nobody reads the flags of traps, and loops become vectors without them
+                "-fno-trapping-math",  # nobody reads the traps' flags, and loops become vectors
                 "-fno-math-errno",
                 "-pthread",
             ],
