@@ -40,7 +40,7 @@ from lmim_fast.native import native
 # (3 s for 10 M samples) is there in time.
 _SHARES_AHEAD = 256
 # Records read at once, whatever the cores: a thread that waits for the disk needs none. On 2 cores, 8 threads
-# read a cold database that is larger than the memory 1.5 times as fast as 2; a warm one takes a tenth more time.
+# read a cold database larger than the memory 1.5 times as fast as 2; a warm one takes a tenth more time.
 _READERS = 8
 
 
