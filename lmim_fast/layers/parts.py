@@ -1,0 +1,59 @@
+"""Whether a layer may read the weights of its parts, or has to call them.
+
+A part is plain if calling it does no more than its class says. A layer calls every part that is not plain:
+one that was replaced, adapted (LoRA), hooked, pruned, parametrized, quantised, sharded or compiled. It reads
+the weights of the part again once the part is plain again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_TENSORS = (nn.Parameter, Tensor)
+
+
+def is_plain(part: Any, cls: type[nn.Module]) -> bool:
+    """True for a module of exactly this class that nothing is attached to.
+
+    Attached are hooks, a `forward` of its own (but not that of `accelerate`) and torch.compile. A
+    parametrization changes the class; pruning and weight norm are hooks.
+    """
+    if type(part) is not cls:
+        return False
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return False
+    forward = part.__dict__.get("forward")
+    return part._compiled_call_impl is None and (forward is None or getattr(forward, "accelerates", False))
+
+
+def is_linear(part: Any) -> bool:
+    """True for a plain nn.Linear whose weight and bias are ordinary tensors."""
+    return is_plain(part, nn.Linear) and has_tensors(part)
+
+
+def is_norm(part: Any) -> bool:
+    """True for a plain nn.LayerNorm over the last dimension whose weight and bias are ordinary tensors."""
+    return (
+        is_plain(part, nn.LayerNorm)
+        and has_tensors(part)
+        and part.bias is not None
+        and len(part.normalized_shape) == 1
+    )
+
+
+def has_tensors(part: nn.Module) -> bool:
+    """True if a part's weight, and its bias if it has one, are parameters and ordinary tensors.
+
+    What hooks make is no parameter; that of a quantised or sharded part is of a subclass.
+    """
+    parameters = part._parameters
+    bias = parameters.get("bias")
+    return type(parameters.get("weight")) in _TENSORS and (bias is None or type(bias) in _TENSORS)
+
+
+def hooks_on_all() -> bool:
+    """True while hooks are registered for every module of the process: then every part is called."""
+    return torch_module._has_any_global_hook()
