@@ -15,7 +15,7 @@ from lmim_fast.layers.acceleration_report import AccelerationReport, Row
 from lmim_fast.layers.check_forwards import compare_forwards
 from lmim_fast.layers.fast_forwards import CLASSES, FORMS, PARTS
 from lmim_fast.layers.fast_forwards.form import Form, Left, bind, is_bound, unbind
-from lmim_fast.layers.fast_forwards.read import KINDS, qualified
+from lmim_fast.layers.fast_forwards.read import qualified, remember
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "undo"]
 
@@ -114,15 +114,17 @@ class _Walk:
         name = qualified(module)
         kind = self.like.get(type(module)) or CLASSES.get(name) or PARTS.get(name)
         if kind is not None:
-            KINDS[type(module)] = kind
+            remember(type(module), kind)
         return kind
 
     def _choose(self, name: str, module: nn.Module, form: Form) -> bool:
         """Whether the module is to be swapped; adds its row."""
         reason, parts = "", form.method == "forward"
-        own = vars(module).get(form.method)
+        own, home = vars(module).get(form.method), getattr(type(module), form.method).__module__
         if is_bound(module):
             reason = "swapped already"
+        elif home.split(".")[0] != type(module).__module__.split(".")[0]:
+            reason = f"the {form.method} of its class was patched by {home}"
         elif own is not None and getattr(own, "__func__", None) is not getattr(type(module), form.method):
             reason = f"has a patched {form.method}"
         else:

@@ -23,20 +23,28 @@ class Norm(Protocol):
     """What is read of a LayerNorm."""
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """(D,) scale."""
+
     @property
-    def bias(self) -> Tensor: ...
+    def bias(self) -> Tensor:
+        """(D,) shift."""
+
     @property
-    def eps(self) -> float: ...
+    def eps(self) -> float:
+        """Added to the variance."""
 
 
 class Linear(Protocol):
     """What is read of a linear."""
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """(F, D)."""
+
     @property
-    def bias(self) -> Tensor: ...
+    def bias(self) -> Tensor:
+        """(F,)."""
 
 
 class DropoutAddLayerNorm(nn.Module):

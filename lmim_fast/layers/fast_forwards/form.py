@@ -7,6 +7,7 @@ it lacks, it raises `Left`, and the layer's own forward runs, which calls its pa
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -56,24 +57,39 @@ def may_run(x: object) -> bool:
 
 def bind(module: nn.Module, form: Form) -> None:
     """Give the layer its fast forward."""
-    original = getattr(type(module), form.method)
+    original, method = getattr(type(module), form.method), form.method
+    names = tuple(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def fast(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        first = arguments[0] if arguments else next(iter(named.values()), None)
-        if may_run(first):
+        if may_run(arguments[0] if arguments else next(iter(named.values()), None)):
             try:
-                return form.run(self, *arguments, **named)
+                if getattr(type(self), method) is not original:
+                    raise Left(f"{method} of its class was patched")
+                inputs, options = _positional(names, arguments, named) if named else (arguments, named)
+                return form.run(self, *inputs, **options)
             except Left as left:
                 if not torch.compiler.is_compiling():
                     note(self, left.reason)
-        return original(self, *arguments, **named)
+        return getattr(type(self), method)(self, *arguments, **named)
 
     fast.accelerates = True  # type: ignore[attr-defined]
     vars(module)[form.method] = types.MethodType(fast, module)
     vars(module)[_replicate_for_data_parallel.__name__] = types.MethodType(
         _replicate_for_data_parallel, module
     )
+
+
+def _positional(
+    names: tuple[str, ...], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with those that are given by the next names in order moved to their places."""
+    inputs, rest = list(arguments), dict(named)
+    for name in names[len(inputs) :]:
+        if name not in rest:
+            break
+        inputs.append(rest.pop(name))
+    return tuple(inputs), rest
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:

@@ -15,8 +15,7 @@ from lmim_fast.ops import dispatch
 from lmim_fast.ops.norm import MAX_WIDTH
 from lmim_fast.ops.transforms import transformed
 
-KINDS: dict[type[nn.Module], str] = {}
-"""Name of the form of each class that was met."""
+_known: dict[type, tuple[str, Any]] = {}  # name of the form of each class that was met, and its forward
 
 Read = TypeVar("Read")
 TENSORS = (Tensor, nn.Parameter)
@@ -43,6 +42,18 @@ def qualified(module: object) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def remember(cls: type[nn.Module], kind: str) -> None:
+    """Let layers know that a class has the form `kind`, or is a part that they know under this name."""
+    _known[cls] = kind, cls.forward
+
+
+def is_known(part: Any, kind: str) -> bool:
+    """True for a part of a class of this kind to which nothing is attached."""
+    cls = type(part)
+    name, forward = _known.get(cls, (None, None))
+    return name == kind and cls.forward is forward and parts.is_plain(part, cls)
+
+
 def require(condition: bool, reason: str) -> None:
     """Raise `Left` unless the condition holds."""
     if not condition:
@@ -60,7 +71,7 @@ def linear(layer: nn.Module, name: str, *, bias: bool = False) -> Linear:
     if not parts.is_linear(part) and not (
         parts.is_plain(part, NonDynamicallyQuantizableLinear) and parts.has_tensors(part)
     ):
-        raise Left(_unlike(name, part, nn.Linear))
+        raise Left(_unlike(name, part, type(part) is nn.Linear))
     if bias and part.bias is None:
         raise Left(f"{name} has no bias")
     return Linear(part.weight, part.bias)
@@ -75,9 +86,6 @@ def joined(*linears: Linear) -> Linear:
 
 def norm(layer: nn.Module, name: str) -> Norm:
     """Weight, bias and eps of a plain LayerNorm over the last dimension."""
-    part = child(layer, name)
-    if KINDS.get(type(part)) != "torch.LayerNorm" or not parts.is_plain(part, type(part)):
-        raise Left(_unlike(name, part, nn.LayerNorm))
     return within(layer, name, "torch.LayerNorm", norm_of)
 
 
@@ -93,8 +101,8 @@ def norm_of(module: Any) -> Norm:
 def known(layer: nn.Module, name: str, kind: str) -> Any:
     """A part whose class has the form `kind` and to which nothing is attached."""
     part = child(layer, name)
-    if KINDS.get(type(part)) != kind or not parts.is_plain(part, type(part)):
-        raise Left(_unlike(name, part, type(part) if KINDS.get(type(part)) == kind else None))
+    if not is_known(part, kind):
+        raise Left(_unlike(name, part, _known.get(type(part), (None,))[0] == kind))
     return part
 
 
@@ -112,7 +120,7 @@ def absent(layer: nn.Module, *names: str) -> None:
     for name in names:
         part = child(layer, name)
         if part is not None and not parts.is_plain(part, nn.Identity):
-            raise Left(_unlike(name, part, nn.Identity))
+            raise Left(_unlike(name, part, type(part) is nn.Identity))
 
 
 def dropout(layer: nn.Module, *names: str) -> float:
@@ -126,10 +134,11 @@ def dropout(layer: nn.Module, *names: str) -> float:
             p = float(number) if layer.training else 0.0
         elif parts.is_plain(part, nn.Dropout):
             p = part.p if part.training else 0.0
+            require(not part.p or part.training == layer.training, f"{name} is not in the mode of its layer")
         elif parts.is_plain(part, nn.Identity):
             return 0.0
         else:
-            raise Left(_unlike(name, part, nn.Dropout))
+            raise Left(_unlike(name, part, type(part) is nn.Dropout))
         require(0 <= p < 1, f"{name} is {p}")
         return p
     return 0.0
@@ -158,9 +167,8 @@ def called(layer: nn.Module, *names: str) -> Any:
     for name in names:
         part = child(layer, name)
         if part is not None:
-            idle = KINDS.get(type(part)) == "drop path" and (not part.training or not part.drop_prob)
-            plain = parts.is_plain(part, type(part))
-            return None if plain and (idle or type(part) is nn.Identity) else part
+            idle = is_known(part, "drop path") and (not part.training or not part.drop_prob)
+            return None if idle or parts.is_plain(part, nn.Identity) else part
     return None
 
 
@@ -206,19 +214,17 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
             raise Left(f"a parameter in {weight.dtype} on {weight.device} for {dtype} on {device}")
 
 
-def _unlike(name: str, part: object, expected: type[nn.Module] | None) -> str:
+def _unlike(name: str, part: object, same_class: bool) -> str:
     """Why a part is not used as it is."""
     if part is None:
         return f"has no {name}"
-    if type(part) is not expected and not (
-        expected is nn.LayerNorm and KINDS.get(type(part)) == "torch.LayerNorm"  # type: ignore[arg-type]
-    ):
+    if not same_class:
         return f"{name} is a {qualified(part)}"
     assert isinstance(part, nn.Module)
     if "forward" in vars(part):
         return f"{name} has a patched forward"
     if part._compiled_call_impl is not None:
         return f"{name} is compiled"
-    if parts.has_tensors(part) or not part._parameters:
-        return f"{name} has hooks"
-    return f"{name} has a weight that is no ordinary parameter"
+    if parts.is_plain(part, type(part)):
+        return f"{name} has a patched class, or a weight that is no ordinary parameter"
+    return f"{name} has hooks"

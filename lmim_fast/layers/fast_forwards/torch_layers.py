@@ -28,7 +28,8 @@ from lmim_fast.ops.norm import layer_norm
 _CASTING = ("open_clip.", "timm.layers.norm.LayerNormFp32")  # the result is in the dtype of the input
 
 
-def _layer_norm(self: Any, x: Tensor) -> Tensor:
+def _layer_norm(self: Any, x: Tensor, *more: object, **named: object) -> Tensor:
+    read.unset(*more, **named)
     norm = read.norm_of(self)
     casting = read.qualified(self).startswith(_CASTING)
     read.rows(self.normalized_shape[0], x, weights=() if casting else norm[:2], dims=None)
@@ -144,6 +145,8 @@ class _Layer:
             read.linear(layer, "linear2"),
             self.drops[-1],
         )
+        patched = [name for name in ("_sa_block", "_mha_block", "_ff_block") if name in vars(layer)]
+        require(not patched, f"{', '.join(patched)} is patched")
         self.norm_first = bool(layer.norm_first)
         layouts = {each.batch_first for each in self.attentions}
         require(len(layouts) == 1, "its attentions differ in batch_first")
@@ -244,7 +247,7 @@ def _run(layer: _Layer, x: Tensor, branches: list[Any]) -> Tensor:
     dtype = compute_dtype(layer.mlp.first.weight)
     branch = Branch(None, None, 0.0)  # type: ignore[arg-type]
     for branch_of, norm in zip(branches, layer.norms, strict=True):
-        rows, x = add_norm(x, branch.product, branch.bias, norm, dtype, p=branch.p)  # type: ignore[arg-type]
+        rows, x = add_norm(x, branch.product, branch.bias, norm, dtype, p=branch.p)
         branch = branch_of(rows)
     return add_branch(x, branch)
 
