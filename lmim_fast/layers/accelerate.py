@@ -113,34 +113,37 @@ class _Walk:
         """Name of the form of the module's class, which layers around it look up from now on."""
         name = qualified(module)
         kind = self.like.get(type(module)) or CLASSES.get(name) or PARTS.get(name)
-        if kind is not None:
+        if kind is not None and not self._patched(module, "forward"):
             remember(type(module), kind)
         return kind
 
+    def _patched(self, module: nn.Module, method: str) -> str:
+        """Why a method of a known class is not the one that is known, or ""."""
+        home, cls = getattr(type(module), method).__module__, type(module)
+        if cls in self.like or home.split(".")[0] == cls.__module__.split(".")[0]:
+            return ""
+        return f"the {method} of its class was patched by {home}"
+
     def _choose(self, name: str, module: nn.Module, form: Form) -> bool:
         """Whether the module is to be swapped; adds its row."""
-        reason, parts = "", form.method == "forward"
-        own, home = vars(module).get(form.method), getattr(type(module), form.method).__module__
-        if is_bound(module):
-            reason = "swapped already"
-        elif home.split(".")[0] != type(module).__module__.split(".")[0]:
-            reason = f"the {form.method} of its class was patched by {home}"
-        elif own is not None and getattr(own, "__func__", None) is not getattr(type(module), form.method):
-            reason = f"has a patched {form.method}"
-        else:
-            try:
-                with torch.no_grad():
-                    form.read(module)
-            except Left as left:
-                reason = left.reason
+        reason = "swapped already" if is_bound(module) else self._obstacle(module, form)
+        note = "" if form.method == "forward" else f"its {form.method}"
         if not reason:
             self.chosen[module] = form
-        self._add(
-            Row(
-                name, qualified(module), not reason, reason or ("" if parts else f"its {form.method}"), module
-            )
-        )
-        return not reason and parts
+        self._add(Row(name, qualified(module), not reason, reason or note, module))
+        return not reason and not note
+
+    def _obstacle(self, module: nn.Module, form: Form) -> str:
+        """Why the module has to be left alone, or ""."""
+        own = vars(module).get(form.method)
+        if own is not None and getattr(own, "__func__", None) is not getattr(type(module), form.method):
+            return f"has a patched {form.method}"
+        try:
+            with torch.no_grad():
+                form.read(module)
+        except Left as left:
+            return left.reason
+        return self._patched(module, form.method)
 
     def _selected(self, name: str, module: nn.Module) -> bool:
         if self.only is None:
