@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lmim_fast.ops import attention_backends, dispatch
+from lmim_fast.ops import dispatch
 
 _METHODS = ("forward", "random_masking", "_replicate_for_data_parallel")
 _notes: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
@@ -45,36 +45,48 @@ class Form:
     method: str = "forward"
 
 
-def may_run(x: object) -> bool:
-    """True for a tensor on a device with kernels, or any tensor while a backend is asked for by name.
+class _NoInput:
+    """What stands for a first argument that is given by name."""
 
-    Elsewhere the layer's own forward runs: no fast form was measured to be faster on a CPU.
-    """
-    if not isinstance(x, Tensor):
-        return False
-    return x.is_cuda or dispatch.is_asked_for() or attention_backends.is_asked_for()
+    is_cuda = True
+
+
+_NO_INPUT = _NoInput()
 
 
 def bind(module: nn.Module, form: Form) -> None:
-    """Give the layer its fast forward."""
+    """Give the layer its fast forward.
+
+    It runs on devices with kernels, and everywhere while a backend is asked for by name. Elsewhere the
+    layer's own forward runs, as no fast form was measured to be faster on a CPU. The way to it is kept short:
+    small layers would feel a microsecond.
+    """
     original, method = getattr(type(module), form.method), form.method
     names = tuple(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
-    def fast(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        if may_run(arguments[0] if arguments else next(iter(named.values()), None)):
+    def fast(self: nn.Module, x: Any = _NO_INPUT, *more: Any, **named: Any) -> Any:
+        own = getattr(type(self), method)
+        try:
+            fits = x.is_cuda or dispatch.override is not None or dispatch.KEY in dispatch.environment
+        except AttributeError:  # no tensor
+            fits = True
+        if not fits:
+            return own(self, x, *more, **named) if more or named else own(self, x)
+        arguments = more if x is _NO_INPUT else (x, *more)
+        inputs, options = _positional(names, arguments, named) if named else (arguments, named)
+        if inputs and (getattr(inputs[0], "is_cuda", False) or dispatch.is_asked_for()):
             try:
-                if getattr(type(self), method) is not original:
+                if own is not original:
                     raise Left(f"{method} of its class was patched")
-                inputs, options = _positional(names, arguments, named) if named else (arguments, named)
                 return form.run(self, *inputs, **options)
             except Left as left:
                 if not torch.compiler.is_compiling():
                     note(self, left.reason)
-        return getattr(type(self), method)(self, *arguments, **named)
+        return own(self, *arguments, **named)
 
     fast.accelerates = True  # type: ignore[attr-defined]
-    vars(module)[form.method] = types.MethodType(fast, module)
+    vars(module)[method] = types.MethodType(fast, module)
     vars(module)[_replicate_for_data_parallel.__name__] = types.MethodType(
         _replicate_for_data_parallel, module
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmim_fast.layers.fast_forwards import read
@@ -22,6 +21,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     feed_forward,
     finish,
     pre_norm_block,
+    project,
 )
 from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -65,7 +65,7 @@ def _attention(self: Any, hidden_states: Tensor, *options: object, **named: obje
     attention = _read_attention(self)
     read.rows(attention.qkv.weight.shape[1], hidden_states, weights=attention.weights)
     context = attend(hidden_states, attention.qkv, attention.heads, attention.p)
-    return F.linear(context, *attention.proj), None
+    return project(context, attention.proj), None
 
 
 def _read_mlp(module: Any) -> Mlp:

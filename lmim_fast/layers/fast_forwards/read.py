@@ -146,7 +146,7 @@ def dropout(layer: nn.Module, *names: str) -> float:
 
 def activation(layer: nn.Module, name: str) -> Any:
     """The activation to call; None for exact GELU, which is fused."""
-    act = child(layer, name) if name in layer._modules else getattr(layer, name, None)
+    act = getattr(layer, name, None)
     if isinstance(act, nn.Module):
         require(next(act.parameters(), None) is None, f"{name} has parameters")
         exact = parts.is_plain(act, nn.GELU) and act.approximate == "none"

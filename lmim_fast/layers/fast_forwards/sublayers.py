@@ -114,6 +114,13 @@ def attend_memory(
     return context if batch_first else context.transpose(0, 1)
 
 
+def project(context: Tensor, layer: Linear) -> Tensor:
+    """Linear of a context (B, N, D), with its bias. Unlike that of nn.Linear the result is no view."""
+    rows = F.linear(context.flatten(0, 1), layer.weight, layer.bias)
+    product: Tensor = torch.ops.aten._unsafe_view(rows, [*context.shape[:-1], rows.shape[-1]])
+    return product
+
+
 def feed_forward(x: Tensor, parts: Mlp) -> Tensor:
     """Product (..., D) of the second linear, without its bias."""
     if parts.act is None:

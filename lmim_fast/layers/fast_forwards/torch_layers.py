@@ -20,6 +20,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     attend_memory,
     feed_forward,
     norm_dtype,
+    project,
 )
 from lmim_fast.layers.norm import add_norm
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -118,7 +119,7 @@ def _multihead_attention(
     else:
         require(not causal, "a causal mask over another sequence")
         context = heads.attend_memory(query, key, value, key_padding_mask)
-    return nn.functional.linear(context, *heads.out), None
+    return project(context, heads.out), None
 
 
 def _causal(mask: Tensor | None, is_causal: bool, name: str) -> bool:

@@ -21,6 +21,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     feed_forward,
     finish,
     pre_norm_block,
+    project,
 )
 from lmim_fast.ops.masking import gather_rows, select_patches
 
@@ -50,7 +51,7 @@ def _attention(self: Any, x: Tensor, *masks: object, is_causal: bool = False, **
         context = attend(x, attention.qkv, attention.heads, attention.p, causal=causal)
     else:
         context = attend_normed(x, attention, causal)
-    return _dropped(F.linear(context, *attention.proj), attention.drop)
+    return _dropped(project(context, attention.proj), attention.drop)
 
 
 def _causal(masks: tuple[object, ...], is_causal: bool, options: dict[str, object]) -> bool:
