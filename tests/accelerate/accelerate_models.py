@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import timm_like
 import torch
 import torch.nn.functional as F
-from foreign_layers import Bert, DropPath, HuggingFaceViT, LayerScale, LMIMDecoder, MlpBlock
 from foreign_layers import LIKE as FOREIGN
+from foreign_layers import Bert, DropPath, HuggingFaceViT, LayerScale, LMIMDecoder, MlpBlock
 from timm_like import Block
 from torch import Tensor, nn
 

@@ -196,9 +196,9 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
     first = inputs[0]
     require(type(first) in TENSORS and not first.is_nested, f"input of type {type(first).__name__}")
     device, dtype = first.device, first.dtype
+    require(device.type != "meta", "input on meta")
     autocast = torch.is_autocast_enabled(device.type)
     taken = (torch.float32, torch.get_autocast_dtype(device.type)) if autocast else (dtype,)
-    require(device.type != "meta", "input on meta")
     require(not first.is_cuda or dtype in dispatch.DTYPES, f"no kernel for {dtype}")
     for x in inputs:
         require(type(x) in TENSORS and not x.is_nested, f"input of type {type(x).__name__}")
@@ -221,7 +221,7 @@ def _unlike(name: str, part: object, same_class: bool) -> str:
     if not same_class:
         return f"{name} is a {qualified(part)}"
     assert isinstance(part, nn.Module)
-    if "forward" in vars(part):
+    if not getattr(vars(part).get("forward"), "accelerates", True):
         return f"{name} has a patched forward"
     if part._compiled_call_impl is not None:
         return f"{name} is compiled"

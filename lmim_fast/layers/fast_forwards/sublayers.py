@@ -93,7 +93,7 @@ def attend_memory(
     """Context, in the layout of `query`, of attention over keys and values; padding (B, M) hides keys.
 
     Attention does not depend on the order of the keys: those that are seen are moved to the front, so that
-    their number says the rest. Keys and values are zeros where none is seen; torch gives NaN there.
+    their number says the rest. The context is zeros where none is seen.
     """
     dtype, width, one = compute_dtype(qkv.weight), qkv.weight.shape[1], key is value
     if not batch_first:
