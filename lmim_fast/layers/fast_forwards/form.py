@@ -24,11 +24,16 @@ _notes: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDiction
 
 
 class Left(Exception):
-    """Why a layer or a call is left to the layer's own forward."""
+    """Why a layer or a call is left to its own forward: a text with places for the values behind it.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    It is put together where it is read, since compilers cannot, and calls that are not left have no time.
+    """
+
+    @property
+    def reason(self) -> str:
+        """The text with its values."""
+        text, *values = self.args
+        return str(text).format(*(tuple(each) if isinstance(each, torch.Size) else each for each in values))
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,9 @@ def bind(module: nn.Module, form: Form) -> None:
         if inputs and (getattr(inputs[0], "is_cuda", False) or dispatch.is_asked_for()):
             try:
                 if own is not original:
-                    raise Left(f"{method} of its class was patched")
+                    raise Left("{} of its class was patched", method)
+                if torch._C._get_tracing_state():
+                    raise Left("torch.jit is tracing")
                 return form.run(self, *inputs, **options)
             except Left as left:
                 if not torch.compiler.is_compiling():
@@ -122,13 +129,17 @@ def is_bound(module: nn.Module) -> bool:
 def unbind(module: nn.Module) -> None:
     """Give the layer its own forward back."""
     for name in _METHODS:
-        method = vars(module).get(name)
-        own = getattr(method, "__func__", None) is getattr(type(module), name, None)
-        if getattr(method, "accelerates", False) or (
-            method is not None and own
-        ):  # a loaded pickle has its own
+        if getattr(vars(module).get(name), "accelerates", False):
             del vars(module)[name]
     _notes.pop(module, None)
+
+
+def forget_pickled(module: nn.Module) -> None:
+    """Take the methods of its own class out of a layer, which a loaded pickle has in place of fast ones."""
+    for name in _METHODS:
+        method = vars(module).get(name)
+        if method is not None and getattr(method, "__func__", None) is getattr(type(module), name, None):
+            del vars(module)[name]
 
 
 def note(module: nn.Module, reason: str) -> None:

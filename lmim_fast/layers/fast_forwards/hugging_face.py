@@ -33,13 +33,13 @@ def _read_projections(module: Any) -> tuple[Linear, int, float]:
     names = _NAMES[0] if "query" in module._modules else _NAMES[1]
     qkv = read.joined(*(read.linear(module, name) for name in names))
     heads, width = module.num_attention_heads, len(qkv.weight) // 3
-    require(width % heads == 0, f"{heads} heads for {width} features")
+    require(width % heads == 0, "{} heads for {} features", heads, width)
     scale = getattr(module, "scaling", None)
-    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, f"its scaling is {scale}")
+    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, "its scaling is {}", scale)
     causal = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False)
     require(not causal, "it is causal")
     embedding = getattr(module, "position_embedding_type", None) or "absolute"
-    require(embedding == "absolute", f"position embedding {embedding}")
+    require(embedding == "absolute", "position embedding {}", embedding)
     implementation = getattr(module.config, "_attn_implementation", "sdpa")
     require(implementation != "eager", "attn_implementation='eager' returns attention weights")
     return qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout")

@@ -54,10 +54,10 @@ def is_known(part: Any, kind: str) -> bool:
     return name == kind and cls.forward is forward and parts.is_plain(part, cls)
 
 
-def require(condition: bool, reason: str) -> None:
-    """Raise `Left` unless the condition holds."""
+def require(condition: bool, text: str, *values: object) -> None:
+    """Raise `Left` of a text and its values unless the condition holds."""
     if not condition:
-        raise Left(reason)
+        raise Left(text, *values)
 
 
 def child(layer: nn.Module, name: str) -> Any:
@@ -73,7 +73,7 @@ def linear(layer: nn.Module, name: str, *, bias: bool = False) -> Linear:
     ):
         raise Left(_unlike(name, part, type(part) is nn.Linear))
     if bias and part.bias is None:
-        raise Left(f"{name} has no bias")
+        raise Left("{} has no bias", name)
     return Linear(part.weight, part.bias)
 
 
@@ -112,7 +112,7 @@ def within(layer: nn.Module, name: str, kind: str, reader: Callable[[Any], Read]
     try:
         return reader(part)
     except Left as left:
-        raise Left(f"{name}: {left.reason}") from None
+        raise Left(f"{name}: {left.args[0]}", *left.args[1:]) from None
 
 
 def absent(layer: nn.Module, *names: str) -> None:
@@ -134,12 +134,12 @@ def dropout(layer: nn.Module, *names: str) -> float:
             p = float(number) if layer.training else 0.0
         elif parts.is_plain(part, nn.Dropout):
             p = part.p if part.training else 0.0
-            require(not part.p or part.training == layer.training, f"{name} is not in the mode of its layer")
+            require(not part.p or part.training == layer.training, "{} is not in the mode of its layer", name)
         elif parts.is_plain(part, nn.Identity):
             return 0.0
         else:
             raise Left(_unlike(name, part, type(part) is nn.Dropout))
-        require(0 <= p < 1, f"{name} is {p}")
+        require(0 <= p < 1, "{} is {}", name, p)
         return p
     return 0.0
 
@@ -148,10 +148,10 @@ def activation(layer: nn.Module, name: str) -> Any:
     """The activation to call; None for exact GELU, which is fused."""
     act = getattr(layer, name, None)
     if isinstance(act, nn.Module):
-        require(next(act.parameters(), None) is None, f"{name} has parameters")
+        require(next(act.parameters(), None) is None, "{} has parameters", name)
         exact = parts.is_plain(act, nn.GELU) and act.approximate == "none"
         return None if exact or (_is_exact(act) and parts.is_plain(act, type(act))) else act
-    require(callable(act), f"{name} is {act!r}")
+    require(callable(act), "{} is {}", name, act)
     return None if act is torch.nn.functional.gelu else act
 
 
@@ -177,7 +177,7 @@ def unset(*values: object, **options: object) -> None:
     for value in values:
         require(value is None or value is False, "a mask or an option is given")
     for name, value in options.items():
-        require(value is None or value is False, f"{name} is given")
+        require(value is None or value is False, "{} is given", name)
 
 
 def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int | None = 3) -> None:
@@ -189,29 +189,26 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
         weights: or None.
         dims:    of each input; None: any but 0.
     """
-    require(not torch._C._get_tracing_state(), "torch.jit is tracing")
     require(not transformed(), "a torch.func transform or forward-mode differentiation")
     require(not parts.hooks_on_all(), "hooks on all modules")
-    require(width <= MAX_WIDTH, f"rows of {width} values, more than {MAX_WIDTH}")
+    require(width <= MAX_WIDTH, "rows of {} values, more than {}", width, MAX_WIDTH)
     first = inputs[0]
-    require(type(first) in TENSORS and not first.is_nested, f"input of type {type(first).__name__}")
+    require(type(first) in TENSORS and not first.is_nested, "input of type {}", type(first).__name__)
     device, dtype = first.device, first.dtype
     require(device.type != "meta", "input on meta")
     autocast = torch.is_autocast_enabled(device.type)
     taken = (torch.float32, torch.get_autocast_dtype(device.type)) if autocast else (dtype,)
-    require(not first.is_cuda or dtype in dispatch.DTYPES, f"no kernel for {dtype}")
+    require(not first.is_cuda or dtype in dispatch.DTYPES, "no kernel for {}", dtype)
     for x in inputs:
-        require(type(x) in TENSORS and not x.is_nested, f"input of type {type(x).__name__}")
-        require(x.dim() == dims if dims else x.dim() > 0, f"input with {x.dim()} dimensions")
-        require(x.shape[-1] == width and x.numel() > 0, f"input of shape {tuple(x.shape)}")
-        require(
-            x.device == device and x.dtype in taken and x.is_floating_point(),
-            f"input in {x.dtype} on {x.device}",
-        )
+        require(type(x) in TENSORS and not x.is_nested, "input of type {}", type(x).__name__)
+        require(x.dim() == dims if dims else x.dim() > 0, "input with {} dimensions", x.dim())
+        require(x.shape[-1] == width and x.numel() > 0, "input of shape {}", x.shape)
+        same = x.device == device and x.dtype in taken and x.is_floating_point()
+        require(same, "input in {} on {}", x.dtype, x.device)
     held = (dtype, torch.float32) if autocast else (dtype,)
     for weight in weights:
         if weight is not None and (weight.dtype not in held or weight.device != device):
-            raise Left(f"a parameter in {weight.dtype} on {weight.device} for {dtype} on {device}")
+            raise Left("a parameter in {} on {} for {} on {}", weight.dtype, weight.device, dtype, device)
 
 
 def _unlike(name: str, part: object, same_class: bool) -> str:
