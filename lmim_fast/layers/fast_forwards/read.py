@@ -19,6 +19,7 @@ _known: dict[type, tuple[str, Any]] = {}  # name of the form of each class that 
 
 Read = TypeVar("Read")
 TENSORS = (Tensor, nn.Parameter)
+LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 class Linear(NamedTuple):
@@ -51,7 +52,7 @@ def is_known(part: Any, kind: str) -> bool:
     """True for a part of a class of this kind to which nothing is attached."""
     cls = type(part)
     name, forward = _known.get(cls, (None, None))
-    return name == kind and cls.forward is forward and parts.is_plain(part, cls)
+    return name == kind and cls.forward is forward and parts.is_bare(part)
 
 
 def require(condition: bool, text: str, *values: object) -> None:
@@ -67,14 +68,15 @@ def child(layer: nn.Module, name: str) -> Any:
 
 def linear(layer: nn.Module, name: str, *, bias: bool = False) -> Linear:
     """Weight and bias of a plain linear; `bias`: it must have one."""
-    part = child(layer, name)
-    if not parts.is_linear(part) and not (
-        parts.is_plain(part, NonDynamicallyQuantizableLinear) and parts.has_tensors(part)
-    ):
-        raise Left(_unlike(name, part, type(part) is nn.Linear))
-    if bias and part.bias is None:
+    part: Any = layer._modules.get(name)
+    if type(part) not in LINEARS or not parts.is_bare(part):
+        raise Left(_unlike(name, part, type(part) in LINEARS))
+    weight, own_bias = part._parameters.get("weight"), part._parameters.get("bias")
+    if type(weight) not in TENSORS or (own_bias is not None and type(own_bias) not in TENSORS):
+        raise Left(_unlike(name, part, True))
+    if bias and own_bias is None:
         raise Left("{} has no bias", name)
-    return Linear(part.weight, part.bias)
+    return Linear(weight, own_bias)
 
 
 def joined(*linears: Linear) -> Linear:
@@ -92,9 +94,12 @@ def norm(layer: nn.Module, name: str) -> Norm:
 def norm_of(module: Any) -> Norm:
     """Weight, bias and eps of a LayerNorm over the last dimension."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    require(len(module.normalized_shape) == 1, "normalises over several dimensions")
-    require(type(weight) in TENSORS and type(bias) in TENSORS, "has no ordinary weight and bias")
-    require(not getattr(module, "_fast_norm", False), "is timm's fast norm")
+    if len(module.normalized_shape) != 1:
+        raise Left("normalises over several dimensions")
+    if type(weight) not in TENSORS or type(bias) not in TENSORS:
+        raise Left("has no ordinary weight and bias")
+    if module.__dict__.get("_fast_norm"):
+        raise Left("is timm's fast norm")
     return Norm(weight, bias, module.eps)
 
 
@@ -118,7 +123,7 @@ def within(layer: nn.Module, name: str, kind: str, reader: Callable[[Any], Read]
 def absent(layer: nn.Module, *names: str) -> None:
     """Parts that must be missing, None or identities."""
     for name in names:
-        part = child(layer, name)
+        part = layer._modules.get(name)
         if part is not None and not parts.is_plain(part, nn.Identity):
             raise Left(_unlike(name, part, type(part) is nn.Identity))
 
@@ -126,21 +131,23 @@ def absent(layer: nn.Module, *names: str) -> None:
 def dropout(layer: nn.Module, *names: str) -> float:
     """Probability in force of the first of these dropouts, or numbers, that a layer has; 0 without any."""
     for name in names:
-        part = child(layer, name)
+        part = layer._modules.get(name)
         if part is None:
-            number = getattr(layer, name, None)
+            number = layer.__dict__.get(name)
             if not isinstance(number, float | int):
                 continue
-            p = float(number) if layer.training else 0.0
-        elif parts.is_plain(part, nn.Dropout):
+            p = number if layer.training else 0.0
+        elif type(part) is nn.Dropout and parts.is_bare(part):
             p = part.p if part.training else 0.0
-            require(not part.p or part.training == layer.training, "{} is not in the mode of its layer", name)
+            if part.p and part.training != layer.training:
+                raise Left("{} is not in the mode of its layer", name)
         elif parts.is_plain(part, nn.Identity):
             return 0.0
         else:
             raise Left(_unlike(name, part, type(part) is nn.Dropout))
-        require(0 <= p < 1, "{} is {}", name, p)
-        return p
+        if not 0 <= p < 1:
+            raise Left("{} is {}", name, p)
+        return float(p)
     return 0.0
 
 
@@ -148,7 +155,6 @@ def activation(layer: nn.Module, name: str) -> Any:
     """The activation to call; None for exact GELU, which is fused."""
     act = getattr(layer, name, None)
     if isinstance(act, nn.Module):
-        require(next(act.parameters(), None) is None, "{} has parameters", name)
         exact = parts.is_plain(act, nn.GELU) and act.approximate == "none"
         return None if exact or (_is_exact(act) and parts.is_plain(act, type(act))) else act
     require(callable(act), "{} is {}", name, act)
@@ -167,8 +173,10 @@ def called(layer: nn.Module, *names: str) -> Any:
     for name in names:
         part = child(layer, name)
         if part is not None:
+            if parts.is_plain(part, nn.Identity):
+                return None
             idle = is_known(part, "drop path") and (not part.training or not part.drop_prob)
-            return None if idle or parts.is_plain(part, nn.Identity) else part
+            return None if idle else part
     return None
 
 
