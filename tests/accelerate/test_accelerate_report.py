@@ -117,6 +117,13 @@ def test_the_reason_names_the_package_of_a_class() -> None:
     assert re.fullmatch(rf"attn: qkv is a {__name__}\..*\.Linear", row.reason)
 
 
+def test_nothing_is_run_or_allocated_however_wide_a_layer_is() -> None:
+    with torch.device("meta"):
+        layer = nn.TransformerEncoderLayer(4096, 32, 16384, 0.0, batch_first=True)
+        model = nn.Sequential(layer, Block(4096, 32))
+    assert {"0", "1"} <= {row.name for row in accelerated(model).swapped}
+
+
 def test_a_shared_module_has_a_row_for_each_name() -> None:
     norm = nn.LayerNorm(4)
     report = accelerate(nn.ModuleList([norm, norm]))
