@@ -144,7 +144,7 @@ def backward_of(differentiate: Differentiate) -> Differentiate:
     guarded = once_differentiable(single)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if any(grad is not None and batched(grad) for grad in grads):
+        if batched(*grads):
             raise RuntimeError(
                 "a kernel makes one gradient at a time: for is_grads_batched run the forward pass under "
                 "lmim_fast.ops.dispatch.backend('eager')"
