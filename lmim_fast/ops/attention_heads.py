@@ -36,9 +36,9 @@ def split_heads(
 
 def _views(rows: Tensor, heads: int, segments: Sequence[tuple[int, int]]) -> list[Heads]:
     parts = rows.split([sequences * tokens for sequences, tokens in segments])
-    views = []
+    views, features = [], rows.shape[1] // (3 * heads)
     for part, segment in zip(parts, segments, strict=True):
-        q, k, v = part.view(*segment, 3, heads, -1).unbind(2)
+        q, k, v = part.view(*segment, 3, heads, features).unbind(2)
         views.append((q, k, v))
     return views
 

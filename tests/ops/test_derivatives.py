@@ -104,7 +104,7 @@ def test_a_view_of_a_leaf_is_not_taken_over() -> None:
     assert leaf.grad is not None
 
 
-WIDE = 64  # two heads of 32, for attention's kernel
+WIDE = 64  # two heads of 32, for the kernels of attention
 KERNELS = [
     name for name in OPS if "attention" not in name and name not in ("shared_input_linears", "split_aligned")
 ]
