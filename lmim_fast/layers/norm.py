@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
+from lmim_fast.layers.parts import hooks_on_all, is_norm
 from lmim_fast.ops import dispatch, gelu, norm_step, sublayers
 from lmim_fast.ops.dropout import check_probability, settled_seed
 from lmim_fast.ops.epilogue import in_epilogue
@@ -48,6 +51,9 @@ class DropoutAddLayerNorm(nn.Module):
             ValueError: shapes differ.
         """
         p = self.p if self.training else 0.0
+        if plain.has_few_rows(x) and x.dtype == residual.dtype == self.weight.dtype:
+            total = residual + plain.dropped(x if x_bias is None else x + x_bias, p)
+            return F.layer_norm(total, total.shape[-1:], self.weight, self.bias, self.eps), total
         return dropout_add_layer_norm(x, x_bias, residual, self.weight, self.bias, p=p, eps=self.eps)
 
     def shared(
@@ -171,12 +177,21 @@ def add_norm(
     residual: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
-    norm: nn.LayerNorm,
+    norm: nn.Module,
     dtype: torch.dtype,
     *,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised sum of residual and (dropped) branch in `dtype`, and the sum itself."""
+    """Normalised sum of residual and (dropped) branch in `dtype`, and the sum itself.
+
+    A norm that is no longer plain is called with the sum.
+    """
+    if not is_norm(norm) or hooks_on_all():
+        if branch is not None:
+            branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+            residual = residual + plain.dropped(branch, p).to(residual.dtype)
+        return norm(residual).to(dtype), residual
+    assert isinstance(norm, nn.LayerNorm)
     if branch is None:
         return layer_norm(residual, norm.weight, norm.bias, dtype, eps=norm.eps), residual
     normalised, residual = dropout_add_layer_norm(
