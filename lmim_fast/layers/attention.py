@@ -62,9 +62,7 @@ class Attention(nn.Module):
         parts = self._modules  # faster than attributes
         return is_linear(parts["qkv"]) and is_biased_linear(parts["proj"]) and not hooks_on_all()
 
-    def forward_parts(
-        self, x: Tensor, segments: Sequence[Segment] | None, *, last: bool = False
-    ) -> Tensor:
+    def forward_parts(self, x: Tensor, segments: Sequence[Segment] | None, *, last: bool = False) -> Tensor:
         """`forward` by calls of the parts, of x (B, N, D) or of rows (rows, D).
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class PackedBlock(nn.Module):
 
     def reads_weights(self) -> bool:
         """True if all parts are plain, and theirs; others are called (`layers/parts.py`)."""
-        parts = self._modules  # faster than attributes
+        parts: dict[str, Any] = self._modules  # faster than attributes
         attn, mlp = parts["attn"], parts["mlp"]
         return (
             is_plain(attn, Attention)
@@ -114,7 +115,7 @@ class PackedBlock(nn.Module):
         rows, residual = add_norm(residual, self._drop_path(branch, segments), None, self.norm2, dtype)
         whole = is_plain(mlp, Mlp) and not hooks_on_all()
         branch = mlp.forward(rows) if whole else plain.each(mlp, rows, segments)
-        return residual, self._drop_path(branch, segments), None
+        return residual, self._drop_path(branch, segments).to(dtype), None
 
     def _drop_path(self, branch: Tensor, segments: Sequence[Segment]) -> Tensor:
         """A branch (..., D) after stochastic depth, in training mode."""
@@ -152,10 +153,11 @@ class Block(PackedBlock):
             ValueError: the shape, dtype or device of x does not fit.
         """
         attn, mlp = self.attn, self.mlp
-        if is_plain(attn, Attention) and is_plain(mlp, Mlp) and not hooks_on_all():
-            if not (self.training and self.drop_path) and plain.fits(x, attn.qkv._parameters.get("weight")):
-                x = x + attn.forward_parts(plain.norm(x, self.norm1), None)
-                return x + mlp.forward_parts(plain.norm(x, self.norm2))
+        own = is_plain(attn, Attention) and is_plain(mlp, Mlp) and not hooks_on_all()
+        own = own and not (self.training and self.drop_path)
+        if own and plain.fits(x, attn.qkv._parameters.get("weight")):
+            x = x + attn.forward_parts(plain.norm(x, self.norm1), None)
+            return x + mlp.forward_parts(plain.norm(x, self.norm2))
         if not self.reads_weights():
             segments = [(x.shape[0], x.shape[1])]
             x = x + self._drop_path(attn(plain.norm(x, self.norm1)), segments)

@@ -58,7 +58,7 @@ class PackedDecoderLayer(nn.Module):
 
         Args:
             x:                rows (B, N, D): cls, visible, masked.
-            memory:           of this layer, projected if it `reads_weights`; else the rows (B, M, D) themselves.
+            memory:           of this layer: projected if it `reads_weights`, else the rows (B, M, D).
             masked_only:      compute only the masked rows (the last layer).
             next_masked_only: the layer that reads the result does so.
         Returns:
@@ -67,7 +67,7 @@ class PackedDecoderLayer(nn.Module):
         shown = 0 if masked_only else x.num_visible_rows
         if isinstance(memory, Tensor):
             first = x.num_visible_rows if masked_only else 0
-            return PlainRows(shown, self.forward_parts(x.rows, memory, first))
+            return PlainRows(shown, self.forward_parts(x.rows, memory, first).to(x.rows.dtype))
         if self.order == "sa_ca":
             x = self.attend_memory(self.attend_self(x, masked_only), memory)
         else:  # norm2, not the norm3 of the layer before, is read by queries at masked rows

@@ -8,12 +8,13 @@ worth saving.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmim_fast.layers.parts import hooks_on_all, is_linear, is_norm
+from lmim_fast.layers.parts import hooks_on_all, is_biased_linear, is_linear, is_norm
 from lmim_fast.ops import attention, attention_backends, dispatch
 from lmim_fast.ops.attention import Segment
 from lmim_fast.ops.linear import linear as matmul
@@ -65,25 +66,32 @@ def linear(x: Tensor, part: nn.Module, *, last: bool = False) -> Tensor:
         result: Tensor = part(x)
         return result
     parameters = part._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
+    weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
     if not last or bias is None:
-        return _linear(x, weight, bias)
+        return project(x, weight, bias)
     if x.is_cpu:
-        return _linear(x, weight, None) + bias.to(x.dtype)
-    product = _linear(x, weight, bias)
+        product = project(x, weight, None)
+        return product + bias.to(product.dtype)
+    product = project(x, weight, bias)
     return _unsafe_view(product, product.shape)  # which would cost a CPU more than another sum
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias in x's dtype, whatever theirs is."""
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     return F.linear(x, weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
 
 
-def without_bias(x: Tensor, part: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """x @ weight.T of a plain linear, and its bias, still to be added; else part(x) and None."""
-    if hooks_on_all() or not is_linear(part):
-        return part(x), None
-    return matmul(x, part.get_parameter("weight")), part._parameters["bias"]
+def product_and_bias(x: Tensor, part: nn.Module) -> tuple[Tensor, Tensor]:
+    """x @ weight.T of a plain linear in x's dtype, and its bias (F,), still to be added.
+
+    Of another part its result in x's dtype, and a bias of zeros.
+    """
+    if hooks_on_all() or not is_biased_linear(part):
+        product = part(x).to(x.dtype)
+        return product, product.new_zeros(product.shape[-1])
+    assert isinstance(part, nn.Linear)
+    return matmul(x, part.weight), part.bias
 
 
 def norm(x: Tensor, part: nn.Module) -> Tensor:
@@ -122,7 +130,7 @@ def self_attention(qkv: Tensor, heads: int, segments: Sequence[Segment] | None, 
 
 def attend_self(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, p: float) -> Tensor:
     """Context (B, N, D) of a few rows x (B, N, D) by the input projection (3D, D)."""
-    return self_attention(_linear(x, weight, bias), heads, None, p)
+    return self_attention(project(x, weight, bias), heads, None, p)
 
 
 def attend_memory(
@@ -133,8 +141,8 @@ def attend_memory(
     sizes = [width, 2 * width]
     q_weight, kv_weight = weight.split(sizes)
     q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
-    q = _linear(x, q_weight, q_bias).view(batch, -1, heads, width // heads).transpose(1, 2)
-    kv = _linear(memory, kv_weight, kv_bias).view(batch, -1, 2, heads, width // heads)
+    q = project(x, q_weight, q_bias).view(batch, -1, heads, width // heads).transpose(1, 2)
+    kv = project(memory, kv_weight, kv_bias).view(batch, -1, 2, heads, width // heads)
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
 
