@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
-_TENSORS = (nn.Parameter, Tensor)
+_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two while a program is exported
 
 
 def is_plain(part: Any, cls: type[nn.Module]) -> bool:

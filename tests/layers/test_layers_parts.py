@@ -263,6 +263,17 @@ def test_a_compiled_block_is_one_graph_before_and_after_an_adapter(adapted: bool
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_exported_block_has_the_form_that_it_runs(adapted: bool) -> None:
+    block, x = Block(WIDTH, HEADS), torch.randn(QUERIES)
+    if adapted:
+        lora(block, "attn.qkv")
+    with own_calls() as calls:
+        program = torch.export.export(block, (x,), strict=False)
+    assert ("norm_mlp" in calls) == (not adapted)
+    torch.testing.assert_close(program.module()(x), block(x))
+
+
 def test_a_compiled_block_notices_an_adapter_that_comes_later() -> None:
     torch.compiler.reset()
     block, x = Block(WIDTH, HEADS, qkv_bias=True), torch.randn(QUERIES)
