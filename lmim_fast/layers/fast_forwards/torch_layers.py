@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmim_fast.layers import parts
 from lmim_fast.layers.fast_forwards import read
 from lmim_fast.layers.fast_forwards.form import Form
 from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
@@ -22,7 +23,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     norm_dtype,
     project,
 )
-from lmim_fast.layers.norm import add_norm
+from lmim_fast.layers.norm import fused_add_norm
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.norm import layer_norm
 
@@ -45,7 +46,7 @@ class _Heads:
         extra = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
         require(not extra, "add_bias_kv or add_zero_attn is set")
         weight, bias = module._parameters.get("in_proj_weight"), module._parameters.get("in_proj_bias")
-        ordinary = type(weight) in read.TENSORS and (bias is None or type(bias) in read.TENSORS)
+        ordinary = type(weight) in parts.TENSORS and (bias is None or type(bias) in parts.TENSORS)
         require(ordinary, "in_proj_weight is no ordinary parameter")
         self.qkv = Linear(weight, bias)
         self.out = read.linear(module, "out_proj")
@@ -248,7 +249,7 @@ def _run(layer: _Layer, x: Tensor, branches: list[Any]) -> Tensor:
     dtype = compute_dtype(layer.mlp.first.weight)
     branch = Branch(None, None, 0.0)  # type: ignore[arg-type]
     for branch_of, norm in zip(branches, layer.norms, strict=True):
-        rows, x = add_norm(x, branch.product, branch.bias, norm, dtype, p=branch.p)
+        rows, x = fused_add_norm(x, branch.product, branch.bias, norm, dtype, p=branch.p)
         branch = branch_of(rows)
     return add_branch(x, branch)
 
