@@ -18,6 +18,7 @@ from lmim_fast.ops.transforms import transformed
 _known: dict[type, tuple[str, Any]] = {}  # name of the form of each class that was met, and its forward
 
 Read = TypeVar("Read")
+TENSORS = (Tensor, nn.Parameter)  # while a program is exported they are others: the original is exported
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
@@ -71,7 +72,7 @@ def linear(layer: nn.Module, name: str, *, bias: bool = False) -> Linear:
     if type(part) not in LINEARS or not parts.is_bare(part):
         raise Left(_unlike(name, part, type(part) in LINEARS))
     weight, own_bias = part._parameters.get("weight"), part._parameters.get("bias")
-    if type(weight) not in parts.TENSORS or (own_bias is not None and type(own_bias) not in parts.TENSORS):
+    if type(weight) not in TENSORS or (own_bias is not None and type(own_bias) not in TENSORS):
         raise Left(_unlike(name, part, True))
     if bias and own_bias is None:
         raise Left("{} has no bias", name)
@@ -95,7 +96,7 @@ def norm_of(module: Any) -> Norm:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if len(module.normalized_shape) != 1:
         raise Left("normalises over several dimensions")
-    if type(weight) not in parts.TENSORS or type(bias) not in parts.TENSORS:
+    if type(weight) not in TENSORS or type(bias) not in TENSORS:
         raise Left("has no ordinary weight and bias")
     if module.__dict__.get("_fast_norm"):
         raise Left("is timm's fast norm")
@@ -200,14 +201,14 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
     require(not parts.hooks_on_all(), "hooks on all modules")
     require(width <= MAX_WIDTH, "rows of {} values, more than {}", width, MAX_WIDTH)
     first = inputs[0]
-    require(type(first) in parts.TENSORS and not first.is_nested, "input of type {}", type(first).__name__)
+    require(type(first) in TENSORS and not first.is_nested, "input of type {}", type(first).__name__)
     device, dtype = first.device, first.dtype
     require(device.type != "meta", "input on meta")
     autocast = torch.is_autocast_enabled(device.type)
     taken = (torch.float32, torch.get_autocast_dtype(device.type)) if autocast else (dtype,)
     require(not first.is_cuda or dtype in dispatch.DTYPES, "no kernel for {}", dtype)
     for x in inputs:
-        require(type(x) in parts.TENSORS and not x.is_nested, "input of type {}", type(x).__name__)
+        require(type(x) in TENSORS and not x.is_nested, "input of type {}", type(x).__name__)
         require(x.dim() == dims if dims else x.dim() > 0, "input with {} dimensions", x.dim())
         require(x.shape[-1] == width and x.numel() > 0, "input of shape {}", x.shape)
         same = x.device == device and x.dtype in taken and x.is_floating_point()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim_fast.layers import parts
 from lmim_fast.layers.fast_forwards import read
 from lmim_fast.layers.fast_forwards.form import Form
 from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
@@ -46,7 +45,7 @@ class _Heads:
         extra = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
         require(not extra, "add_bias_kv or add_zero_attn is set")
         weight, bias = module._parameters.get("in_proj_weight"), module._parameters.get("in_proj_bias")
-        ordinary = type(weight) in parts.TENSORS and (bias is None or type(bias) in parts.TENSORS)
+        ordinary = type(weight) in read.TENSORS and (bias is None or type(bias) in read.TENSORS)
         require(ordinary, "in_proj_weight is no ordinary parameter")
         self.qkv = Linear(weight, bias)
         self.out = read.linear(module, "out_proj")
