@@ -76,9 +76,10 @@ def test_batched_gradients_and_second_derivatives_go_through() -> None:
 
 
 @pytest.mark.parametrize("case", ["many rows", "autocast", "backend", "attention backend", "compiled"])
-def test_other_calls_take_the_own_form(case: str) -> None:
+def test_other_calls_take_the_own_form(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = Block(WIDTH, HEADS)
-    x = torch.randn(plain.MOST_ROWS if case == "many rows" else 1, 3, WIDTH)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.randn(plain.MOST_ROWS // 3 + 1 if case == "many rows" else 1, 3, WIDTH)
     run: Callable[[], object] = lambda: block(x)  # noqa: E731
     if case == "compiled":
         run = lambda: torch.compile(block, backend="eager", fullgraph=True)(x)  # noqa: E731
@@ -90,6 +91,8 @@ def test_other_calls_take_the_own_form(case: str) -> None:
         assert not was_plain(run)
     with dispatch.backend("auto"):
         assert was_plain(lambda: Block(WIDTH, HEADS)(x[:1]))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert was_plain(lambda: Block(WIDTH, HEADS)(torch.randn(plain.MOST_ROWS, 1, WIDTH)))
 
 
 def test_dropout_is_in_all_its_places_and_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
