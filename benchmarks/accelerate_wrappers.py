@@ -1,0 +1,396 @@
+"""What other people's wrappers do to an accelerated model: does it run fast, fall back, or refuse?
+
+Each wrapper takes a model in training mode and returns what is called in its place. It is put around a copy of
+the model as it is and around an accelerated one (or the wrapped model is accelerated), and both are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.accelerate_models import Subject, tensors
+
+Wrapper = Callable[[Subject], nn.Module]
+FIRST = "accelerate, wrap"
+LAST = "wrap, accelerate"
+WRAPPERS: dict[str, Wrapper] = {}
+ORDERS: dict[str, tuple[str, ...]] = {}
+GRAPHS: dict[str, Callable[[nn.Module], list[str]]] = {}
+"""Of wrappers that trace a model: the operators of their graph, from what the wrapper returned."""
+
+
+def _wrapper(name: str, *orders: str) -> Callable[[Wrapper], Wrapper]:
+    def register(wrapper: Wrapper) -> Wrapper:
+        WRAPPERS[name], ORDERS[name] = wrapper, orders or (FIRST, LAST)
+        return wrapper
+
+    return register
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The stack of blocks."""
+    stack = model.blocks if hasattr(model, "blocks") else model.layers
+    return nn.ModuleList(stack)
+
+
+def linears_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of every nn.Linear in the stack that a layer calls; that of attention in PyTorch is not."""
+    names = ("qkv", "proj", "fc1", "fc2", "linear1", "linear2")
+    return [
+        (parent, name)
+        for parent in layers_of(model).modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and name in names
+    ]
+
+
+@_wrapper("none", FIRST)
+def _none(each: Subject) -> nn.Module:
+    return each.model
+
+
+@_wrapper("DistributedDataParallel", FIRST)
+def _ddp(each: Subject) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(each.model)
+
+
+@_wrapper("FSDP2, blocks")
+def _fsdp(each: Subject) -> nn.Module:
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in layers_of(each.model):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(each.model, mesh=mesh)
+
+
+@_wrapper("FSDP2, attention")
+def _fsdp_parts(each: Subject) -> nn.Module:
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in layers_of(each.model):
+        fully_shard(layer.attn if hasattr(layer, "attn") else layer.self_attn, mesh=mesh)
+    return each.model
+
+
+@_wrapper("nn.DataParallel replica", FIRST)
+def _replica(each: Subject) -> nn.Module:
+    """As nn.parallel.replicate makes one, with other weights than the model's."""
+    modules = list(each.model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            if child is not None:
+                replica._modules[name] = replicas[child]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(replica, name, 1.5 * parameter)
+    model = replicas[each.model]
+    model.named_parameters = each.model.named_parameters  # the gradients of these
+    return model
+
+
+@_wrapper("EMA by deepcopy", FIRST)
+def _ema(each: Subject) -> nn.Module:
+    averaged = torch.optim.swa_utils.AveragedModel(each.model, multi_avg_fn=_halfway)
+    averaged.update_parameters(each.model)
+    with torch.no_grad():
+        for parameter in each.model.parameters():
+            parameter.mul_(2)
+    averaged.update_parameters(each.model)
+    return averaged.module.requires_grad_()
+
+
+def _halfway(averages: list[Tensor], weights: list[Tensor], _: Any) -> None:
+    for average, weight in zip(averages, weights, strict=True):
+        average.lerp_(weight, 0.5)
+
+
+@_wrapper("deepcopy, other weights", FIRST)
+def _copied(each: Subject) -> nn.Module:
+    copied = copy.deepcopy(each.model)
+    with torch.no_grad():
+        for parameter in each.model.parameters():
+            parameter.zero_()
+    return copied
+
+
+@_wrapper("pickle", FIRST)
+def _pickled(each: Subject) -> nn.Module:
+    loaded: nn.Module = pickle.loads(pickle.dumps(each.model))
+    with torch.no_grad():
+        for parameter in each.model.parameters():
+            parameter.zero_()
+    return loaded
+
+
+@_wrapper("torch.save of the model", FIRST)
+def _saved(each: Subject) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(each.model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+@_wrapper("peft LoRA")
+def _peft(each: Subject) -> nn.Module:
+    peft = importlib.import_module("peft")
+    names = sorted({name for _, name in linears_of(each.model)})
+    adapted = peft.get_peft_model(each.model, peft.LoraConfig(r=4, target_modules=names))
+    for name, parameter in sorted(adapted.named_parameters()):
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    return adapted
+
+
+@_wrapper("loralib")
+def _loralib(each: Subject) -> nn.Module:
+    loralib = importlib.import_module("loralib")
+    for parent, name in linears_of(each.model):
+        old = getattr(parent, name)
+        new = loralib.Linear(old.in_features, old.out_features, r=4, merge_weights=False)
+        new.weight, new.bias = old.weight, old.bias
+        new.lora_B.data.normal_(std=0.1)
+        setattr(parent, name, new)
+    return each.model
+
+
+class Adapter(nn.Module):
+    """A linear beside a bottleneck."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = nn.Linear(linear.in_features, 4), nn.Linear(4, linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., F)."""
+        out: Tensor = self.linear(x) + self.up(self.down(x))
+        return out
+
+
+@_wrapper("an own adapter without a weight")
+def _adapter(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        setattr(parent, name, Adapter(getattr(parent, name)))
+    return each.model
+
+
+@_wrapper("forward hooks on linears")
+def _hooks(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        getattr(parent, name).register_forward_hook(lambda module, inputs, out: 1.5 * out)
+    return each.model
+
+
+@_wrapper("full backward hooks on linears")
+def _backward_hooks(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        getattr(parent, name).register_full_backward_hook(lambda module, inputs, outputs: (1.5 * inputs[0],))
+    return each.model
+
+
+@_wrapper("pruning")
+def _prune(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        prune.l1_unstructured(getattr(parent, name), "weight", amount=0.5)
+    return each.model
+
+
+@_wrapper("weight norm, hooks")
+def _weight_norm(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        nn.utils.weight_norm(getattr(parent, name))
+    return each.model
+
+
+@_wrapper("weight norm, parametrization")
+def _parametrized(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        parametrizations.weight_norm(getattr(parent, name))
+    return each.model
+
+
+@_wrapper("spectral norm")
+def _spectral(each: Subject) -> nn.Module:
+    for parent, name in linears_of(each.model):
+        parametrizations.spectral_norm(getattr(parent, name))
+    return each.model
+
+
+@_wrapper("gradient checkpointing")
+def _checkpointed(each: Subject) -> nn.Module:
+    for layer in layers_of(each.model):
+        forward = layer.forward
+        layer.forward = lambda *arguments, _forward=forward, **named: checkpoint(
+            _forward, *arguments, use_reentrant=False, **named
+        )
+    return each.model
+
+
+@_wrapper("dynamic int8, torch.ao")
+def _quantized(each: Subject) -> nn.Module:
+    quantized: nn.Module = torch.ao.quantization.quantize_dynamic(each.model.eval(), {nn.Linear})
+    return quantized
+
+
+@_wrapper("dynamic int8, torchao")
+def _torchao(each: Subject) -> nn.Module:
+    quantization = importlib.import_module("torchao.quantization")
+    quantization.quantize_(each.model.eval(), quantization.Int8DynamicActivationInt8WeightConfig())
+    return each.model
+
+
+class Compiled(nn.Module):
+    """A model under torch.compile, and the operators of its forward graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.operators = model, []
+        torch.compiler.reset()
+        self.compiled = torch.compile(model, fullgraph=True, backend=self._record)
+
+    def _record(self, graph: Any, inputs: Any) -> Any:
+        self.operators += _operators(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The compiled model."""
+        return self.compiled(*arguments, **named)
+
+
+@_wrapper("torch.compile, fullgraph", FIRST)
+def _compiled(each: Subject) -> nn.Module:
+    return Compiled(each.model)
+
+
+GRAPHS["torch.compile, fullgraph"] = lambda module: module.operators
+
+
+@_wrapper("torch.export", FIRST)
+def _exported(each: Subject) -> nn.Module:
+    module: nn.Module = torch.export.export(each.model, each.inputs, each.options).module()
+    return module
+
+
+def _operators(graph: Any) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+GRAPHS["torch.export"] = _operators
+
+
+@_wrapper("torch.jit.trace", FIRST)
+def _traced(each: Subject) -> nn.Module:
+    traced: nn.Module = torch.jit.trace(each.model, each.inputs, check_trace=False)
+    return traced
+
+
+GRAPHS["torch.jit.trace"] = lambda module: [node.kind() for node in module.inlined_graph.nodes()]
+
+
+class Ensemble(nn.Module):
+    """Two models of other weights under vmap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base = [model]
+        stacked = {
+            name: torch.stack([value.detach(), 1.5 * value.detach()])
+            for name, value in model.named_parameters()
+        }
+        self.stacked = nn.ParameterDict({name.replace(".", "/"): value for name, value in stacked.items()})
+
+    def forward(self, *arguments: Any, **named: Any) -> list[Tensor]:
+        """Outputs of both models, stacked."""
+
+        def call(weights: dict[str, Tensor]) -> list[Tensor]:
+            return tensors(torch.func.functional_call(self.base[0], weights, arguments, named))
+
+        weights = {name.replace("/", "."): value for name, value in self.stacked.items()}
+        return torch.func.vmap(call, randomness="different")(weights)
+
+
+@_wrapper("vmap over weights", FIRST)
+def _vmapped(each: Subject) -> nn.Module:
+    return Ensemble(each.model)
+
+
+class Batched(nn.Module):
+    """A model whose output is joined by two gradients of it that are taken at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Tensor, **named: Any) -> list[Tensor]:
+        """Outputs, and the gradients of two random vectors with the first input."""
+        outputs = tensors(self.model(*arguments, **named))
+        vectors = torch.randn(2, *outputs[0].shape, generator=torch.Generator().manual_seed(3))
+        (gradients,) = torch.autograd.grad(
+            outputs[0], arguments[0], vectors.to(outputs[0]), is_grads_batched=True, retain_graph=True
+        )
+        return [*outputs, gradients]
+
+
+@_wrapper("batched gradients", FIRST)
+def _batched(each: Subject) -> nn.Module:
+    return Batched(each.model)
+
+
+class Penalty(nn.Module):
+    """A model whose output is joined by a gradient that gradients are taken of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Tensor, **named: Any) -> list[Tensor]:
+        """Outputs, and the gradient of their sum with the first input."""
+        outputs = tensors(self.model(*arguments, **named))
+        (gradient,) = torch.autograd.grad(outputs[0].square().sum(), arguments[0], create_graph=True)
+        return [*outputs, gradient]
+
+
+@_wrapper("second derivatives", FIRST)
+def _penalty(each: Subject) -> nn.Module:
+    return Penalty(each.model)
+
+
+@_wrapper("forward-mode derivatives", FIRST)
+def _forward_mode(each: Subject) -> nn.Module:
+    class Forward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = each.model
+
+        def forward(self, x: Tensor, *more: Any, **named: Any) -> list[Tensor]:
+            def call(x: Tensor) -> Tensor:
+                return tensors(self.model(x, *more, **named))[0]
+
+            return list(torch.func.jvp(call, (x,), (torch.ones_like(x),)))
+
+    return Forward()
+
+
+@_wrapper("autocast to bf16", FIRST)
+def _autocast(each: Subject) -> nn.Module:
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = each.model
+
+        def forward(self, *arguments: Any, **named: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.model(*arguments, **named)
+
+    return Autocast()
