@@ -17,8 +17,9 @@ from benchmarks.operation import launches
 from lmim_fast import accelerate
 from lmim_fast.ops import dispatch
 
+MODES = ("train", "eval", "frozen", "inference")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-_ZERO = 1e-11  # of the largest gradient, in fp64: what is below is mathematically zero (the bias of keys)
+_ZERO = 1e-7  # of the largest gradient, in fp64: what is below is mathematically zero (the bias of keys)
 
 Gradients = dict[str, Tensor | None]
 
@@ -30,9 +31,8 @@ def compare(name: str, size: Size = SIZES["small"]) -> dict[str, Any]:
         name: of `MODELS`.
         size: of the model.
     Returns:
-        "swapped", "left": counts by class and reason. "calls": for each class, calls that ran the layer's own
-        forward and why. "differences": a row a dtype and mode ("train", "eval") with the largest relative
-        differences of outputs and gradients, and the gradient it is of; or "error" where the model itself
+        "swapped", "left": counts by class and reason. "own_forward": calls that ran it, by class and reason. "differences": a row a dtype and mode with the largest relative differences of outputs
+        and gradients, and the gradient it is of; or "error" where the model itself
         cannot run in this dtype.
     Raises:
         ImportError: the library is not installed.
@@ -45,7 +45,7 @@ def compare(name: str, size: Size = SIZES["small"]) -> dict[str, Any]:
     zero = zero_gradients(name, size)
     rows, own = [], Counter[str]()
     for dtype in DTYPES:
-        for mode in ("train", "eval"):
+        for mode in MODES:
             rows.append({"dtype": dtype, "mode": mode, **_difference(name, size, dtype, mode, zero, own)})
     return result | {"own_forward": dict(own), "differences": rows}
 
@@ -71,6 +71,13 @@ def _difference(
     plain, fast = (subject(name, size, dtype=DTYPES[dtype]) for _ in range(2))
     for each in (plain, fast):
         each.model.train(mode == "train")
+        if mode == "frozen":
+            each.model.requires_grad_(False)
+    with torch.set_grad_enabled(mode != "inference"):
+        return _compared(plain, fast, zero, own)
+
+
+def _compared(plain: Subject, fast: Subject, zero: set[str], own: Counter[str]) -> dict[str, Any]:
     try:
         expected = run(plain)
     except RuntimeError as error:
@@ -78,11 +85,19 @@ def _difference(
     report = accelerate(fast.model)
     with dispatch.backend("eager"), own_forwards(fast.model) as ran:
         found = run(fast)
-    own.update(ran)
+    own.update(f"{kind}: {_notes(report, kind)}" for kind in ran.elements())
     report.undo()
     again = run(fast)
     row = largest(expected, found, zero)
     return row | {"undone": largest(expected, again, zero)["output"] == 0.0}
+
+
+def _notes(report: Any, kind: str) -> str:
+    """Why calls of layers of a class were left to their own forward."""
+    notes = {
+        reason for row in report.swapped if row.kind == kind for reason in row.note.split("; ") if reason
+    }
+    return "; ".join(sorted(notes)).replace("runs its own forward: ", "")
 
 
 def run(each: Subject) -> tuple[list[Tensor], Gradients]:
@@ -139,17 +154,22 @@ def zero_gradients(name: str, size: Size) -> set[str]:
 @contextmanager
 def own_forwards(model: nn.Module) -> Iterator[Counter[str]]:
     """Count the calls inside that run the own forward of a class of which a layer of the model is swapped."""
-    names = {
-        vars(module)[method].__wrapped__.__code__: f"{type(module).__module__}.{type(module).__name__}"
+    kinds = {
+        (type(module), vars(module)[method].__wrapped__.__code__)
         for module in model.modules()
         for method in ("forward", "random_masking")
         if hasattr(vars(module).get(method), "__wrapped__")
     }
+    codes = {code for _, code in kinds}
     counts = Counter[str]()
 
     def called(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code in names:
-            counts[names[frame.f_code]] += 1
+        if event != "call" or frame.f_code not in codes:
+            return
+        layer = frame.f_locals["self"] if "self" in frame.f_locals else frame.f_locals["args"][0]
+        for kind, code in kinds:
+            if isinstance(layer, kind) and code is frame.f_code:  # FSDP2 makes a subclass
+                counts[f"{kind.__module__}.{kind.__name__}"] += 1
 
     previous = sys.getprofile()
     sys.setprofile(called)

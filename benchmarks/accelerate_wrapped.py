@@ -79,7 +79,11 @@ class _Wrapped:
         self.warnings = [str(warning.message).splitlines()[0] for warning in caught]
         self.graph = GRAPHS[wrapper](module) if wrapper in GRAPHS else None
         self.swapped = 0 if report is None else len(report.swapped)
-        self.notes = [] if report is None else sorted({f"{row.kind}: {row.note}" for row in report.swapped if row.note})
+        self.notes = (
+            []
+            if report is None
+            else sorted({f"{row.kind}: {row.note}" for row in report.swapped if row.note})
+        )
 
 
 def _verdict(plain: _Wrapped, fast: _Wrapped) -> str:
@@ -100,7 +104,9 @@ def _words(error: Exception) -> str:
 def _group() -> Iterator[None]:
     """A process group of this process alone."""
     with tempfile.TemporaryDirectory() as folder:
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
+        )
         try:
             yield
         finally:

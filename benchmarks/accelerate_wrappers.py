@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -45,7 +46,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def linears_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(parent, name) of every nn.Linear in the stack that a layer calls; that of attention in PyTorch is not."""
+    """(parent, name) of every nn.Linear in the stack that is called; PyTorch does not call out_proj."""
     names = ("qkv", "proj", "fc1", "fc2", "linear1", "linear2")
     return [
         (parent, name)
@@ -152,6 +153,12 @@ def _peft(each: Subject) -> nn.Module:
     return adapted
 
 
+@_wrapper("peft LoRA, merged again", FIRST)
+def _merged(each: Subject) -> nn.Module:
+    merged: nn.Module = _peft(each).merge_and_unload()  # type: ignore[operator]
+    return merged.requires_grad_()
+
+
 @_wrapper("loralib")
 def _loralib(each: Subject) -> nn.Module:
     loralib = importlib.import_module("loralib")
@@ -192,6 +199,18 @@ def _hooks(each: Subject) -> nn.Module:
     return each.model
 
 
+@_wrapper("forward hooks, removed", FIRST)
+def _removed_hooks(each: Subject) -> nn.Module:
+    handles = [
+        getattr(parent, name).register_forward_hook(lambda module, inputs, out: 1.5 * out)
+        for parent, name in linears_of(each.model)
+    ]
+    each()
+    for handle in handles:
+        handle.remove()
+    return each.model
+
+
 @_wrapper("full backward hooks on linears")
 def _backward_hooks(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
@@ -203,6 +222,13 @@ def _backward_hooks(each: Subject) -> nn.Module:
 def _prune(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         prune.l1_unstructured(getattr(parent, name), "weight", amount=0.5)
+    return each.model
+
+
+@_wrapper("pruning, made permanent", FIRST)
+def _pruned(each: Subject) -> nn.Module:
+    for parent, name in linears_of(_prune(each)):
+        prune.remove(getattr(parent, name), "weight")
     return each.model
 
 
@@ -356,7 +382,8 @@ class Penalty(nn.Module):
 
     def forward(self, *arguments: Tensor, **named: Any) -> list[Tensor]:
         """Outputs, and the gradient of their sum with the first input."""
-        outputs = tensors(self.model(*arguments, **named))
+        with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative on a CPU
+            outputs = tensors(self.model(*arguments, **named))
         (gradient,) = torch.autograd.grad(outputs[0].square().sum(), arguments[0], create_graph=True)
         return [*outputs, gradient]
 
@@ -375,7 +402,8 @@ def _forward_mode(each: Subject) -> nn.Module:
 
         def forward(self, x: Tensor, *more: Any, **named: Any) -> list[Tensor]:
             def call(x: Tensor) -> Tensor:
-                return tensors(self.model(x, *more, **named))[0]
+                with sdpa_kernel(SDPBackend.MATH):
+                    return tensors(self.model(x, *more, **named))[0]
 
             return list(torch.func.jvp(call, (x,), (torch.ones_like(x),)))
 

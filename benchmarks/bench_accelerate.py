@@ -3,10 +3,11 @@
     python -m benchmarks.bench_accelerate [--only values times kernels wrappers] [--models PATTERN...]
                                           [--rounds 15] [--results FILE]
 
-values    largest relative differences of outputs and gradients in fp32 and fp64, the fast forms run by PyTorch's
-          operators; which layers are swapped, which are left and why, which calls ran the layer's own forward
+values    largest relative differences of outputs and gradients in fp32 and fp64, the fast forms run by
+          PyTorch's operators; which layers are swapped, which are left and why, which calls ran the layer's own
+          forward
 times     on one CPU thread, nothing asked for: the ratio of the model's time before to that after
-kernels   what is launched in Triton's interpreter on tiny shapes, and the differences; needs TRITON_INTERPRET=1
+kernels   what is launched in Triton's interpreter on tiny shapes, and the differences; TRITON_INTERPRET=1
 wrappers  what runs fast, what falls back and what refuses under DDP, FSDP2, LoRA, torch.compile and others
 
 Models whose library cannot be imported are named. Exit code 1 if a value is off, or a ratio below 0.98.
@@ -50,7 +51,9 @@ def measure(sections: tuple[str, ...], names: list[str], rounds: int) -> dict[st
                 row |= accelerate_values.compare(name)
             if "times" in sections:
                 row["times"] = [
-                    time for size in ("small", "working") for time in accelerate_times.measure(name, size, rounds)
+                    time
+                    for size in ("small", "working")
+                    for time in accelerate_times.measure(name, size, rounds)
                 ]
             if "kernels" in sections:
                 row["kernels"] = accelerate_values.kernels(name)
