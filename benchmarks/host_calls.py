@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim_fast import layers
-from lmim_fast.accelerate import accelerate
+from lmim_fast.layers.accelerate import accelerate
 
 SHAPE = (1, 8, 64)
 HEADS = 2

@@ -1,12 +1,10 @@
 """Fast LMIM pre-training for scene text recognition."""
 
-import importlib
 from typing import TYPE_CHECKING
 
 from lmim_fast.config import ModelConfig, PretrainConfig, preset
 
 if TYPE_CHECKING:
-    from lmim_fast.accelerate import accelerate
     from lmim_fast.layers import (
         Attention,
         Block,
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
         Mlp,
         MultiheadAttention,
     )
+    from lmim_fast.layers.accelerate import accelerate
 
 __all__ = [
     "Attention",
@@ -34,7 +33,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """What needs torch, imported when it is first asked for."""
     if name == "accelerate":
-        return importlib.import_module("lmim_fast.accelerate")  # a module that is called as its function
+        from lmim_fast.layers.accelerate import accelerate
+
+        return accelerate
     if name in __all__:
         from lmim_fast import layers
 

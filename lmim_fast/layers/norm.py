@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,34 @@ from lmim_fast.ops.norm import takes as norm_takes
 from lmim_fast.ops.operators.operator import direct
 
 LAYER_NORM_EPS = 1e-6
+
+
+class Norm(Protocol):
+    """What is read of a LayerNorm."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(D,) scale."""
+
+    @property
+    def bias(self) -> Tensor:
+        """(D,) shift."""
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+
+
+class Linear(Protocol):
+    """What is read of a linear."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(F, D)."""
+
+    @property
+    def bias(self) -> Tensor:
+        """(F,)."""
 
 
 class DropoutAddLayerNorm(nn.Module):
@@ -77,7 +107,7 @@ def norm_linear(
     residual: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
-    norm: nn.LayerNorm,
+    norm: Norm,
     weight: Tensor,
     *,
     p: float = 0.0,
@@ -101,9 +131,9 @@ def norm_mlp(
     residual: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
-    norm: nn.LayerNorm,
-    fc1: nn.Linear,
-    fc2: nn.Linear,
+    norm: Norm,
+    fc1: Linear,
+    fc2: Linear,
     *,
     p: float = 0.0,
     drop: float = 0.0,
@@ -134,7 +164,7 @@ def _one_step(
     residual: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
-    norm: nn.LayerNorm | DropoutAddLayerNorm,
+    norm: Norm,
     dtype: torch.dtype,
     p: float,
     *weights: Tensor,
@@ -149,7 +179,7 @@ def _one_step(
 
 
 def _linear(
-    rows: Tensor, weight: Tensor, residual: Tensor, norm: nn.LayerNorm, added: Tensor | None = None
+    rows: Tensor, weight: Tensor, residual: Tensor, norm: Norm, added: Tensor | None = None
 ) -> Tensor:
     """rows @ weight.T, for rows that are the norm of a residual.
 
@@ -171,7 +201,7 @@ def add_norm(
     residual: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
-    norm: nn.LayerNorm,
+    norm: Norm,
     dtype: torch.dtype,
     *,
     p: float = 0.0,

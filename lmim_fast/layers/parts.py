@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _TENSORS = (nn.Parameter, Tensor)
+_FORWARDS = nn.Linear.forward, nn.LayerNorm.forward
 
 
 def is_plain(part: Any, cls: type[nn.Module]) -> bool:
@@ -55,5 +56,7 @@ def has_tensors(part: nn.Module) -> bool:
 
 
 def hooks_on_all() -> bool:
-    """True while hooks are registered for every module of the process: then every part is called."""
-    return torch_module._has_any_global_hook()
+    """True if every part of the process is to be called: while hooks are registered for all modules, or the
+    forward of PyTorch's own linear or norm is patched."""
+    patched = (nn.Linear.forward, nn.LayerNorm.forward) != _FORWARDS
+    return patched or torch_module._has_any_global_hook()

@@ -9,7 +9,7 @@ from torch import Tensor
 from lmim_fast.ops import dispatch, dropout
 from lmim_fast.ops.operators import norm as operators
 
-_MAX_WIDTH = 2048  # wider rows do not fit the registers of a program
+MAX_WIDTH = 2048  # wider rows do not fit the registers of a program
 
 
 def dropout_add_layer_norm(
@@ -97,8 +97,8 @@ def takes(
         _refuse(*tensors, dtype)
     dispatch.same_device(residual=residual, x=x, x_bias=x_bias, weight=weight, bias=bias)
     reason = None
-    if not 1 <= width[0] <= _MAX_WIDTH:
-        reason = f"takes rows of 1 to {_MAX_WIDTH} values, got {width[0]}"
+    if not 1 <= width[0] <= MAX_WIDTH:
+        reason = f"takes rows of 1 to {MAX_WIDTH} values, got {width[0]}"
     return dispatch.takes("layer_norm" if x is None else "dropout_add_layer_norm", tensors, reason, dtype)
 
 

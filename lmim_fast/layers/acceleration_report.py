@@ -8,7 +8,7 @@ from types import TracebackType
 
 from torch import nn
 
-from lmim_fast.layers.accelerated.base import Accelerated, reasons, restore
+from lmim_fast.layers.fast_forwards.form import notes, unbind
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Row:
     """One layer.
 
     name:    dotted name in the model; "" for the model itself.
-    kind:    its class before.
+    kind:    its class, with the module of the class.
     swapped: whether it has its fast form.
     reason:  why it was left alone; of a swapped layer, its other name, or the method where only that is.
     module:  the layer.
@@ -33,7 +33,7 @@ class Row:
     @property
     def note(self) -> str:
         """The reason, and which calls so far were left to the layer's own forward."""
-        own = [f"runs its own forward: {reason}" for reason in reasons(self.module)] if self.swapped else []
+        own = [f"runs its own forward: {reason}" for reason in notes(self.module)] if self.swapped else []
         return "; ".join(([self.reason] if self.reason else []) + own)
 
 
@@ -54,17 +54,13 @@ class AccelerationReport:
         return [row for row in self.rows if not row.swapped]
 
     def undo(self) -> None:
-        """Give each layer that this call swapped its own class back; a second time does nothing.
-
-        Raises:
-            RuntimeError: a layer has been given another class since (by FSDP, say); the others are restored.
-        """
-        _undo((row.name, row.module) for row in self.rows if row.swapped and not row.shared)
+        """Give each layer that this call swapped its own forward back; a second time does nothing."""
+        for row in self.swapped:
+            unbind(row.module)
 
     def table(self) -> str:
         """The rows as text, like rows of a stack folded into one ("blocks.0..11.norm1")."""
-        lines = [("layer", "class", "", "why")]
-        lines += [(name, kind, status, note) for name, kind, status, note in _folded(self.rows)]
+        lines = [("layer", "class", "", "why"), *_folded(self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
         text = "\n".join(
             "  ".join(
@@ -83,28 +79,6 @@ class AccelerationReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
-
-
-def undo(model: nn.Module) -> None:
-    """Give every layer of a model that has a fast form its own class back, whichever call swapped it.
-
-    For copies and loaded pickles of a swapped model, which no report knows.
-
-    Raises:
-        RuntimeError: as `AccelerationReport.undo`.
-    """
-    _undo(model.named_modules())
-
-
-def _undo(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    changed = []
-    for name, module in layers:
-        if "_accelerated_from" in vars(type(module)):
-            restore(module)
-        elif isinstance(module, Accelerated):
-            changed.append(name or "the model")
-    if changed:
-        raise RuntimeError(f"not undone, for their class was changed since: {', '.join(changed)}")
 
 
 def _folded(rows: Iterable[Row]) -> list[tuple[str, str, str, str]]:

@@ -1,1 +1,0 @@
-"""Fast forms of somebody else's layers, for `lmim_fast.accelerate`."""

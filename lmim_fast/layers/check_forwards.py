@@ -1,0 +1,126 @@
+"""`accelerate(model, check=...)`: both forwards of a layer on what reaches it in the caller's model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lmim_fast.layers.fast_forwards.form import Form, Left, note
+from lmim_fast.ops import dispatch
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class _Call:
+    """Arguments of a layer's first call."""
+
+    def __init__(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.arguments, self.named = _copied(arguments), _copied(named)
+
+    def run(self, forward: Any, module: nn.Module) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Outputs, and gradients of the inputs and of the layer's parameters."""
+        arguments, named = _copied(self.arguments), _copied(self.named)
+        inputs = [x.requires_grad_() for x in tree_leaves((arguments, named)) if _is_real(x)]
+        with torch.enable_grad():
+            outputs = [x for x in tree_leaves(forward(module, *arguments, **named)) if _is_real(x)]
+            leaves = [*inputs, *(each for each in module.parameters() if each.requires_grad)]
+            differentiable = [x for x in outputs if x.requires_grad]
+            generator = torch.Generator().manual_seed(0)
+            grads = [torch.randn(x.shape, generator=generator).to(x) for x in differentiable]
+            found = torch.autograd.grad(differentiable, leaves, grads, allow_unused=True)
+        return outputs, list(found)
+
+
+def compare_forwards(
+    model: nn.Module, chosen: Mapping[nn.Module, Form], inputs: Any, *, must_run: Set[nn.Module]
+) -> dict[nn.Module, str]:
+    """Reasons why layers must not be swapped: their two forwards differ on these inputs of the model.
+
+    Args:
+        model:    not swapped yet; it runs once, in evaluation mode and without gradients.
+        chosen:   form of each layer.
+        inputs:   a tuple, a dict or a tensor.
+        must_run: layers that are not swapped if the inputs do not reach them.
+    """
+    layers = {module: form for module, form in chosen.items() if form.method == "forward"}
+    found: dict[nn.Module, str] = {}
+    with _in_evaluation(model):
+        calls = _calls(model, layers, inputs)
+        for module, form in layers.items():
+            if module not in calls:
+                if module in must_run:
+                    found[module] = "the inputs of check do not reach it"
+                continue
+            reason = _difference(module, form, calls[module])
+            if reason is not None:
+                found[module] = reason
+    return found
+
+
+def _difference(module: nn.Module, form: Form, call: _Call) -> str | None:
+    own = call.run(type(module).forward, module)
+    try:
+        with dispatch.backend(dispatch.current_backend() if own[0] and own[0][0].is_cuda else "eager"):
+            fast = call.run(form.run, module)
+    except Left as left:
+        note(module, left.reason)
+        return None
+    for what, mine, theirs in (("outputs", fast[0], own[0]), ("gradients", fast[1], own[1])):
+        if len(mine) != len(theirs) or any(
+            (a is None) != (b is None) for a, b in zip(mine, theirs, strict=True)
+        ):
+            return f"its fast form gives other {what}"
+        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
+        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+            return f"its fast form gives {what} of other shapes or dtypes"
+        size = max((b.abs().max().item() for _, b in pairs if b.numel()), default=0.0)
+        gap = max(((a - b).abs().max().item() for a, b in pairs if b.numel()), default=0.0)
+        low = any(b.dtype in _LOW for _, b in pairs)
+        if not gap <= (3e-2 if low else 1e-3) * size:
+            return f"its fast form differs by {gap / size if size else gap:.1e} of the largest of its {what}"
+    return None
+
+
+def _calls(model: nn.Module, layers: Mapping[nn.Module, Form], inputs: Any) -> dict[nn.Module, _Call]:
+    """The first call of each layer while the model runs."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.setdefault(module, _Call(arguments, named))
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in layers]
+    try:
+        with torch.no_grad():
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whose draws differ, inside the block."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_real(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)

@@ -1,0 +1,158 @@
+"""Layers of the transformers package: self-attention with separate projections, and the MLP around it.
+
+ViT, ViTMAE, DeiT (TrOCR's encoders) and BERT in the structures of transformers 4 and 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmim_fast.layers.fast_forwards import read
+from lmim_fast.layers.fast_forwards.form import Form
+from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
+from lmim_fast.layers.fast_forwards.sublayers import (
+    Attention,
+    Branch,
+    Mlp,
+    add_post_norm,
+    attend,
+    feed_forward,
+    finish,
+    pre_norm_block,
+)
+from lmim_fast.ops.gelu import bias_gelu
+from lmim_fast.ops.linear import compute_dtype, linear
+
+_NAMES = ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")
+
+
+def _read_projections(module: Any) -> tuple[Linear, int, float]:
+    names = _NAMES[0] if "query" in module._modules else _NAMES[1]
+    qkv = read.joined(*(read.linear(module, name) for name in names))
+    heads, width = module.num_attention_heads, len(qkv.weight) // 3
+    require(width % heads == 0, f"{heads} heads for {width} features")
+    scale = getattr(module, "scaling", None)
+    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, f"its scaling is {scale}")
+    causal = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False)
+    require(not causal, "it is causal")
+    embedding = getattr(module, "position_embedding_type", None) or "absolute"
+    require(embedding == "absolute", f"position embedding {embedding}")
+    implementation = getattr(module.config, "_attn_implementation", "sdpa")
+    require(implementation != "eager", "attn_implementation='eager' returns attention weights")
+    return qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout")
+
+
+def _self_attention(
+    self: Any, hidden_states: Tensor, *options: object, **named: object
+) -> tuple[Tensor, None]:
+    """Context without the output projection, as transformers 4 and BERT have it."""
+    read.unset(*options, **named)
+    qkv, heads, p = _read_projections(self)
+    read.rows(qkv.weight.shape[1], hidden_states, weights=qkv)
+    return attend(hidden_states, qkv, heads, p), None
+
+
+def _read_attention(module: Any) -> Attention:
+    qkv, heads, p = _read_projections(module)
+    return Attention(qkv, heads, p, read.linear(module, "o_proj"), 0.0)
+
+
+def _attention(self: Any, hidden_states: Tensor, *options: object, **named: object) -> tuple[Tensor, None]:
+    read.unset(*options, **named)
+    attention = _read_attention(self)
+    read.rows(attention.qkv.weight.shape[1], hidden_states, weights=attention.weights)
+    context = attend(hidden_states, attention.qkv, attention.heads, attention.p)
+    return F.linear(context, *attention.proj), None
+
+
+def _read_mlp(module: Any) -> Mlp:
+    first, second = read.linear(module, "fc1", bias=True), read.linear(module, "fc2")
+    return Mlp(first, read.activation(module, "activation_fn"), 0.0, second, 0.0)
+
+
+def _mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    layer = _read_mlp(self)
+    read.rows(layer.first.weight.shape[1], hidden_states, weights=layer.weights, dims=None)
+    return finish(Branch(feed_forward(hidden_states, layer), layer.second.bias, 0.0))
+
+
+def _read_layer(layer: Any) -> tuple[Norm, Attention, None, Norm, Mlp, None]:
+    drop = read.dropout(layer, "dropout")
+    attention = read.within(layer, "attention", "transformers.Attention", _read_attention)
+    mlp = read.within(layer, "mlp", "transformers.Mlp", _read_mlp)
+    norms = read.norm(layer, "layernorm_before"), read.norm(layer, "layernorm_after")
+    return norms[0], attention._replace(drop=drop), None, norms[1], mlp._replace(drop=drop), None
+
+
+def _layer(self: Any, hidden_states: Tensor, *options: object, **named: object) -> Tensor:
+    """Transformers 5's pre-norm layer."""
+    read.unset(*options, **named)
+    recompute = getattr(self, "gradient_checkpointing", False) and self.training
+    require(not recompute, "gradient checkpointing in its forward")
+    parts = _read_layer(self)
+    norm1, attention, _, norm2, mlp, _ = parts
+    weights = *norm1[:2], *attention.weights, *norm2[:2], *mlp.weights
+    read.rows(attention.qkv.weight.shape[1], hidden_states, weights=weights)
+    return pre_norm_block(hidden_states, *parts)
+
+
+def _read_intermediate(module: Any) -> Linear:
+    require(read.activation(module, "intermediate_act_fn") is None, "its activation is not exact GELU")
+    return read.linear(module, "dense", bias=True)
+
+
+def _intermediate(self: Any, hidden_states: Tensor) -> Tensor:
+    weight, bias = _read_intermediate(self)
+    read.rows(weight.shape[1], hidden_states, weights=(weight, bias), dims=None)
+    assert bias is not None
+    return bias_gelu(linear(hidden_states.to(compute_dtype(weight)), weight), bias)
+
+
+def _read_output(module: Any) -> tuple[Linear, Norm, float]:
+    return read.linear(module, "dense"), read.norm(module, "LayerNorm"), read.dropout(module, "dropout")
+
+
+def _output(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """LayerNorm(dropout(dense(hidden_states)) + input_tensor)."""
+    dense, norm, p = _read_output(self)
+    read.rows(dense.weight.shape[1], hidden_states, weights=(*dense, *norm[:2]), dims=None)
+    read.rows(len(dense.weight), input_tensor, weights=(*dense, *norm[:2]), dims=None)
+    require(hidden_states.shape[:-1] == input_tensor.shape[:-1], "inputs of two shapes")
+    product = linear(hidden_states.to(compute_dtype(dense.weight)), dense.weight)
+    return add_post_norm(Branch(product, dense.bias, p), input_tensor, norm)
+
+
+FORMS = {
+    "transformers.SelfAttention": Form(_read_projections, _self_attention),
+    "transformers.Attention": Form(_read_attention, _attention),
+    "transformers.Mlp": Form(_read_mlp, _mlp),
+    "transformers.Layer": Form(_read_layer, _layer),
+    "transformers.Intermediate": Form(_read_intermediate, _intermediate),
+    "transformers.Output": Form(_read_output, _output),
+}
+_VITS = {"vit": "ViT", "vit_mae": "ViTMAE", "deit": "DeiT"}
+_STRUCTURES = {
+    "SelfAttention": "SelfAttention",
+    "SdpaSelfAttention": "SelfAttention",
+    "Attention": "Attention",
+    "MLP": "Mlp",
+    "Layer": "Layer",
+    "Intermediate": "Intermediate",
+}
+CLASSES = {
+    f"transformers.models.{file}.modeling_{file}.{prefix}{name}": f"transformers.{form}"
+    for file, prefix in _VITS.items()
+    for name, form in _STRUCTURES.items()
+} | {
+    f"transformers.models.bert.modeling_bert.Bert{name}": f"transformers.{form}"
+    for name, form in {
+        "SelfAttention": "SelfAttention",
+        "SdpaSelfAttention": "SelfAttention",
+        "Intermediate": "Intermediate",
+        "SelfOutput": "Output",
+        "Output": "Output",
+    }.items()
+}
