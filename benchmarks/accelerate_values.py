@@ -31,9 +31,9 @@ def compare(name: str, size: Size = SIZES["small"]) -> dict[str, Any]:
         name: of `MODELS`.
         size: of the model.
     Returns:
-        "swapped", "left": counts by class and reason. "own_forward": calls that ran it, by class and reason. "differences": a row a dtype and mode with the largest relative differences of outputs
-        and gradients, and the gradient it is of; or "error" where the model itself
-        cannot run in this dtype.
+        "swapped", "left": counts by class and reason. "own_forward": calls that ran it, by class and reason.
+        "differences": a row a dtype and mode of `MODES`: the largest relative differences of outputs and of
+        gradients, and the gradient it is of; or "error" if the model itself cannot run in this dtype.
     Raises:
         ImportError: the library is not installed.
     """
@@ -166,7 +166,8 @@ def own_forwards(model: nn.Module) -> Iterator[Counter[str]]:
     def called(frame: FrameType, event: str, _: Any) -> None:
         if event != "call" or frame.f_code not in codes:
             return
-        layer = frame.f_locals["self"] if "self" in frame.f_locals else frame.f_locals["args"][0]
+        values = frame.f_locals
+        layer = values["self"] if "self" in values else next(iter(values.get("args", ())), None)
         for kind, code in kinds:
             if isinstance(layer, kind) and code is frame.f_code:  # FSDP2 makes a subclass
                 counts[f"{kind.__module__}.{kind.__name__}"] += 1

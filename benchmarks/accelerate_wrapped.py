@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,7 @@ _SIZE = SIZES["small"]
 
 
 def measure(names: tuple[str, ...] = MODELS) -> list[dict[str, Any]]:
-    """A row a model, wrapper and order: "runs" (fast, original, in part), or "refused"; differences, warnings.
+    """A row a model, wrapper and order: "runs" (fast, original, in part) and differences, or "refused".
 
     "unwrapped" is the error that the model as it is gives under the wrapper, "absent" a missing library.
     """

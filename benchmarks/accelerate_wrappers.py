@@ -1,7 +1,7 @@
 """What other people's wrappers do to an accelerated model: does it run fast, fall back, or refuse?
 
-Each wrapper takes a model in training mode and returns what is called in its place. It is put around a copy of
-the model as it is and around an accelerated one (or the wrapped model is accelerated), and both are compared.
+Each wrapper takes a model in training mode and returns what is called instead. It is put around the model
+as it is and around the accelerated one (or the wrapped model is accelerated), and both are compared.
 """
 
 from __future__ import annotations

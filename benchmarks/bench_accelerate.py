@@ -4,8 +4,7 @@
                                           [--rounds 15] [--results FILE]
 
 values    largest relative differences of outputs and gradients in fp32 and fp64, the fast forms run by
-          PyTorch's operators; which layers are swapped, which are left and why, which calls ran the layer's own
-          forward
+          PyTorch's operators; which layers are swapped, which are left and why; calls of own forwards
 times     on one CPU thread, nothing asked for: the ratio of the model's time before to that after
 kernels   what is launched in Triton's interpreter on tiny shapes, and the differences; TRITON_INTERPRET=1
 wrappers  what runs fast, what falls back and what refuses under DDP, FSDP2, LoRA, torch.compile and others
