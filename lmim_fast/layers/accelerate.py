@@ -14,7 +14,7 @@ from torch import nn
 from lmim_fast.layers.acceleration_report import AccelerationReport, Row
 from lmim_fast.layers.check_forwards import compare_forwards
 from lmim_fast.layers.fast_forwards import CLASSES, FORMS, PARTS
-from lmim_fast.layers.fast_forwards.form import Form, Left, bind, is_bound, unbind
+from lmim_fast.layers.fast_forwards.form import Form, Left, bind, forget_pickled, is_bound, unbind
 from lmim_fast.layers.fast_forwards.read import qualified, remember
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "undo"]
@@ -57,6 +57,7 @@ def accelerate(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     walk = _Walk(_selection(only), _likeness(like))
     for module in model.modules():
+        forget_pickled(module)
         walk.kind(module)
     walk.visit("", model, covered=False)
     if only is not None and not walk.matched:

@@ -22,8 +22,11 @@ def is_plain(part: Any, cls: type[nn.Module]) -> bool:
     Attached are hooks, a `forward` of its own (but not that of `accelerate`) and torch.compile. A
     parametrization changes the class; pruning and weight norm are hooks.
     """
-    if type(part) is not cls:
-        return False
+    return type(part) is cls and is_bare(part)
+
+
+def is_bare(part: Any) -> bool:
+    """True for a module that nothing is attached to, whatever its class."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return False
     forward = part.__dict__.get("forward")

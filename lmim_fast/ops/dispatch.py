@@ -21,20 +21,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of kernels; they take
 
 VARIABLE = "LMIM_FAST_BACKEND"
 
-_override: str | None = None
+override: str | None = None  # of the innermost `backend` block
 # What is behind os.environ, whose own methods cost the host more than a small op of PyTorch.
-_environment = os.environ._data  # type: ignore[attr-defined]
-_key = os.environ.encodekey(VARIABLE)
+environment = os.environ._data  # type: ignore[attr-defined]
+KEY = os.environ.encodekey(VARIABLE)
 
 
 def is_asked_for() -> bool:
     """Whether a backend but "auto" is in force, by a `backend` block or by LMIM_FAST_BACKEND."""
-    return (_override is not None or _key in _environment) and current_backend() != "auto"
+    return (override is not None or KEY in environment) and current_backend() != "auto"
 
 
 def current_backend() -> str:
     """The backend in force: of the innermost `backend` block, else of LMIM_FAST_BACKEND, else "auto"."""
-    name = _override or os.environ.get(VARIABLE, "auto")
+    name = override or os.environ.get(VARIABLE, "auto")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     return name
@@ -45,12 +45,12 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops inside the block on backend `name`: "auto", "eager" or "triton"."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
-    global _override
-    previous, _override = _override, name
+    global override
+    previous, override = override, name
     try:
         yield
     finally:
-        _override = previous
+        override = previous
 
 
 def takes(

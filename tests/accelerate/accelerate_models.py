@@ -1,4 +1,4 @@
-"""Third-party models (a torch Transformer, a ViT in timm's structure, the public MAE), and their runs."""
+"""Models of third-party layers (torch's, and stand-ins for those of other packages), and their runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timm_like
 import torch
 import torch.nn.functional as F
+from foreign_layers import LIKE as FOREIGN
+from foreign_layers import Bert, DropPath, HuggingFaceViT, LayerScale, LMIMDecoder, MlpBlock
 from timm_like import Block
 from torch import Tensor, nn
 
-from lmim_fast import accelerate
+from lmim_fast.layers.accelerate import AccelerationReport, accelerate
 
 WIDTH, HEADS, DEPTH = 64, 2, 2
 
@@ -133,6 +136,27 @@ class Family:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
+def scaled_and_normed() -> VisionTransformer:
+    """With LayerScale, stochastic depth that is idle, and norms of queries and keys."""
+    model = VisionTransformer()
+    for block in model.blocks:
+        block.ls1, block.ls2 = LayerScale(WIDTH), LayerScale(WIDTH)
+        block.drop_path1 = block.drop_path2 = DropPath(0.0)
+        block.attn.q_norm, block.attn.k_norm = (nn.LayerNorm(WIDTH // HEADS) for _ in range(2))
+    return model
+
+
+class ReleasedDecoder(nn.Module):
+    """A decoder layer of the released LMIM over features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LMIMDecoder(WIDTH, HEADS, 48, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, :5], x)
+
+
 IMAGES, FEATURES = (2, 3, 16, 16), (2, 9, WIDTH)
 FAMILIES = {
     "torch Transformer": Family(TextTransformer, FEATURES),
@@ -140,8 +164,26 @@ FAMILIES = {
     "torch Transformer, relu": Family(lambda: TextTransformer(activation="relu"), FEATURES),
     "torch Transformer, sequence first": Family(lambda: TextTransformer(batch_first=False), FEATURES),
     "timm's ViT": Family(VisionTransformer, IMAGES),
+    "ViT with LayerScale and q/k norms": Family(scaled_and_normed, IMAGES),
     "public MAE": Family(MaskedAutoencoder, IMAGES),
+    "transformers' ViT": Family(
+        lambda: nn.Sequential(*(HuggingFaceViT(WIDTH, HEADS) for _ in "ab")), FEATURES
+    ),
+    "transformers' BERT": Family(lambda: nn.Sequential(*(Bert(WIDTH, HEADS) for _ in "ab")), FEATURES),
+    "torchvision's MLP": Family(lambda: MlpBlock(WIDTH, 48), FEATURES),
+    "LMIM's decoder": Family(ReleasedDecoder, FEATURES),
 }
+LIKE = FOREIGN | {
+    timm_like.Attention: "timm.Attention",
+    timm_like.Mlp: "timm.Mlp",
+    timm_like.Block: "timm.Block",
+    MaskedAutoencoder: "mae.random_masking",
+}
+
+
+def accelerated(model: nn.Module, **options: object) -> AccelerationReport:
+    """`accelerate`, which takes the stand-ins for what they stand for."""
+    return accelerate(model, like=LIKE, **options)
 
 
 def encoder_layer(**options: object) -> nn.TransformerEncoderLayer:
@@ -152,13 +194,6 @@ def attention(**options: object) -> nn.MultiheadAttention:
     return nn.MultiheadAttention(WIDTH, HEADS, **dict(batch_first=True) | options)
 
 
-class FurtherLinear(nn.Linear):
-    """A linear with more to it than its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
-
-
 Run = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -167,7 +202,7 @@ def without_keys(name: str, value: Tensor) -> Tensor:
     if name.endswith(("qkv.bias", "in_proj_bias")):
         q, _, v = value.chunk(3)
         return torch.cat([q, v])
-    return value
+    return value[:0] if name.endswith(("key.bias", "k_proj.bias", "k_norm.bias")) else value
 
 
 def run(model: nn.Module, x: Tensor, *, masking_seed: int = 3) -> Run:
@@ -186,7 +221,7 @@ def run(model: nn.Module, x: Tensor, *, masking_seed: int = 3) -> Run:
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """Relative L2 error."""
-    return ((found - expected).norm() / expected.norm()).item()
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def assert_same(found: Run, expected: Run, tolerance: float) -> None:
@@ -200,5 +235,5 @@ def swapped(family: Family, **options: object) -> tuple[nn.Module, nn.Module]:
     """A model with its fast forms, and one without, of the same weights."""
     model = family.model()
     original = copy.deepcopy(model)
-    accelerate(model, **options)
+    accelerated(model, **options)
     return model, original

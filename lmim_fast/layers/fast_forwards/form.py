@@ -15,20 +15,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lmim_fast.ops import attention_backends, dispatch
+from lmim_fast.ops import dispatch
 
 _METHODS = ("forward", "random_masking", "_replicate_for_data_parallel")
 _notes: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
 
 
 class Left(Exception):
-    """Why a layer or a call is left to the layer's own forward."""
+    """Why a layer or a call is left to its own forward: a text with places for the values behind it.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    It is put together where it is read, since compilers cannot, and calls that are not left have no time.
+    """
+
+    @property
+    def reason(self) -> str:
+        """The text with its values."""
+        text, *values = self.args
+        return str(text).format(*(tuple(each) if isinstance(each, torch.Size) else each for each in values))
 
 
 @dataclass(frozen=True)
@@ -45,36 +50,50 @@ class Form:
     method: str = "forward"
 
 
-def may_run(x: object) -> bool:
-    """True for a tensor on a device with kernels, or any tensor while a backend is asked for by name.
+class _NoInput:
+    """What stands for a first argument that is given by name."""
 
-    Elsewhere the layer's own forward runs: no fast form was measured to be faster on a CPU.
-    """
-    if not isinstance(x, Tensor):
-        return False
-    return x.is_cuda or dispatch.is_asked_for() or attention_backends.is_asked_for()
+    is_cuda = True
+
+
+_NO_INPUT = _NoInput()
 
 
 def bind(module: nn.Module, form: Form) -> None:
-    """Give the layer its fast forward."""
+    """Give the layer its fast forward.
+
+    It runs on devices with kernels, and everywhere while a backend is asked for by name. Elsewhere the
+    layer's own forward runs, as no fast form was measured to be faster on a CPU. The way to it is kept short:
+    small layers would feel a microsecond.
+    """
     original, method = getattr(type(module), form.method), form.method
     names = tuple(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
-    def fast(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        if may_run(arguments[0] if arguments else next(iter(named.values()), None)):
+    def fast(self: nn.Module, x: Any = _NO_INPUT, *more: Any, **named: Any) -> Any:
+        own = getattr(type(self), method)
+        try:
+            fits = x.is_cuda or dispatch.override is not None or dispatch.KEY in dispatch.environment
+        except AttributeError:  # no tensor
+            fits = True
+        if not fits:
+            return own(self, x, *more, **named) if more or named else own(self, x)
+        arguments = more if x is _NO_INPUT else (x, *more)
+        inputs, options = _positional(names, arguments, named) if named else (arguments, named)
+        if inputs and (getattr(inputs[0], "is_cuda", False) or dispatch.is_asked_for()):
             try:
-                if getattr(type(self), method) is not original:
-                    raise Left(f"{method} of its class was patched")
-                inputs, options = _positional(names, arguments, named) if named else (arguments, named)
+                if own is not original:
+                    raise Left("{} of its class was patched", method)
+                if torch._C._get_tracing_state():
+                    raise Left("torch.jit is tracing")
                 return form.run(self, *inputs, **options)
             except Left as left:
                 if not torch.compiler.is_compiling():
                     note(self, left.reason)
-        return getattr(type(self), method)(self, *arguments, **named)
+        return own(self, *arguments, **named)
 
     fast.accelerates = True  # type: ignore[attr-defined]
-    vars(module)[form.method] = types.MethodType(fast, module)
+    vars(module)[method] = types.MethodType(fast, module)
     vars(module)[_replicate_for_data_parallel.__name__] = types.MethodType(
         _replicate_for_data_parallel, module
     )
@@ -110,13 +129,17 @@ def is_bound(module: nn.Module) -> bool:
 def unbind(module: nn.Module) -> None:
     """Give the layer its own forward back."""
     for name in _METHODS:
-        method = vars(module).get(name)
-        own = getattr(method, "__func__", None) is getattr(type(module), name, None)
-        if getattr(method, "accelerates", False) or (
-            method is not None and own
-        ):  # a loaded pickle has its own
+        if getattr(vars(module).get(name), "accelerates", False):
             del vars(module)[name]
     _notes.pop(module, None)
+
+
+def forget_pickled(module: nn.Module) -> None:
+    """Take the methods of its own class out of a layer, which a loaded pickle has in place of fast ones."""
+    for name in _METHODS:
+        method = vars(module).get(name)
+        if method is not None and getattr(method, "__func__", None) is getattr(type(module), name, None):
+            del vars(module)[name]
 
 
 def note(module: nn.Module, reason: str) -> None:

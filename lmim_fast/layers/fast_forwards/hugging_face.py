@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmim_fast.layers.fast_forwards import read
@@ -22,6 +21,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     feed_forward,
     finish,
     pre_norm_block,
+    project,
 )
 from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -33,13 +33,13 @@ def _read_projections(module: Any) -> tuple[Linear, int, float]:
     names = _NAMES[0] if "query" in module._modules else _NAMES[1]
     qkv = read.joined(*(read.linear(module, name) for name in names))
     heads, width = module.num_attention_heads, len(qkv.weight) // 3
-    require(width % heads == 0, f"{heads} heads for {width} features")
+    require(width % heads == 0, "{} heads for {} features", heads, width)
     scale = getattr(module, "scaling", None)
-    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, f"its scaling is {scale}")
+    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, "its scaling is {}", scale)
     causal = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False)
     require(not causal, "it is causal")
     embedding = getattr(module, "position_embedding_type", None) or "absolute"
-    require(embedding == "absolute", f"position embedding {embedding}")
+    require(embedding == "absolute", "position embedding {}", embedding)
     implementation = getattr(module.config, "_attn_implementation", "sdpa")
     require(implementation != "eager", "attn_implementation='eager' returns attention weights")
     return qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout")
@@ -65,7 +65,7 @@ def _attention(self: Any, hidden_states: Tensor, *options: object, **named: obje
     attention = _read_attention(self)
     read.rows(attention.qkv.weight.shape[1], hidden_states, weights=attention.weights)
     context = attend(hidden_states, attention.qkv, attention.heads, attention.p)
-    return F.linear(context, *attention.proj), None
+    return project(context, attention.proj), None
 
 
 def _read_mlp(module: Any) -> Mlp:

@@ -13,7 +13,7 @@ from lmim_fast.layers.fast_forwards.sublayers import Branch, Mlp, feed_forward, 
 
 
 def _read(module: Any) -> Mlp:
-    require(list(module._modules) == ["0", "1", "2", "3", "4"], f"has {len(module._modules)} parts")
+    require(list(module._modules) == ["0", "1", "2", "3", "4"], "has {} parts", len(module._modules))
     first, second = read.linear(module, "0", bias=True), read.linear(module, "3")
     return Mlp(
         first, read.activation(module, "1"), read.dropout(module, "2"), second, read.dropout(module, "4")

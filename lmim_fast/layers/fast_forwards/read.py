@@ -19,6 +19,7 @@ _known: dict[type, tuple[str, Any]] = {}  # name of the form of each class that 
 
 Read = TypeVar("Read")
 TENSORS = (Tensor, nn.Parameter)
+LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 class Linear(NamedTuple):
@@ -51,13 +52,13 @@ def is_known(part: Any, kind: str) -> bool:
     """True for a part of a class of this kind to which nothing is attached."""
     cls = type(part)
     name, forward = _known.get(cls, (None, None))
-    return name == kind and cls.forward is forward and parts.is_plain(part, cls)
+    return name == kind and cls.forward is forward and parts.is_bare(part)
 
 
-def require(condition: bool, reason: str) -> None:
-    """Raise `Left` unless the condition holds."""
+def require(condition: bool, text: str, *values: object) -> None:
+    """Raise `Left` of a text and its values unless the condition holds."""
     if not condition:
-        raise Left(reason)
+        raise Left(text, *values)
 
 
 def child(layer: nn.Module, name: str) -> Any:
@@ -67,14 +68,15 @@ def child(layer: nn.Module, name: str) -> Any:
 
 def linear(layer: nn.Module, name: str, *, bias: bool = False) -> Linear:
     """Weight and bias of a plain linear; `bias`: it must have one."""
-    part = child(layer, name)
-    if not parts.is_linear(part) and not (
-        parts.is_plain(part, NonDynamicallyQuantizableLinear) and parts.has_tensors(part)
-    ):
-        raise Left(_unlike(name, part, type(part) is nn.Linear))
-    if bias and part.bias is None:
-        raise Left(f"{name} has no bias")
-    return Linear(part.weight, part.bias)
+    part: Any = layer._modules.get(name)
+    if type(part) not in LINEARS or not parts.is_bare(part):
+        raise Left(_unlike(name, part, type(part) in LINEARS))
+    weight, own_bias = part._parameters.get("weight"), part._parameters.get("bias")
+    if type(weight) not in TENSORS or (own_bias is not None and type(own_bias) not in TENSORS):
+        raise Left(_unlike(name, part, True))
+    if bias and own_bias is None:
+        raise Left("{} has no bias", name)
+    return Linear(weight, own_bias)
 
 
 def joined(*linears: Linear) -> Linear:
@@ -92,9 +94,12 @@ def norm(layer: nn.Module, name: str) -> Norm:
 def norm_of(module: Any) -> Norm:
     """Weight, bias and eps of a LayerNorm over the last dimension."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    require(len(module.normalized_shape) == 1, "normalises over several dimensions")
-    require(type(weight) in TENSORS and type(bias) in TENSORS, "has no ordinary weight and bias")
-    require(not getattr(module, "_fast_norm", False), "is timm's fast norm")
+    if len(module.normalized_shape) != 1:
+        raise Left("normalises over several dimensions")
+    if type(weight) not in TENSORS or type(bias) not in TENSORS:
+        raise Left("has no ordinary weight and bias")
+    if module.__dict__.get("_fast_norm"):
+        raise Left("is timm's fast norm")
     return Norm(weight, bias, module.eps)
 
 
@@ -112,13 +117,13 @@ def within(layer: nn.Module, name: str, kind: str, reader: Callable[[Any], Read]
     try:
         return reader(part)
     except Left as left:
-        raise Left(f"{name}: {left.reason}") from None
+        raise Left(f"{name}: {left.args[0]}", *left.args[1:]) from None
 
 
 def absent(layer: nn.Module, *names: str) -> None:
     """Parts that must be missing, None or identities."""
     for name in names:
-        part = child(layer, name)
+        part = layer._modules.get(name)
         if part is not None and not parts.is_plain(part, nn.Identity):
             raise Left(_unlike(name, part, type(part) is nn.Identity))
 
@@ -126,32 +131,33 @@ def absent(layer: nn.Module, *names: str) -> None:
 def dropout(layer: nn.Module, *names: str) -> float:
     """Probability in force of the first of these dropouts, or numbers, that a layer has; 0 without any."""
     for name in names:
-        part = child(layer, name)
+        part = layer._modules.get(name)
         if part is None:
-            number = getattr(layer, name, None)
+            number = layer.__dict__.get(name)
             if not isinstance(number, float | int):
                 continue
-            p = float(number) if layer.training else 0.0
-        elif parts.is_plain(part, nn.Dropout):
+            p = number if layer.training else 0.0
+        elif type(part) is nn.Dropout and parts.is_bare(part):
             p = part.p if part.training else 0.0
-            require(not part.p or part.training == layer.training, f"{name} is not in the mode of its layer")
+            if part.p and part.training != layer.training:
+                raise Left("{} is not in the mode of its layer", name)
         elif parts.is_plain(part, nn.Identity):
             return 0.0
         else:
             raise Left(_unlike(name, part, type(part) is nn.Dropout))
-        require(0 <= p < 1, f"{name} is {p}")
-        return p
+        if not 0 <= p < 1:
+            raise Left("{} is {}", name, p)
+        return float(p)
     return 0.0
 
 
 def activation(layer: nn.Module, name: str) -> Any:
     """The activation to call; None for exact GELU, which is fused."""
-    act = child(layer, name) if name in layer._modules else getattr(layer, name, None)
+    act = getattr(layer, name, None)
     if isinstance(act, nn.Module):
-        require(next(act.parameters(), None) is None, f"{name} has parameters")
         exact = parts.is_plain(act, nn.GELU) and act.approximate == "none"
         return None if exact or (_is_exact(act) and parts.is_plain(act, type(act))) else act
-    require(callable(act), f"{name} is {act!r}")
+    require(callable(act), "{} is {}", name, act)
     return None if act is torch.nn.functional.gelu else act
 
 
@@ -167,8 +173,10 @@ def called(layer: nn.Module, *names: str) -> Any:
     for name in names:
         part = child(layer, name)
         if part is not None:
+            if parts.is_plain(part, nn.Identity):
+                return None
             idle = is_known(part, "drop path") and (not part.training or not part.drop_prob)
-            return None if idle or parts.is_plain(part, nn.Identity) else part
+            return None if idle else part
     return None
 
 
@@ -177,7 +185,7 @@ def unset(*values: object, **options: object) -> None:
     for value in values:
         require(value is None or value is False, "a mask or an option is given")
     for name, value in options.items():
-        require(value is None or value is False, f"{name} is given")
+        require(value is None or value is False, "{} is given", name)
 
 
 def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int | None = 3) -> None:
@@ -189,29 +197,26 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
         weights: or None.
         dims:    of each input; None: any but 0.
     """
-    require(not torch._C._get_tracing_state(), "torch.jit is tracing")
     require(not transformed(), "a torch.func transform or forward-mode differentiation")
     require(not parts.hooks_on_all(), "hooks on all modules")
-    require(width <= MAX_WIDTH, f"rows of {width} values, more than {MAX_WIDTH}")
+    require(width <= MAX_WIDTH, "rows of {} values, more than {}", width, MAX_WIDTH)
     first = inputs[0]
-    require(type(first) in TENSORS and not first.is_nested, f"input of type {type(first).__name__}")
+    require(type(first) in TENSORS and not first.is_nested, "input of type {}", type(first).__name__)
     device, dtype = first.device, first.dtype
+    require(device.type != "meta", "input on meta")
     autocast = torch.is_autocast_enabled(device.type)
     taken = (torch.float32, torch.get_autocast_dtype(device.type)) if autocast else (dtype,)
-    require(device.type != "meta", "input on meta")
-    require(not first.is_cuda or dtype in dispatch.DTYPES, f"no kernel for {dtype}")
+    require(not first.is_cuda or dtype in dispatch.DTYPES, "no kernel for {}", dtype)
     for x in inputs:
-        require(type(x) in TENSORS and not x.is_nested, f"input of type {type(x).__name__}")
-        require(x.dim() == dims if dims else x.dim() > 0, f"input with {x.dim()} dimensions")
-        require(x.shape[-1] == width and x.numel() > 0, f"input of shape {tuple(x.shape)}")
-        require(
-            x.device == device and x.dtype in taken and x.is_floating_point(),
-            f"input in {x.dtype} on {x.device}",
-        )
+        require(type(x) in TENSORS and not x.is_nested, "input of type {}", type(x).__name__)
+        require(x.dim() == dims if dims else x.dim() > 0, "input with {} dimensions", x.dim())
+        require(x.shape[-1] == width and x.numel() > 0, "input of shape {}", x.shape)
+        same = x.device == device and x.dtype in taken and x.is_floating_point()
+        require(same, "input in {} on {}", x.dtype, x.device)
     held = (dtype, torch.float32) if autocast else (dtype,)
     for weight in weights:
         if weight is not None and (weight.dtype not in held or weight.device != device):
-            raise Left(f"a parameter in {weight.dtype} on {weight.device} for {dtype} on {device}")
+            raise Left("a parameter in {} on {} for {} on {}", weight.dtype, weight.device, dtype, device)
 
 
 def _unlike(name: str, part: object, same_class: bool) -> str:
@@ -221,7 +226,7 @@ def _unlike(name: str, part: object, same_class: bool) -> str:
     if not same_class:
         return f"{name} is a {qualified(part)}"
     assert isinstance(part, nn.Module)
-    if "forward" in vars(part):
+    if not getattr(vars(part).get("forward"), "accelerates", True):
         return f"{name} has a patched forward"
     if part._compiled_call_impl is not None:
         return f"{name} is compiled"

@@ -93,7 +93,7 @@ def attend_memory(
     """Context, in the layout of `query`, of attention over keys and values; padding (B, M) hides keys.
 
     Attention does not depend on the order of the keys: those that are seen are moved to the front, so that
-    their number says the rest. Keys and values are zeros where none is seen; torch gives NaN there.
+    their number says the rest. The context is zeros where none is seen.
     """
     dtype, width, one = compute_dtype(qkv.weight), qkv.weight.shape[1], key is value
     if not batch_first:
@@ -112,6 +112,13 @@ def attend_memory(
     q_bias, kv_bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
     context = cross_attention(q, q_bias, kv, kv_bias, heads, p=p, key_lengths=lengths)
     return context if batch_first else context.transpose(0, 1)
+
+
+def project(context: Tensor, layer: Linear) -> Tensor:
+    """Linear of a context (B, N, D), with its bias. Unlike that of nn.Linear the result is no view."""
+    rows = F.linear(context.flatten(0, 1), layer.weight, layer.bias)
+    product: Tensor = torch.ops.aten._unsafe_view(rows, [*context.shape[:-1], rows.shape[-1]])
+    return product
 
 
 def feed_forward(x: Tensor, parts: Mlp) -> Tensor:

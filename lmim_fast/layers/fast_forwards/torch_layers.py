@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmim_fast.layers.fast_forwards import read
 from lmim_fast.layers.fast_forwards.form import Form
@@ -20,6 +20,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     attend_memory,
     feed_forward,
     norm_dtype,
+    project,
 )
 from lmim_fast.layers.norm import add_norm
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -72,7 +73,7 @@ class _Heads:
         """Check that queries, keys and values are of one batch, and the mask of keys."""
         batch = 0 if self.batch_first else 1
         paired = key.shape == value.shape and query.shape[batch] == key.shape[batch]
-        require(paired, f"inputs of shapes {[tuple(x.shape) for x in (query, key, value)]}")
+        require(paired, "inputs of shapes {}, {}, {}", query.shape, key.shape, value.shape)
         if padding is not None:
             keys = key.shape[1 - batch]
             require(not causal, "a causal mask and key_padding_mask are given")
@@ -80,7 +81,7 @@ class _Heads:
                 type(padding) is Tensor and padding.dtype == torch.bool, "key_padding_mask is no bool tensor"
             )
             require(padding.shape == (key.shape[batch], keys), "key_padding_mask has another shape")
-            require(keys <= MOST_PADDED_KEYS, f"key_padding_mask of more than {MOST_PADDED_KEYS} keys")
+            require(keys <= MOST_PADDED_KEYS, "key_padding_mask of more than {} keys", MOST_PADDED_KEYS)
 
     def attend(self, x: Tensor, causal: bool, padding: Tensor | None) -> Tensor:
         """Context of self-attention."""
@@ -118,13 +119,13 @@ def _multihead_attention(
     else:
         require(not causal, "a causal mask over another sequence")
         context = heads.attend_memory(query, key, value, key_padding_mask)
-    return nn.functional.linear(context, *heads.out), None
+    return project(context, heads.out), None
 
 
 def _causal(mask: Tensor | None, is_causal: bool, name: str) -> bool:
     """Whether a mask is causal, which torch's flag promises; raises `Left` for any other mask."""
-    require(mask is None or is_causal, f"{name} is given")
-    require(mask is not None or not is_causal, f"is_causal is given without {name}")
+    require(mask is None or is_causal, "{} is given", name)
+    require(mask is not None or not is_causal, "is_causal is given without {}", name)
     return is_causal
 
 
@@ -146,7 +147,7 @@ class _Layer:
             self.drops[-1],
         )
         patched = [name for name in ("_sa_block", "_mha_block", "_ff_block") if name in vars(layer)]
-        require(not patched, f"{', '.join(patched)} is patched")
+        require(not patched, "{} is patched", patched)
         self.norm_first = bool(layer.norm_first)
         layouts = {each.batch_first for each in self.attentions}
         require(len(layouts) == 1, "its attentions differ in batch_first")
@@ -176,7 +177,7 @@ def _encoder_layer(
     heads.keeps_torch(src)
     device = src.device.type
     other = not self.training and device != "cuda" and torch.is_autocast_enabled(device)
-    require(not other, f"autocast on {device} in evaluation")  # torch's result has another dtype there
+    require(not other, "autocast on {} in evaluation", device)  # torch's result has another dtype there
 
     def attention(x: Tensor) -> Branch:
         return heads.branch(heads.attend(x, causal, src_key_padding_mask), layer.drops[0])

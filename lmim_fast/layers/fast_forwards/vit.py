@@ -21,6 +21,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     feed_forward,
     finish,
     pre_norm_block,
+    project,
 )
 from lmim_fast.ops.masking import gather_rows, select_patches
 
@@ -30,10 +31,10 @@ def _read_attention(module: Any) -> Attention:
     read.absent(module, "norm", "gate")
     width = len(qkv.weight) // 3
     require(
-        len(qkv.weight) == 3 * heads * (width // heads), f"{heads} heads for qkv of {len(qkv.weight)} rows"
+        len(qkv.weight) == 3 * heads * (width // heads), "{} heads for qkv of {} rows", heads, len(qkv.weight)
     )
     scale = getattr(module, "scale", None)
-    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, f"its scale is {scale}")
+    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, "its scale is {}", scale)
     p, drop = read.dropout(module, "attn_drop"), read.dropout(module, "proj_drop")
     require(
         not p or type(module).__name__ != "MemEffAttention", "xformers has no dropout of attention weights"
@@ -50,7 +51,7 @@ def _attention(self: Any, x: Tensor, *masks: object, is_causal: bool = False, **
         context = attend(x, attention.qkv, attention.heads, attention.p, causal=causal)
     else:
         context = attend_normed(x, attention, causal)
-    return _dropped(F.linear(context, *attention.proj), attention.drop)
+    return _dropped(project(context, attention.proj), attention.drop)
 
 
 def _causal(masks: tuple[object, ...], is_causal: bool, options: dict[str, object]) -> bool:
@@ -130,7 +131,7 @@ def _random_masking(self: Any, x: Tensor, mask_ratio: float) -> tuple[Tensor, Te
     patches = x.shape[1]
     kept = int(patches * (1 - mask_ratio))
     read.rows(x.shape[-1], x, weights=())
-    require(1 <= kept < patches, f"mask_ratio is {mask_ratio}")
+    require(1 <= kept < patches, "mask_ratio is {}", mask_ratio)
     noise = torch.rand(x.shape[0], patches, device=x.device)
     ids_visible, ids_masked = select_patches(noise, kept)
     places = torch.arange(patches, device=x.device).expand(x.shape[0], -1)
