@@ -102,7 +102,9 @@ def _notes(report: Any, kind: str) -> str:
 
 def run(each: Subject) -> tuple[list[Tensor], Gradients]:
     """Outputs, and the gradients of parameters and floating inputs; the loss weighs outputs at random."""
-    leaves = {name: value for name, value in each.model.named_parameters() if value.requires_grad}
+    leaves: dict[str, Tensor] = {
+        name: value for name, value in each.model.named_parameters() if value.requires_grad
+    }
     leaves |= {f"input {n}": x.requires_grad_() for n, x in enumerate(each.inputs) if x.is_floating_point()}
     for leaf in leaves.values():
         leaf.grad = None

@@ -12,8 +12,9 @@ import torch
 from torch import distributed
 
 from benchmarks.accelerate_models import SIZES, Subject, subject
+from benchmarks.accelerate_transforms import GRAPHS
 from benchmarks.accelerate_values import largest, own_forwards, run, zero_gradients
-from benchmarks.accelerate_wrappers import FIRST, GRAPHS, ORDERS, WRAPPERS
+from benchmarks.accelerate_wrappers import FIRST, ORDERS, WRAPPERS
 from lmim_fast import accelerate
 from lmim_fast.ops import dispatch
 

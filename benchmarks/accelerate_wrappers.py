@@ -10,38 +10,37 @@ import copy
 import importlib
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.accelerate_models import Subject, tensors
+from benchmarks.accelerate_models import Subject
 
 Wrapper = Callable[[Subject], nn.Module]
 FIRST = "accelerate, wrap"
 LAST = "wrap, accelerate"
 WRAPPERS: dict[str, Wrapper] = {}
 ORDERS: dict[str, tuple[str, ...]] = {}
-GRAPHS: dict[str, Callable[[nn.Module], list[str]]] = {}
-"""Of wrappers that trace a model: the operators of their graph, from what the wrapper returned."""
 
 
-def _wrapper(name: str, *orders: str) -> Callable[[Wrapper], Wrapper]:
-    def register(wrapper: Wrapper) -> Wrapper:
-        WRAPPERS[name], ORDERS[name] = wrapper, orders or (FIRST, LAST)
-        return wrapper
+def wrapper(name: str, *orders: str) -> Callable[[Wrapper], Wrapper]:
+    """List a wrapper under a name, tried in these orders; none: in both."""
+
+    def register(wrap: Wrapper) -> Wrapper:
+        WRAPPERS[name], ORDERS[name] = wrap, orders or (FIRST, LAST)
+        return wrap
 
     return register
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The stack of blocks."""
-    stack = model.blocks if hasattr(model, "blocks") else model.layers
+    stack: Any = model.blocks if hasattr(model, "blocks") else model.layers
     return nn.ModuleList(stack)
 
 
@@ -56,33 +55,35 @@ def linears_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-@_wrapper("none", FIRST)
+@wrapper("none", FIRST)
 def _none(each: Subject) -> nn.Module:
     return each.model
 
 
-@_wrapper("DistributedDataParallel", FIRST)
+@wrapper("DistributedDataParallel", FIRST)
 def _ddp(each: Subject) -> nn.Module:
     return nn.parallel.DistributedDataParallel(each.model)
 
 
-@_wrapper("FSDP2, blocks")
+@wrapper("FSDP2, blocks")
 def _fsdp(each: Subject) -> nn.Module:
     mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
     for layer in layers_of(each.model):
         fully_shard(layer, mesh=mesh)
-    return fully_shard(each.model, mesh=mesh)
-
-
-@_wrapper("FSDP2, attention")
-def _fsdp_parts(each: Subject) -> nn.Module:
-    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
-    for layer in layers_of(each.model):
-        fully_shard(layer.attn if hasattr(layer, "attn") else layer.self_attn, mesh=mesh)
+    fully_shard(each.model, mesh=mesh)
     return each.model
 
 
-@_wrapper("nn.DataParallel replica", FIRST)
+@wrapper("FSDP2, attention")
+def _fsdp_parts(each: Subject) -> nn.Module:
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in layers_of(each.model):
+        attention: Any = layer.attn if hasattr(layer, "attn") else layer.self_attn
+        fully_shard(attention, mesh=mesh)
+    return each.model
+
+
+@wrapper("nn.DataParallel replica", FIRST)
 def _replica(each: Subject) -> nn.Module:
     """As nn.parallel.replicate makes one, with other weights than the model's."""
     modules = list(each.model.modules())
@@ -99,7 +100,7 @@ def _replica(each: Subject) -> nn.Module:
     return model
 
 
-@_wrapper("EMA by deepcopy", FIRST)
+@wrapper("EMA by deepcopy", FIRST)
 def _ema(each: Subject) -> nn.Module:
     averaged = torch.optim.swa_utils.AveragedModel(each.model, multi_avg_fn=_halfway)
     averaged.update_parameters(each.model)
@@ -110,12 +111,12 @@ def _ema(each: Subject) -> nn.Module:
     return averaged.module.requires_grad_()
 
 
-def _halfway(averages: list[Tensor], weights: list[Tensor], _: Any) -> None:
+def _halfway(averages: Iterable[Tensor], weights: Iterable[Tensor], _: Any) -> None:
     for average, weight in zip(averages, weights, strict=True):
         average.lerp_(weight, 0.5)
 
 
-@_wrapper("deepcopy, other weights", FIRST)
+@wrapper("deepcopy, other weights", FIRST)
 def _copied(each: Subject) -> nn.Module:
     copied = copy.deepcopy(each.model)
     with torch.no_grad():
@@ -124,7 +125,7 @@ def _copied(each: Subject) -> nn.Module:
     return copied
 
 
-@_wrapper("pickle", FIRST)
+@wrapper("pickle", FIRST)
 def _pickled(each: Subject) -> nn.Module:
     loaded: nn.Module = pickle.loads(pickle.dumps(each.model))
     with torch.no_grad():
@@ -133,7 +134,7 @@ def _pickled(each: Subject) -> nn.Module:
     return loaded
 
 
-@_wrapper("torch.save of the model", FIRST)
+@wrapper("torch.save of the model", FIRST)
 def _saved(each: Subject) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(each.model, buffer)
@@ -142,7 +143,7 @@ def _saved(each: Subject) -> nn.Module:
     return loaded
 
 
-@_wrapper("peft LoRA")
+@wrapper("peft LoRA")
 def _peft(each: Subject) -> nn.Module:
     peft = importlib.import_module("peft")
     names = sorted({name for _, name in linears_of(each.model)})
@@ -153,13 +154,13 @@ def _peft(each: Subject) -> nn.Module:
     return adapted
 
 
-@_wrapper("peft LoRA, merged again", FIRST)
+@wrapper("peft LoRA, merged again", FIRST)
 def _merged(each: Subject) -> nn.Module:
     merged: nn.Module = _peft(each).merge_and_unload()  # type: ignore[operator]
     return merged.requires_grad_()
 
 
-@_wrapper("loralib")
+@wrapper("loralib")
 def _loralib(each: Subject) -> nn.Module:
     loralib = importlib.import_module("loralib")
     for parent, name in linears_of(each.model):
@@ -185,21 +186,21 @@ class Adapter(nn.Module):
         return out
 
 
-@_wrapper("an own adapter without a weight")
+@wrapper("an own adapter without a weight")
 def _adapter(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         setattr(parent, name, Adapter(getattr(parent, name)))
     return each.model
 
 
-@_wrapper("forward hooks on linears")
+@wrapper("forward hooks on linears")
 def _hooks(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         getattr(parent, name).register_forward_hook(lambda module, inputs, out: 1.5 * out)
     return each.model
 
 
-@_wrapper("forward hooks, removed", FIRST)
+@wrapper("forward hooks, removed", FIRST)
 def _removed_hooks(each: Subject) -> nn.Module:
     handles = [
         getattr(parent, name).register_forward_hook(lambda module, inputs, out: 1.5 * out)
@@ -211,49 +212,49 @@ def _removed_hooks(each: Subject) -> nn.Module:
     return each.model
 
 
-@_wrapper("full backward hooks on linears")
+@wrapper("full backward hooks on linears")
 def _backward_hooks(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         getattr(parent, name).register_full_backward_hook(lambda module, inputs, outputs: (1.5 * inputs[0],))
     return each.model
 
 
-@_wrapper("pruning")
+@wrapper("pruning")
 def _prune(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         prune.l1_unstructured(getattr(parent, name), "weight", amount=0.5)
     return each.model
 
 
-@_wrapper("pruning, made permanent", FIRST)
+@wrapper("pruning, made permanent", FIRST)
 def _pruned(each: Subject) -> nn.Module:
     for parent, name in linears_of(_prune(each)):
         prune.remove(getattr(parent, name), "weight")
     return each.model
 
 
-@_wrapper("weight norm, hooks")
+@wrapper("weight norm, hooks")
 def _weight_norm(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         nn.utils.weight_norm(getattr(parent, name))
     return each.model
 
 
-@_wrapper("weight norm, parametrization")
+@wrapper("weight norm, parametrization")
 def _parametrized(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         parametrizations.weight_norm(getattr(parent, name))
     return each.model
 
 
-@_wrapper("spectral norm")
+@wrapper("spectral norm")
 def _spectral(each: Subject) -> nn.Module:
     for parent, name in linears_of(each.model):
         parametrizations.spectral_norm(getattr(parent, name))
     return each.model
 
 
-@_wrapper("gradient checkpointing")
+@wrapper("gradient checkpointing")
 def _checkpointed(each: Subject) -> nn.Module:
     for layer in layers_of(each.model):
         forward = layer.forward
@@ -263,162 +264,14 @@ def _checkpointed(each: Subject) -> nn.Module:
     return each.model
 
 
-@_wrapper("dynamic int8, torch.ao")
+@wrapper("dynamic int8, torch.ao")
 def _quantized(each: Subject) -> nn.Module:
     quantized: nn.Module = torch.ao.quantization.quantize_dynamic(each.model.eval(), {nn.Linear})
     return quantized
 
 
-@_wrapper("dynamic int8, torchao")
+@wrapper("dynamic int8, torchao")
 def _torchao(each: Subject) -> nn.Module:
     quantization = importlib.import_module("torchao.quantization")
     quantization.quantize_(each.model.eval(), quantization.Int8DynamicActivationInt8WeightConfig())
     return each.model
-
-
-class Compiled(nn.Module):
-    """A model under torch.compile, and the operators of its forward graph."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.operators = model, []
-        torch.compiler.reset()
-        self.compiled = torch.compile(model, fullgraph=True, backend=self._record)
-
-    def _record(self, graph: Any, inputs: Any) -> Any:
-        self.operators += _operators(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        """The compiled model."""
-        return self.compiled(*arguments, **named)
-
-
-@_wrapper("torch.compile, fullgraph", FIRST)
-def _compiled(each: Subject) -> nn.Module:
-    return Compiled(each.model)
-
-
-GRAPHS["torch.compile, fullgraph"] = lambda module: module.operators
-
-
-@_wrapper("torch.export", FIRST)
-def _exported(each: Subject) -> nn.Module:
-    module: nn.Module = torch.export.export(each.model, each.inputs, each.options).module()
-    return module
-
-
-def _operators(graph: Any) -> list[str]:
-    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-
-
-GRAPHS["torch.export"] = _operators
-
-
-@_wrapper("torch.jit.trace", FIRST)
-def _traced(each: Subject) -> nn.Module:
-    traced: nn.Module = torch.jit.trace(each.model, each.inputs, check_trace=False)
-    return traced
-
-
-GRAPHS["torch.jit.trace"] = lambda module: [node.kind() for node in module.inlined_graph.nodes()]
-
-
-class Ensemble(nn.Module):
-    """Two models of other weights under vmap."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.base = [model]
-        stacked = {
-            name: torch.stack([value.detach(), 1.5 * value.detach()])
-            for name, value in model.named_parameters()
-        }
-        self.stacked = nn.ParameterDict({name.replace(".", "/"): value for name, value in stacked.items()})
-
-    def forward(self, *arguments: Any, **named: Any) -> list[Tensor]:
-        """Outputs of both models, stacked."""
-
-        def call(weights: dict[str, Tensor]) -> list[Tensor]:
-            return tensors(torch.func.functional_call(self.base[0], weights, arguments, named))
-
-        weights = {name.replace("/", "."): value for name, value in self.stacked.items()}
-        return torch.func.vmap(call, randomness="different")(weights)
-
-
-@_wrapper("vmap over weights", FIRST)
-def _vmapped(each: Subject) -> nn.Module:
-    return Ensemble(each.model)
-
-
-class Batched(nn.Module):
-    """A model whose output is joined by two gradients of it that are taken at once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: Tensor, **named: Any) -> list[Tensor]:
-        """Outputs, and the gradients of two random vectors with the first input."""
-        outputs = tensors(self.model(*arguments, **named))
-        vectors = torch.randn(2, *outputs[0].shape, generator=torch.Generator().manual_seed(3))
-        (gradients,) = torch.autograd.grad(
-            outputs[0], arguments[0], vectors.to(outputs[0]), is_grads_batched=True, retain_graph=True
-        )
-        return [*outputs, gradients]
-
-
-@_wrapper("batched gradients", FIRST)
-def _batched(each: Subject) -> nn.Module:
-    return Batched(each.model)
-
-
-class Penalty(nn.Module):
-    """A model whose output is joined by a gradient that gradients are taken of."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: Tensor, **named: Any) -> list[Tensor]:
-        """Outputs, and the gradient of their sum with the first input."""
-        with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative on a CPU
-            outputs = tensors(self.model(*arguments, **named))
-        (gradient,) = torch.autograd.grad(outputs[0].square().sum(), arguments[0], create_graph=True)
-        return [*outputs, gradient]
-
-
-@_wrapper("second derivatives", FIRST)
-def _penalty(each: Subject) -> nn.Module:
-    return Penalty(each.model)
-
-
-@_wrapper("forward-mode derivatives", FIRST)
-def _forward_mode(each: Subject) -> nn.Module:
-    class Forward(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = each.model
-
-        def forward(self, x: Tensor, *more: Any, **named: Any) -> list[Tensor]:
-            def call(x: Tensor) -> Tensor:
-                with sdpa_kernel(SDPBackend.MATH):
-                    return tensors(self.model(x, *more, **named))[0]
-
-            return list(torch.func.jvp(call, (x,), (torch.ones_like(x),)))
-
-    return Forward()
-
-
-@_wrapper("autocast to bf16", FIRST)
-def _autocast(each: Subject) -> nn.Module:
-    class Autocast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = each.model
-
-        def forward(self, *arguments: Any, **named: Any) -> Any:
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.model(*arguments, **named)
-
-    return Autocast()
