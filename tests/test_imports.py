@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 # A room is a package without its sub-packages. In these packages each file is a room, because some files are
 # below a sub-package and others above it: train.world is below train.checkpoint, train.loop above;
-# layers.norm is below layers.fast_forwards, layers.accelerate above; ops.dropout is below ops.operators, ops.norm
-# above.
+# layers.norm is below layers.fast_forwards, layers.accelerate above; ops.dropout is below ops.operators,
+# ops.norm above.
 FILES_ARE_ROOMS = ("lmim_fast", "lmim_fast.train", "lmim_fast.layers", "lmim_fast.ops", "benchmarks")
 
 _TRAIN = ("evaluation", "data", "models", "layers", "ops", "native", "config", "errors", "faults", "")

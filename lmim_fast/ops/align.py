@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lmim_fast.ops.transforms import batched
+from lmim_fast.ops.transforms import by_autograd, ordinary, transformed
 
 Stop = Literal["none", "masked", "guidance"]
 
@@ -41,17 +40,22 @@ def split_aligned(
         )
     if stop_gradient not in ("none", "masked", "guidance"):
         raise ValueError(f'stop_gradient must be "none", "masked" or "guidance", got {stop_gradient!r}')
-    if torch.compiler.is_compiling():  # the compiler makes one kernel of the plain form
-        latent, memory = _split(features, batch, shown)
-        ends = latent[:, 0], memory[:, 0]
-        return latent, memory, _distance(*_stopped(ends, stop_gradient)).square().mean()
+    if torch.compiler.is_compiling() or transformed():  # a compiler makes one kernel of the plain form
+        return _plain(features, batch, shown, stop_gradient)
     result: tuple[Tensor, Tensor, Tensor] = _SplitAligned.apply(features, batch, shown, stop_gradient)
     return result
 
 
+def _plain(features: Tensor, batch: int, shown: int, stop: Stop) -> tuple[Tensor, Tensor, Tensor]:
+    latent, memory = _split(features, batch, shown)
+    ends = latent[:, 0], memory[:, 0]
+    return latent, memory, _distance(*_stopped(ends, stop)).square().mean()
+
+
 def _split(features: Tensor, batch: int, shown: int) -> tuple[Tensor, Tensor]:
     rows = batch * shown
-    return features[:rows].unflatten(0, (batch, -1)), features[rows:].unflatten(0, (batch, -1))
+    width = features.shape[1]
+    return features[:rows].view(batch, -1, width), features[rows:].view(batch, -1, width)
 
 
 def _distance(masked: Tensor, guidance: Tensor) -> Tensor:
@@ -74,47 +78,27 @@ class _SplitAligned(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         latent, memory = _split(features, batch, shown)
         distance = _distance(latent[:, 0], memory[:, 0])
-        ctx.save_for_backward(distance)
-        ctx.shape, ctx.dtype, ctx.shown, ctx.stop = features.shape, features.dtype, shown, stop
+        ctx.save_for_backward(features, distance)  # views of the features are results: they are there anyway
+        ctx.shown, ctx.stop = shown, stop
         return latent, memory, distance.square().mean()
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_latent: Tensor | None, grad_memory: Tensor | None, grad_loss: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:
-        (distance,) = ctx.saved_tensors
-        if any(given is not None and batched(given) for given in (grad_latent, grad_memory, grad_loss)):
-            return _plain_gradient(ctx, distance, grad_latent, grad_memory, grad_loss), None, None, None
-        grad = distance.new_empty(ctx.shape, dtype=ctx.dtype)
+        features, distance = ctx.saved_tensors
+        grads = grad_latent, grad_memory, grad_loss
+        if not ordinary(*grads):
+            form = functools.partial(_plain, batch=len(distance), shown=ctx.shown, stop=ctx.stop)
+            return by_autograd(form, (features,), (True,), grads)[0], None, None, None
+        grad = torch.empty_like(features)
         parts = _split(grad, len(distance), ctx.shown)
         for part, given in zip(parts, (grad_latent, grad_memory), strict=True):
             part.zero_() if given is None else part.copy_(given)
         if grad_loss is not None:
-            change = (distance * (grad_loss * (2 / distance.numel()))).to(ctx.dtype)
+            change = (distance * (grad_loss * (2 / distance.numel()))).to(features.dtype)
             if ctx.stop != "masked":
                 parts[0][:, 0] += change
             if ctx.stop != "guidance":
                 parts[1][:, 0] -= change
         return grad, None, None, None
-
-
-def _plain_gradient(
-    ctx: Any,
-    distance: Tensor,
-    grad_latent: Tensor | None,
-    grad_memory: Tensor | None,
-    grad_loss: Tensor | None,
-) -> Tensor:
-    """The same out of place."""
-    zeros = _split(distance.new_zeros(ctx.shape, dtype=ctx.dtype), len(distance), ctx.shown)
-    parts = []
-    for name, sign, zero, given in zip(
-        ("masked", "guidance"), (1, -1), zeros, (grad_latent, grad_memory), strict=True
-    ):
-        part = zero if given is None else given
-        if grad_loss is not None and ctx.stop != name:
-            change = (distance * (grad_loss * (sign * 2 / distance.numel()))).to(ctx.dtype)
-            part = part + F.pad(change[:, None], (0, 0, 0, zero.shape[1] - 1))
-        parts.append(part.reshape(-1, ctx.shape[1]))
-    return torch.cat(parts)

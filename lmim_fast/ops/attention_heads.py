@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim_fast.ops.transforms import batched, transformed
+from lmim_fast.ops.transforms import ordinary, transformed
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -36,9 +36,9 @@ def split_heads(
 
 def _views(rows: Tensor, heads: int, segments: Sequence[tuple[int, int]]) -> list[Heads]:
     parts = rows.split([sequences * tokens for sequences, tokens in segments])
-    views = []
+    views, features = [], rows.shape[1] // (3 * heads)
     for part, segment in zip(parts, segments, strict=True):
-        q, k, v = part.unflatten(0, segment).unflatten(2, (3, heads, -1)).unbind(2)
+        q, k, v = part.view(*segment, 3, heads, features).unbind(2)
         views.append((q, k, v))
     return views
 
@@ -53,7 +53,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or batched(grads[0]):  # for a second derivative, or for many at once
+        if not ordinary(*grads):
             width = 3 * grads[0].shape[2] * grads[0].shape[3]
             parts = [torch.stack(part, 2).reshape(-1, width) for part in _triples(grads)]
             grad = torch.cat(parts)

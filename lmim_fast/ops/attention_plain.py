@@ -57,8 +57,10 @@ def cross_attention(
         # A weight of 0 does not hide a NaN; and zeros are the context of a sequence that sees no key.
         kv = torch.where((places < key_lengths[:, None])[:, :, None], kv, 0.0)
         seen = places < key_lengths.clamp(min=1)[:, None]  # a softmax needs one key
-    k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
-    return _attend(name, q.unflatten(2, (heads, -1)), k, v, p, seed, 0, seen=seen).flatten(2)
+    features = q.shape[2] // heads
+    k, v = kv.view(*kv.shape[:2], 2, heads, features).unbind(2)
+    q = q.view(*q.shape[:2], heads, features)
+    return _attend(name, q, k, v, p, seed, 0, seen=seen).flatten(2)
 
 
 def _bias(bias: Tensor | None, product: Tensor, added: bool) -> Tensor | None:

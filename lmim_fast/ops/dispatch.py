@@ -2,7 +2,8 @@
 
 An op checks its arguments and asks `takes`. `LMIM_FAST_BACKEND` (auto, eager or triton) and the `backend`
 context manager override the answer. "auto" launches kernels on CUDA devices alone; in Triton's interpreter,
-on a CPU, they run where "triton" is asked for by name. Forms in C++ run with "auto" alone.
+on a CPU, they run where "triton" is asked for by name. Forms in C++ run with "auto" alone. torch.func and
+forward mode cannot differentiate kernels: eager forms run under them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmim_fast.kernels import runtime
+from lmim_fast.ops.transforms import transformed
 
 BACKENDS = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of kernels; they take integers of any kind
@@ -87,6 +89,8 @@ def refusal(tensors: Sequence[Tensor | None], reason: str | None = None, *result
     device = next(tensor.device for tensor in tensors if tensor is not None)
     if not runtime.can_run(device):
         return f"cannot run a kernel on {device}"
+    if transformed():
+        return "has no kernel under a torch.func transform or forward-mode differentiation"
     dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
     for dtype in (*dtypes, *results):
         if dtype not in DTYPES and dtype.is_floating_point:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmim_fast.ops import dispatch, dropout
 from lmim_fast.ops.operators import gelu as operators
-from lmim_fast.ops.transforms import batched
+from lmim_fast.ops.transforms import by_autograd, ordinary, transformed
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -56,8 +56,13 @@ def check(x: Tensor, bias: Tensor) -> None:
 def _eager(x: Tensor, bias: Tensor, p: float, seed: Tensor | None) -> Tensor:
     bias = bias.to(x.dtype)
     # A compiler plans memory itself, and that of PyTorch 2.11 would lose the gradient of a result in place.
-    activated = F.gelu(x + bias) if torch.compiler.is_compiling() else _BiasGelu.apply(x, bias)
+    plain = torch.compiler.is_compiling() or transformed()
+    activated = _plain(x, bias) if plain else _BiasGelu.apply(x, bias)
     return dropout.dropout(activated, p, seed)
+
+
+def _plain(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -70,11 +75,11 @@ class _BiasGelu(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, bias = ctx.saved_tensors
+        if not ordinary(grad):
+            of_x, of_bias = by_autograd(_plain, (x, bias), ctx.needs_input_grad, (grad,))
+            return of_x, of_bias
         total = x + bias
-        if batched(grad):
-            grad_x = torch.ops.aten.gelu_backward(grad, total)
-        else:
-            grad_x = torch.ops.aten.gelu_backward.grad_input(grad, total, grad_input=total)
+        grad_x = torch.ops.aten.gelu_backward.grad_input(grad, total, grad_input=total)
         return grad_x, grad_x.reshape(-1, bias.shape[0]).sum(0)

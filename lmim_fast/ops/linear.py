@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lmim_fast.ops.products import convolves, in_dtype, matmul, weight_gradient, without_autocast
-from lmim_fast.ops.transforms import transformed
+from lmim_fast.ops.transforms import by_autograd, ordinary, transformed
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -88,7 +89,7 @@ def linear_recomputing(
     Returns:
         (..., F).
     """
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled() or transformed():
         return matmul(x, in_dtype(weight, x.dtype), added)
     if torch.compiler.is_compiling():
         weight = weight.to(x.dtype)
@@ -115,21 +116,27 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        rows, of_x = x.reshape(-1, x.shape[-1]), None
         originals, copies = saved[: len(grads)], saved[len(grads) :]
-        if torch.is_grad_enabled():  # for a second derivative
-            copies = [weight.to(x.dtype) for weight in originals]
-        of_weights: list[Tensor | None] = [None] * len(grads)
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
+        if not ordinary(*grads):
+            of_x, *of_weights = by_autograd(_plain_products, (x, *originals), needed, grads)
+            return of_x, None, *of_weights
+        rows, of_x = x.reshape(-1, x.shape[-1]), None
+        of_weights = [None] * len(grads)
         with without_autocast(x.device):
             for number, (grad, weight) in enumerate(zip(grads, copies, strict=True)):
                 if grad is None:
                     continue
                 grad = grad.reshape(-1, grad.shape[-1])
-                if ctx.needs_input_grad[0]:
+                if needed[0]:
                     of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
-                if ctx.needs_input_grad[2 + number]:
+                if needed[1 + number]:
                     of_weights[number] = weight_gradient(grad, rows, originals[number].dtype)
         return None if of_x is None else of_x.view(x.shape), None, *of_weights
+
+
+def _plain_products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple([F.linear(x, weight.to(x.dtype)) for weight in weights])
 
 
 class _RecomputingLinear(torch.autograd.Function):
@@ -144,8 +151,11 @@ class _RecomputingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, copy, *sources = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
-            copy = weight.to(copy.dtype)
+        if not ordinary(grad):
+            with torch.enable_grad(), without_autocast(grad.device):
+                inputs = ctx.recompute(*sources), weight
+            found = by_autograd(_plain_products, inputs, ctx.needs_input_grad[:2], (grad,))
+            return *found, None, None, *(None for _ in sources)
         grad_weight = None
         with without_autocast(grad.device):
             grad_x = grad @ copy if ctx.needs_input_grad[0] else None

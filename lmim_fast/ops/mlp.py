@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lmim_fast.ops import dispatch, dropout, gelu, sublayers
 from lmim_fast.ops.epilogue import in_epilogue
@@ -15,8 +14,8 @@ from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import linear, linear_recomputing
 from lmim_fast.ops.operators import mlp as operators
 from lmim_fast.ops.operators.operator import differentiable, direct
-from lmim_fast.ops.products import matmul
-from lmim_fast.ops.transforms import batched
+from lmim_fast.ops.products import matmul, without_autocast
+from lmim_fast.ops.transforms import by_autograd, ordinary, transformed
 
 
 def mlp(
@@ -104,17 +103,22 @@ def gelu_linear(hidden: Tensor, bias: Tensor, weight: Tensor, *, p: float = 0.0)
         ValueError: as `bias_gelu`.
     """
     gelu.check(hidden, bias)
-    if p:
+    if p or transformed():
         return linear(bias_gelu(hidden, bias, p=p), weight)
     if torch.compiler.is_compiling() or gelu.takes(bias, hidden.dtype):
         return linear_recomputing(bias_gelu(hidden, bias), weight, bias_gelu, hidden, bias)
     bias, weight = bias.to(hidden.dtype), weight.to(hidden.dtype)
-    given = hidden.is_leaf and hidden.requires_grad  # by a caller; autograd refuses to change it
+    owner = hidden if hidden._base is None else hidden._base
+    given = owner.is_leaf and owner.requires_grad  # by a caller; autograd refuses to change it
     total = hidden + bias if given else hidden.add_(bias)
     if not torch.is_grad_enabled() or not (total.requires_grad or weight.requires_grad):
         return matmul(torch.ops.aten.gelu_(total), weight)
     product: Tensor = _GeluLinear.apply(total, weight)
     return product
+
+
+def _plain_gelu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.gelu(x), weight)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -126,20 +130,20 @@ class _GeluLinear(torch.autograd.Function):
         return matmul(F.gelu(x), weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        if not ordinary(grad):
+            of_x, of_weight = by_autograd(_plain_gelu_linear, (x, weight), ctx.needs_input_grad, (grad,))
+            return of_x, of_weight
         x_needed, weight_needed = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
         rows = x.reshape(-1, x.shape[-1])
         grad_x = grad_weight = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             activated = F.gelu(rows)
             if weight_needed:
                 grad_weight = grad.T @ activated
-            if x_needed and batched(grad):
-                grad_x = torch.ops.aten.gelu_backward(grad @ weight, rows).view(x.shape)
-            elif x_needed:
+            if x_needed:
                 grad_x = torch.mm(grad, weight, out=activated)
                 torch.ops.aten.gelu_backward.grad_input(grad_x, rows, grad_input=grad_x)
                 grad_x = grad_x.view(x.shape)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmim_fast.ops import dispatch, dropout
 from lmim_fast.ops.operators import norm as operators
+from lmim_fast.ops.transforms import transformed
 
 MAX_WIDTH = 2048  # wider rows do not fit the registers of a program
 
@@ -140,7 +141,7 @@ def _eager(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     branch = x if x_bias is None else x + x_bias.to(x.dtype)
-    if branch is not x and p == 0 and x.dtype == residual.dtype:
+    if branch is not x and p == 0 and x.dtype == residual.dtype and not transformed():
         total = branch.add_(residual)
     else:
         total = residual + dropout.dropout(branch, p, seed).to(residual.dtype)

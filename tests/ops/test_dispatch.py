@@ -183,9 +183,8 @@ class Times(torch.nn.Module):
 
 def test_a_second_derivative_of_a_plain_call_is_an_error() -> None:
     x = torch.tensor([2.0], requires_grad=True)
-    (grad,) = torch.autograd.grad(tripled_in_tests(x, 3).square(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.backward()
+    with pytest.raises(RuntimeError, match="for create_graph run the forward pass"):
+        torch.autograd.grad(tripled_in_tests(x, 3).square(), x, create_graph=True)
 
 
 def test_a_result_that_nobody_reads_gets_no_gradient() -> None:

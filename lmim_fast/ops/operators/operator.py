@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from lmim_fast.ops.transforms import batched, transformed
+from lmim_fast.ops.transforms import ordinary, transformed
 
 Differentiate = Callable[..., tuple[Any, ...]]
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, torch.dtype})
@@ -68,7 +67,8 @@ class Operator:
         self.traced.register_fake(fake)
         self._apply: Callable[..., Any] | None = None
         if setup is not None and differentiate is not None:
-            self.traced.register_autograd(_unless_none(differentiate), setup_context=_keep_none(setup))
+            gradients = _first_order(_unless_none(differentiate))
+            self.traced.register_autograd(gradients, setup_context=_keep_none(setup))
             self._apply = function(self.__name__, launch, setup, differentiate).apply
 
     def __call__(self, *arguments: Any) -> Any:
@@ -128,30 +128,30 @@ def function(
     )
 
 
-def _marked(grad: Tensor | None) -> Tensor | None:
-    """The gradient, requiring one of its own: so `once_differentiable` leaves no second derivative out."""
-    return grad if grad is None or grad.requires_grad else grad.detach().requires_grad_()
-
-
 def backward_of(differentiate: Differentiate) -> Differentiate:
-    """`differentiate` for an autograd function: a gradient of its result is an error, not a zero."""
-
-    def single(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return tuple(
-            None if isinstance(gradient, list) else gradient for gradient in differentiate(ctx, *grads)
-        )
-
-    guarded = once_differentiable(single)
+    """`differentiate` for an autograd function."""
+    first_order = _first_order(differentiate)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if any(grad is not None and batched(grad) for grad in grads):
-            raise RuntimeError(
-                "a kernel makes one gradient at a time: for is_grads_batched run the forward pass under "
-                "lmim_fast.ops.dispatch.backend('eager')"
-            )
-        if not torch.is_grad_enabled():
-            return single(ctx, *grads)
-        gradients: tuple[Any, ...] = guarded(ctx, *(_marked(grad) for grad in grads))
-        return gradients
+        gradients = first_order(ctx, *grads)
+        return tuple(None if isinstance(gradient, list) else gradient for gradient in gradients)
 
     return backward
+
+
+def _first_order(differentiate: Differentiate) -> Differentiate:
+    """`differentiate`, but an error for many gradients at once, and for one that is to be differentiated.
+
+    A later error could miss, in silence, what depends on inputs that are not kept.
+    """
+
+    def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not ordinary(*grads):
+            wanted = "create_graph" if torch.is_grad_enabled() else "is_grads_batched"
+            raise RuntimeError(
+                f"a kernel makes first derivatives alone, one at a time: for {wanted} run the forward pass "
+                "under lmim_fast.ops.dispatch.backend('eager')"
+            )
+        return differentiate(ctx, *grads)
+
+    return gradients
