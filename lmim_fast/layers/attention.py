@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmim_fast.layers import plain
 from lmim_fast.layers.inputs import check_heads, tokens
+from lmim_fast.layers.parts import has_tensors, hooks_on_all, is_biased_linear, is_linear, is_plain
 from lmim_fast.ops.attention import Segment, cross_attention, self_attention
 from lmim_fast.ops.dropout import check_probability
 from lmim_fast.ops.linear import linear
@@ -48,19 +49,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        if plain.is_plain(x, self.qkv.weight):
-            return self.forward_plain(x)
+        if plain.fits(x, self.qkv._parameters.get("weight")):
+            return self.forward_parts(x, None, last=True)
+        if not self.reads_weights():
+            return self.forward_parts(x, [(x.shape[0], x.shape[1])], last=True)
         x = tokens("x", x, self.qkv.weight)
         branch = self.forward_packed(linear(x, self.qkv.weight).flatten(0, 1), [(x.shape[0], x.shape[1])])
-        return F.dropout(branch + self.proj.bias.to(branch.dtype), self.dropout).view(x.shape)
+        return F.dropout(branch.view(x.shape) + self.proj.bias.to(branch.dtype), self.dropout)
 
-    def forward_plain(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D) by PyTorch's own ops."""
-        qkv, training = self.qkv, self.training
-        p = self.attn_drop if training else 0.0
-        context = plain.self_attention(x, qkv.weight, qkv.bias, self.num_heads, p)
-        x = plain.linear(context, self.proj.weight, self.proj.bias)
-        return F.dropout(x, self.proj_drop) if training and self.proj_drop else x
+    def reads_weights(self) -> bool:
+        """True if both linears are plain; others are called (`layers/parts.py`)."""
+        parts = self._modules  # faster than attributes
+        return is_linear(parts["qkv"]) and is_biased_linear(parts["proj"]) and not hooks_on_all()
+
+    def forward_parts(self, x: Tensor, segments: Sequence[Segment] | None, *, last: bool = False) -> Tensor:
+        """`forward` by calls of the parts, of x (B, N, D) or of rows (rows, D).
+
+        Args:
+            segments: of the flattened rows; None: they are few, and x is (B, N, D).
+            last:     as for `plain.linear`.
+        """
+        p = self.attn_drop if self.training else 0.0
+        context = plain.self_attention(plain.linear(x, self.qkv), self.num_heads, segments, p)
+        return plain.dropped(plain.linear(context, self.proj, last=last), self.dropout)
 
     def forward_packed(self, qkv: Tensor, segments: Sequence[Segment], *, added: bool = False) -> Tensor:
         """Result of `qkv` (rows, 3D) to result of `proj` (rows, D), both without bias; no `proj_drop`.
@@ -179,49 +190,60 @@ class MultiheadAttention(nn.Module):
         _refuse(
             "lmim_fast.ops.attention.attention_weights computes them for pictures", need_weights=need_weights
         )
+        weight, bias = self.in_proj_weight, self.in_proj_bias  # read once: a parametrization makes them
         alone = query is key and key is value
-        if key is value and plain.is_plain(query, self.in_proj_weight):
-            if alone:
-                return self.out_proj(self.context_plain(query, None)), None
-            if plain.is_plain(key, self.in_proj_weight) and len(query) == len(key):
-                return self.out_proj(self.context_plain(query, key)), None
-        return self.out_proj(self._self(query) if alone else self._cross(query, key, value)), None
+        few = key is value and plain.fits(query, weight)
+        if few and alone:
+            context = plain.attend_self(query, weight, bias, self.num_heads, self.attn_drop)
+        elif few and plain.fits(key, weight) and len(query) == len(key):
+            context = plain.attend_memory(query, key, weight, bias, self.num_heads, self.attn_drop)
+        elif alone:
+            context = self._self(query, weight, bias)
+        else:
+            context = self._cross(query, key, value, self._split(weight, bias))
+        return plain.linear(context, self.out_proj, last=True), None
 
-    def context_plain(self, query: Tensor, memory: Tensor | None) -> Tensor:
-        """Context (B, N, D) over a memory (B, M, D), or over itself without one, by PyTorch's own ops."""
-        rest = self.in_proj_weight, self.in_proj_bias, self.num_heads, self._p
-        if memory is None:
-            return plain.self_attention(query, *rest)
-        return plain.cross_attention(query, memory, *rest)
-
-    def _self(self, x: Tensor) -> Tensor:
-        x = tokens("query", x, self.in_proj_weight)
-        qkv = linear(x, self.in_proj_weight).flatten(0, 1)
+    def _self(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = tokens("query", x, weight)
+        qkv = linear(x, weight).flatten(0, 1)
         segments = [(x.shape[0], x.shape[1])]
-        return self_attention(qkv, self.in_proj_bias, self.num_heads, segments, p=self._p).view(x.shape)
+        return self_attention(qkv, bias, self.num_heads, segments, p=self.attn_drop).view(x.shape)
 
-    def _cross(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _cross(self, query: Tensor, key: Tensor, value: Tensor, projections: Projections) -> Tensor:
+        q_weight, kv_weight, q_bias, kv_bias = projections
         inputs = {"query": query, "key": key, "value": value}
-        q, k, v = (tokens(name, x, self.in_proj_weight) for name, x in inputs.items())
+        q, k, v = (tokens(name, x, q_weight) for name, x in inputs.items())
         if k.shape != v.shape or q.shape[0] != k.shape[0]:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
             raise ValueError(f"need query (B, N, D), key and value (B, M, D), got {shapes}")
-        q_weight, kv_weight, q_bias, kv_bias = self.projections()
         if key is value:
             kv = linear(k, kv_weight)
         else:
             kv = torch.cat([linear(x, w) for x, w in zip((k, v), kv_weight.chunk(2), strict=True)], -1)
-        return cross_attention(linear(q, q_weight), q_bias, kv, kv_bias, self.num_heads, p=self._p)
+        return cross_attention(linear(q, q_weight), q_bias, kv, kv_bias, self.num_heads, p=self.attn_drop)
 
     def projections(self) -> Projections:
         """The two parts of the input projection, whose gradients are put together once."""
+        return self._split(self.in_proj_weight, self.in_proj_bias)
+
+    def _split(self, weight: Tensor, bias: Tensor | None) -> Projections:
         sizes = [self.embed_dim, 2 * self.embed_dim]
-        biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
-        return Projections(*self.in_proj_weight.split(sizes), *biases)
+        return Projections(*weight.split(sizes), *((None, None) if bias is None else bias.split(sizes)))
 
     @property
-    def _p(self) -> float:
+    def attn_drop(self) -> float:
+        """Dropout probability of the attention weights: 0 in eval mode."""
         return self.dropout if self.training else 0.0
+
+
+def reads_weights(attention: Any) -> bool:
+    """True for a plain `MultiheadAttention` with biases: a layer that holds it reads its weights."""
+    return (
+        is_plain(attention, MultiheadAttention)
+        and has_tensors(attention, "in_proj_weight", "in_proj_bias")
+        and attention._parameters["in_proj_bias"] is not None
+        and is_biased_linear(attention._modules["out_proj"])
+    )
 
 
 def _refuse(advice: str, **options: object) -> None:

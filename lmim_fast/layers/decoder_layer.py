@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lmim_fast.layers import plain
-from lmim_fast.layers.attention import MultiheadAttention
+from lmim_fast.layers.attention import MultiheadAttention, reads_weights
 from lmim_fast.layers.decoder_rows import Memory, PlainRows
 from lmim_fast.layers.inputs import tokens
 from lmim_fast.layers.norm import LAYER_NORM_EPS, DropoutAddLayerNorm
+from lmim_fast.layers.parts import has_tensors, hooks_on_all, is_biased_linear, is_plain
 from lmim_fast.ops.attention import cross_attention, product_bias, self_attention
 from lmim_fast.ops.epilogue import check_setting
 from lmim_fast.ops.linear import linear
@@ -49,19 +52,22 @@ class PackedDecoderLayer(nn.Module):
         self.norm3 = DropoutAddLayerNorm(d_model, dropout, layer_norm_eps)  # after the FFN
 
     def forward(
-        self, x: PlainRows, memory: Memory, *, masked_only: bool, next_masked_only: bool = False
+        self, x: PlainRows, memory: Memory | Tensor, *, masked_only: bool, next_masked_only: bool = False
     ) -> PlainRows:
         """One layer.
 
         Args:
             x:                rows (B, N, D): cls, visible, masked.
-            memory:           of this layer.
+            memory:           of this layer: projected if it `reads_weights`, else the rows (B, M, D).
             masked_only:      compute only the masked rows (the last layer).
             next_masked_only: the layer that reads the result does so.
         Returns:
             rows (B, N, D), or (B, masked, D), in the compute dtype.
         """
         shown = 0 if masked_only else x.num_visible_rows
+        if isinstance(memory, Tensor):
+            first = x.num_visible_rows if masked_only else 0
+            return PlainRows(shown, self.forward_parts(x.rows, memory, first).to(x.rows.dtype))
         if self.order == "sa_ca":
             x = self.attend_memory(self.attend_self(x, masked_only), memory)
         else:  # norm2, not the norm3 of the layer before, is read by queries at masked rows
@@ -74,13 +80,14 @@ class PackedDecoderLayer(nn.Module):
 
     def attend_self(self, x: PlainRows, masked_only: bool) -> PlainRows:
         """Self-attention, residual add and norm1; of all rows, or with queries at masked rows only."""
-        attention, p, shown = self.self_attn, self.dropout, x.num_visible_rows
+        attention, shown = self.self_attn, x.num_visible_rows
+        heads, p = attention.num_heads, attention.attn_drop
         if masked_only:
             q_weight, kv_weight, q_bias, kv_bias = attention.projections()
             added = product_bias(q_bias)
             q = x.project(q_weight, masked_only=True, added=added)
             kv = x.project(kv_weight, added=product_bias(kv_bias))
-            context = cross_attention(q, q_bias, kv, kv_bias, self.num_heads, p=p, added=added is not None)
+            context = cross_attention(q, q_bias, kv, kv_bias, heads, p=p, added=added is not None)
             residual, shown = x.masked_residual, 0
         else:
             residual = x.residual
@@ -89,7 +96,7 @@ class PackedDecoderLayer(nn.Module):
             segments = [(qkv.shape[0], qkv.shape[1])]
             qkv = qkv.flatten(0, 1)
             context = self_attention(
-                qkv, attention.in_proj_bias, self.num_heads, segments, p=p, added=added is not None
+                qkv, attention.in_proj_bias, heads, segments, p=p, added=added is not None
             )
             context = context.view_as(residual)
         branch = linear(context, attention.out_proj.weight)
@@ -99,10 +106,43 @@ class PackedDecoderLayer(nn.Module):
         """Cross-attention over the memory, residual add and norm2."""
         kv, kv_bias, q_weight, q_bias, added = memory
         q = x.project(q_weight, added=q_bias.detach() if added and q_bias is not None else None)
-        context = cross_attention(q, q_bias, kv, kv_bias, self.num_heads, p=self.dropout, added=added)
-        out, shown = self.multihead_attn.out_proj, x.num_visible_rows
+        attention, shown = self.multihead_attn, x.num_visible_rows
+        heads, p, out = attention.num_heads, attention.attn_drop, attention.out_proj
+        context = cross_attention(q, q_bias, kv, kv_bias, heads, p=p, added=added)
         first = shown if next_masked_only else 0
         return PlainRows(shown, *self.norm2.shared(linear(context, out.weight), x.residual, out.bias, first))
+
+    def reads_weights(self) -> bool:
+        """True if all parts are plain, and theirs; others are called (`layers/parts.py`)."""
+        parts = self._modules  # faster than attributes
+        return (
+            reads_weights(parts["self_attn"])
+            and reads_weights(parts["multihead_attn"])
+            and is_biased_linear(parts["linear1"])
+            and is_biased_linear(parts["linear2"])
+            and _is_add_norm(parts["norm1"])
+            and _is_add_norm(parts["norm2"])
+            and _is_add_norm(parts["norm3"])
+            and not hooks_on_all()
+        )
+
+    def forward_parts(self, x: Tensor, memory: Tensor, first: int = 0) -> Tensor:
+        """One layer by calls of the parts, x (B, N, D) over a memory (B, M, D), from token `first` on."""
+        for sublayer in self.order.split("_"):
+            if sublayer == "sa":
+                query = x[:, first:] if first else x
+                x = self._add_norm(self.norm1, _attend(self.self_attn, query, x), query)
+            else:
+                x = self._add_norm(self.norm2, _attend(self.multihead_attn, x, memory), x)
+        return self._add_norm(self.norm3, plain.mlp(x, self.linear1, self.linear2, self.dropout), x)
+
+    def _add_norm(self, norm: nn.Module, branch: Tensor, residual: Tensor) -> Tensor:
+        """One of our norms drops and adds the branch itself; what has taken its place gets the sum."""
+        if isinstance(norm, DropoutAddLayerNorm):
+            normalised: Tensor = norm(branch, residual)[0]
+        else:
+            normalised = norm(residual + plain.dropped(branch, self.dropout).to(residual.dtype))
+        return normalised
 
     @property
     def dropout(self) -> float:
@@ -141,24 +181,27 @@ class DecoderLayer(PackedDecoderLayer):
         Raises:
             ValueError: shapes, dtypes or devices do not fit.
         """
-        attention, weight = self.multihead_attn, self.multihead_attn.in_proj_weight
-        if plain.is_plain(x, weight) and plain.is_plain(memory, weight) and len(x) == len(memory):
-            return self._plain(x, memory)
-        tokens("x", x, attention.in_proj_weight)
-        keys = tokens("memory", memory, attention.in_proj_weight)
+        attention = self.multihead_attn
+        weight = attention._parameters.get("in_proj_weight")
+        if plain.fits(x, weight) and plain.fits(memory, weight) and len(x) == len(memory):
+            return self.forward_parts(x, memory)
+        if not self.reads_weights():
+            return self.forward_parts(x, memory).to(x.dtype)
+        weight = attention.in_proj_weight
+        tokens("x", x, weight)
+        keys = tokens("memory", memory, weight)
         if len(x) != len(keys):
             raise ValueError(f"x {tuple(x.shape)} and memory {tuple(memory.shape)} must have one batch size")
         q_weight, kv_weight, q_bias, kv_bias = attention.projections()
         own = Memory(linear(keys, kv_weight), kv_bias, q_weight, q_bias, added=False)
         return super().forward(PlainRows(0, x), own, masked_only=False).rows.to(x.dtype)
 
-    def _plain(self, x: Tensor, memory: Tensor) -> Tensor:
-        p = self.dropout
-        for part in self.order.split("_"):
-            attention, norm = (
-                (self.self_attn, self.norm1) if part == "sa" else (self.multihead_attn, self.norm2)
-            )
-            context = attention.context_plain(x, None if part == "sa" else memory)
-            branch = plain.linear(context, attention.out_proj.weight, attention.out_proj.bias)
-            x = plain.norm(x + plain.dropped(branch, p), norm)
-        return plain.norm(x + plain.dropped(plain.mlp(x, self.linear1, self.linear2, p), p), self.norm3)
+
+def _is_add_norm(part: Any) -> bool:
+    return is_plain(part, DropoutAddLayerNorm) and has_tensors(part)
+
+
+def _attend(attention: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
+    result = attention(query, keys, keys, need_weights=False)
+    branch: Tensor = result[0] if isinstance(result, tuple) else result  # beside the weights in torch's form
+    return branch

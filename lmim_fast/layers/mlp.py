@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmim_fast.layers import plain
 from lmim_fast.layers.inputs import features
+from lmim_fast.layers.parts import hooks_on_all, is_biased_linear
 from lmim_fast.ops.dropout import check_probability
 from lmim_fast.ops.epilogue import check_setting
 from lmim_fast.ops.mlp import mlp
@@ -43,18 +44,22 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., out_features)."""
-        if plain.is_plain(x, self.fc1.weight):
-            return self.forward_plain(x)
+        if plain.fits(x, self.fc1._parameters.get("weight")) or not self.reads_weights():
+            return self.forward_parts(x, last=True)
         x = features("x", x, self.fc1.weight)
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
         branch = mlp(x, *weights, p=self.dropout, epilogue=self.epilogue)
         return F.dropout(branch + self.fc2.bias.to(branch.dtype), self.dropout)
 
-    def forward_plain(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., out_features) by PyTorch's own ops."""
-        p = self.drop if self.training else 0.0
-        x = plain.mlp(x, self.fc1, self.fc2, p)
-        return F.dropout(x, p) if p else x
+    def reads_weights(self) -> bool:
+        """True if both linears are plain; others are called (`layers/parts.py`)."""
+        parts = self._modules  # faster than attributes
+        return is_biased_linear(parts["fc1"]) and is_biased_linear(parts["fc2"]) and not hooks_on_all()
+
+    def forward_parts(self, x: Tensor, *, last: bool = False) -> Tensor:
+        """`forward` by calls of the parts; `last` as for `plain.linear`."""
+        p = self.dropout
+        return plain.dropped(plain.mlp(x, self.fc1, self.fc2, p, last=last), p)
 
     @property
     def dropout(self) -> float:

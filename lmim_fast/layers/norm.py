@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
+from lmim_fast.layers.parts import hooks_on_all, is_norm
 from lmim_fast.ops import dispatch, gelu, norm_step, sublayers
 from lmim_fast.ops.dropout import check_probability, settled_seed
 from lmim_fast.ops.epilogue import in_epilogue
@@ -78,6 +81,9 @@ class DropoutAddLayerNorm(nn.Module):
             ValueError: shapes differ.
         """
         p = self.p if self.training else 0.0
+        if plain.has_few_rows(x) and x.dtype == residual.dtype == self.weight.dtype:
+            total = residual + plain.dropped(x if x_bias is None else x + x_bias, p)
+            return F.layer_norm(total, total.shape[-1:], self.weight, self.bias, self.eps), total
         return dropout_add_layer_norm(x, x_bias, residual, self.weight, self.bias, p=p, eps=self.eps)
 
     def shared(
@@ -123,7 +129,7 @@ def norm_linear(
     inputs = _one_step(residual, branch, branch_bias, norm, dtype, p, weight)
     if inputs is not None:
         return sublayers.norm_linear(inputs, weight, added)
-    rows, residual = add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    rows, residual = fused_add_norm(residual, branch, branch_bias, norm, dtype, p=p)
     return _linear(rows, weight, residual, norm, added), residual
 
 
@@ -152,7 +158,7 @@ def norm_mlp(
     if inputs is not None and (inside or gelu.takes(fc1.bias, dtype)):
         seed = settled_seed(drop, None, residual.device)
         return sublayers.norm_mlp(inputs, *weights, seed=seed, p=drop, epilogue=inside)
-    rows, residual = add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    rows, residual = fused_add_norm(residual, branch, branch_bias, norm, dtype, p=p)
     if inside:
         return launch_mlp(rows, *weights), residual
     hidden = _linear(rows, fc1.weight, residual, norm)
@@ -201,15 +207,35 @@ def add_norm(
     residual: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
+    norm: nn.Module,
+    dtype: torch.dtype,
+    *,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Normalised sum of residual and (dropped) branch in `dtype`, and the sum itself.
+
+    A norm that is no longer plain is called with the sum.
+    """
+    if is_norm(norm) and not hooks_on_all():
+        assert isinstance(norm, nn.LayerNorm)
+        return fused_add_norm(residual, branch, branch_bias, norm, dtype, p=p)
+    if branch is not None:
+        branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+        residual = residual + plain.dropped(branch, p).to(residual.dtype)
+    return norm(residual).to(dtype), residual
+
+
+def fused_add_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
     norm: Norm,
     dtype: torch.dtype,
     *,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised sum of residual and (dropped) branch in `dtype`, and the sum itself."""
+    """`add_norm` by the weights of a plain norm."""
     if branch is None:
         return layer_norm(residual, norm.weight, norm.bias, dtype, eps=norm.eps), residual
-    normalised, residual = dropout_add_layer_norm(
-        branch, branch_bias, residual, norm.weight, norm.bias, p=p, eps=norm.eps
-    )
-    return normalised, residual
+    weights = residual, norm.weight, norm.bias
+    return dropout_add_layer_norm(branch, branch_bias, *weights, p=p, eps=norm.eps)

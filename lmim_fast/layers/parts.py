@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
-_TENSORS = (nn.Parameter, Tensor)
+TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two while a program is exported
 _FORWARDS = nn.Linear.forward, nn.LayerNorm.forward
 
 
@@ -38,6 +40,11 @@ def is_linear(part: Any) -> bool:
     return is_plain(part, nn.Linear) and has_tensors(part)
 
 
+def is_biased_linear(part: Any) -> bool:
+    """True for a plain nn.Linear, as `is_linear`, that has a bias."""
+    return is_linear(part) and part._parameters["bias"] is not None
+
+
 def is_norm(part: Any) -> bool:
     """True for a plain nn.LayerNorm over the last dimension whose weight and bias are ordinary tensors."""
     return (
@@ -48,14 +55,17 @@ def is_norm(part: Any) -> bool:
     )
 
 
-def has_tensors(part: nn.Module) -> bool:
+def has_tensors(part: nn.Module, weight: str = "weight", bias: str = "bias") -> bool:
     """True if a part's weight, and its bias if it has one, are parameters and ordinary tensors.
 
     What hooks make is no parameter; that of a quantised or sharded part is of a subclass.
+
+    Args:
+        weight, bias: their names.
     """
     parameters = part._parameters
-    bias = parameters.get("bias")
-    return type(parameters.get("weight")) in _TENSORS and (bias is None or type(bias) in _TENSORS)
+    shift = parameters.get(bias)
+    return type(parameters.get(weight)) in TENSORS and (shift is None or type(shift) in TENSORS)
 
 
 def hooks_on_all() -> bool:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
 from lmim_fast.layers.norm import add_norm, norm_linear, norm_mlp
+from lmim_fast.layers.parts import hooks_on_all, is_biased_linear, is_linear, is_norm, is_plain
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.dropout import check_probability
 from lmim_fast.ops.epilogue import check_setting
-from lmim_fast.ops.linear import compute_dtype, linear
+from lmim_fast.ops.linear import linear
 from lmim_fast.ops.mlp import gelu_linear
 
 LAYER_NORM_EPS = 1e-5
 
 
 class ReaderAttention(nn.Module):
-    """The projections of an attention, without biases."""
+    """The projections of an attention, without biases.
+
+    The layer uses them one by one: hooks on a ReaderAttention do not fire, those on its projections do.
+    """
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -26,6 +33,11 @@ class ReaderAttention(nn.Module):
         self.linear_k = nn.Linear(width, inner, bias=False)
         self.linear_v = nn.Linear(width, inner, bias=False)
         self.fc = nn.Linear(inner, width, bias=False)
+
+    def reads_weights(self) -> bool:
+        """True if all projections are plain and without biases; others are called (`layers/parts.py`)."""
+        parts = self.linear_q, self.linear_k, self.linear_v, self.fc
+        return all(is_linear(part) and part.bias is None for part in parts)
 
     @property
     def kv_weight(self) -> Tensor:
@@ -37,25 +49,37 @@ class ReaderAttention(nn.Module):
         """(3 * inner, width): queries, keys, values."""
         return torch.cat([self.linear_q.weight, self.linear_k.weight, self.linear_v.weight])
 
+    def memory_keys(self, memory: Tensor) -> Tensor:
+        """Keys and values (B, M, 2 * inner) of a memory (B, M, D), by calls."""
+        return torch.cat([self.linear_k(memory), self.linear_v(memory)], dim=-1).to(memory.dtype)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Queries, keys and values (..., 3 * inner) of rows (..., D), by calls."""
+        return torch.cat([self.linear_q(rows), self.linear_k(rows), self.linear_v(rows)], dim=-1)
+
 
 class ReaderMlp(nn.Module):
-    """The two linears of the FFN."""
+    """The two linears of the FFN, with exact GELU between."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w_1 = nn.Linear(width, hidden)
         self.w_2 = nn.Linear(hidden, width)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return plain.mlp(x, self.w_1, self.w_2, 0.0)
 
-class StepWeights(NamedTuple):
-    """Weights of a layer in the compute dtype, made once for all steps of a reading."""
 
-    self_qkv: Tensor
-    self_out: Tensor
-    memory_q: Tensor
-    memory_out: Tensor
-    first: Tensor
-    second: Tensor
+class StepMaps(NamedTuple):
+    """The maps of a layer for reading: of weights in the compute dtype, cast once, or of parts to call."""
+
+    self_qkv: Callable[[Tensor], Tensor]
+    self_out: Callable[[Tensor], Tensor]
+    memory_q: Callable[[Tensor], Tensor]
+    memory_out: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    """Its result, and a bias that is still to be added."""
 
 
 class ReaderLayer(nn.Module):
@@ -101,7 +125,7 @@ class ReaderLayer(nn.Module):
         branch: Tensor | None,
         branch_bias: Tensor | None,
         memory_kv: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One layer over whole targets.
 
         Args:
@@ -112,55 +136,95 @@ class ReaderLayer(nn.Module):
         Returns:
             new residual, branch and branch_bias.
         """
-        q, residual = self.memory_queries(residual, branch, branch_bias, len(memory_kv))
-        context = cross_attention(q, None, memory_kv, None, self.heads, p=self.dropout)
-        branch = linear(context.flatten(0, 1), self.enc_attn.fc.weight)
+        p, dtype, reads = self.dropout, memory_kv.dtype, self.reads_weights()
+        q, residual = self.memory_queries(residual, branch, branch_bias, len(memory_kv), dtype)
+        context = cross_attention(q, None, memory_kv, None, self.heads, p=p).flatten(0, 1)
+        if not reads:
+            branch = plain.linear(context, self.enc_attn.fc).to(dtype)
+            rows, residual = add_norm(residual, branch, None, self.norm3, dtype, p=p)
+            return residual, self.mlp(rows).to(dtype), None
+        branch = linear(context, self.enc_attn.fc.weight)
         branch, residual = norm_mlp(
-            *(residual, branch, None, self.norm3, self.mlp.w_1, self.mlp.w_2),
-            p=self.dropout,
-            epilogue=self.epilogue,
+            *(residual, branch, None, self.norm3, self.mlp.w_1, self.mlp.w_2), p=p, epilogue=self.epilogue
         )
         return residual, branch, self.mlp.w_2.bias
 
     def memory_queries(
-        self, residual: Tensor, branch: Tensor | None, branch_bias: Tensor | None, batch: int
+        self,
+        residual: Tensor,
+        branch: Tensor | None,
+        branch_bias: Tensor | None,
+        batch: int,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Self-attention, then the queries of the cross-attention (B, T, H * head_dim); and the residual."""
-        p, segments = self.dropout, [(batch, len(residual) // batch)]
-        weight = self.self_attn.qkv_weight
-        qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, weight, p=p)
+        p, segments, reads = self.dropout, [(batch, len(residual) // batch)], self.reads_weights()
+        own, norm2 = self.self_attn, self.norm2
+        if reads:
+            qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, own.qkv_weight, p=p)
+        else:
+            rows, residual = add_norm(residual, branch, branch_bias, self.norm1, dtype, p=p)
+            qkv = own.project(rows).to(dtype)
         context = self_attention(qkv, None, self.heads, segments, p=p, causal=True)
-        branch = linear(context, self.self_attn.fc.weight)
-        q, residual = norm_linear(residual, branch, None, self.norm2, self.enc_attn.linear_q.weight, p=p)
+        if reads:
+            branch = linear(context, own.fc.weight)
+            q, residual = norm_linear(residual, branch, None, norm2, self.enc_attn.linear_q.weight, p=p)
+        else:
+            branch = plain.linear(context, own.fc).to(dtype)
+            rows, residual = add_norm(residual, branch, None, norm2, dtype, p=p)
+            q = plain.linear(rows, self.enc_attn.linear_q).to(dtype)
         return q.unflatten(0, segments[0]), residual
 
-    def step_weights(self) -> StepWeights:
-        """The weights that `step` multiplies by."""
-        weights = (
-            self.self_attn.qkv_weight,
-            self.self_attn.fc.weight,
-            self.enc_attn.linear_q.weight,
-            self.enc_attn.fc.weight,
-            self.mlp.w_1.weight,
-            self.mlp.w_2.weight,
+    def reads_weights(self) -> bool:
+        """True if all parts are plain, and theirs; others are called (`layers/parts.py`)."""
+        mlp = self.mlp
+        return (
+            self.self_attn.reads_weights()
+            and self.enc_attn.reads_weights()
+            and is_plain(mlp, ReaderMlp)
+            and is_biased_linear(mlp.w_1)
+            and is_biased_linear(mlp.w_2)
+            and is_norm(self.norm1)
+            and is_norm(self.norm2)
+            and is_norm(self.norm3)
+            and not hooks_on_all()
         )
-        return StepWeights(*(weight.to(compute_dtype(weight)) for weight in weights))
+
+    def step_maps(self, dtype: torch.dtype) -> StepMaps:
+        """What `step` calls; where all parts are plain, products by copies of their weights in `dtype`."""
+        own, memory, mlp = self.self_attn, self.enc_attn, self.mlp
+        if not self.reads_weights():
+            return StepMaps(
+                lambda rows: own.project(rows).to(dtype),
+                lambda rows: plain.linear(rows, own.fc).to(dtype),
+                lambda rows: plain.linear(rows, memory.linear_q).to(dtype),
+                lambda rows: plain.linear(rows, memory.fc).to(dtype),
+                lambda rows: (mlp(rows).to(dtype), None),
+            )
+        weights = own.qkv_weight, own.fc.weight, memory.linear_q.weight, memory.fc.weight
+        qkv, out, q, memory_out = (partial(linear, weight=weight.to(dtype)) for weight in weights)
+        first, second = mlp.w_1.weight.to(dtype), mlp.w_2.weight.to(dtype)
+
+        def hidden(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return gelu_linear(linear(rows, first), mlp.w_1.bias, second), mlp.w_2.bias
+
+        return StepMaps(qkv, out, q, memory_out, hidden)
 
     def step(
         self,
         stream: tuple[Tensor, Tensor | None, Tensor | None],
-        weights: StepWeights,
+        maps: StepMaps,
         memory_kv: Tensor,
         cache: Tensor,
         number: int,
         key_lengths: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One layer for the next token of every row, without dropout and gradients.
 
         Args:
             stream:      residual (R, D), branch (R, D) and branch_bias (D,), as `forward` takes them; R is B
                          images times their beams.
-            weights:     from `step_weights`.
+            maps:        from `step_maps`.
             memory_kv:   (B, M, 2 * H * head_dim).
             cache:       (R, longest, 2 * H * head_dim) keys and values of all tokens; written at `number`.
             number:      place of the token, from 0.
@@ -168,9 +232,9 @@ class ReaderLayer(nn.Module):
         Returns:
             new residual, branch and branch_bias.
         """
-        dtype, inner = weights.self_qkv.dtype, cache.shape[-1] // 2
+        dtype, inner = cache.dtype, cache.shape[-1] // 2
         rows, residual = add_norm(*stream, self.norm1, dtype)
-        q, kv = linear(rows, weights.self_qkv).split([inner, 2 * inner], dim=-1)
+        q, kv = maps.self_qkv(rows).split([inner, 2 * inner], dim=-1)
         cache[:, number] = kv
         keys, seen = cache, None
         if cache.device.type == "cuda":  # one shape for all tokens: one kernel
@@ -178,14 +242,13 @@ class ReaderLayer(nn.Module):
         else:
             keys = cache[:, : number + 1]
         context = cross_attention(q[:, None], None, keys, None, self.heads, key_lengths=seen)
-        branch = linear(context[:, 0], weights.self_out)
+        branch = maps.self_out(context[:, 0])
         rows, residual = add_norm(residual, branch, None, self.norm2, dtype)
-        q = linear(rows, weights.memory_q).unflatten(0, (len(memory_kv), -1))  # beams are queries of an image
+        q = maps.memory_q(rows).unflatten(0, (len(memory_kv), -1))  # beams are queries of an image
         context = cross_attention(q, None, memory_kv, None, self.heads)
-        branch = linear(context.flatten(0, 1), weights.memory_out)
+        branch = maps.memory_out(context.flatten(0, 1))
         rows, residual = add_norm(residual, branch, None, self.norm3, dtype)
-        branch = gelu_linear(linear(rows, weights.first), self.mlp.w_1.bias, weights.second)
-        return residual, branch, self.mlp.w_2.bias
+        return residual, *maps.mlp(rows)
 
     @property
     def dropout(self) -> float:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lmim_fast.layers import plain
 from lmim_fast.layers.block import PackedBlock
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
-from lmim_fast.layers.norm import norm_linear
 from lmim_fast.models.encoder import Encoder
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
@@ -57,15 +58,22 @@ def mae_maps(model: MAE, images: Tensor, patches: tuple[Tensor, Tensor]) -> Atte
     return AttentionMaps(encoder_cls_attention(model, images), patches[1], pred=pred.float())
 
 
-def _first_inputs(module: nn.Module, run: Any) -> tuple[Any, ...]:
-    """Positional inputs of the first call of `module` during `run()`."""
-    calls: list[tuple[Any, ...]] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+def _first_calls(modules: Sequence[nn.Module], run: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Positional inputs and output of the first call of each module during `run()`.
+
+    A layer calls the parts that have such a hook, and else reads their weights.
+    """
+    calls: list[list[tuple[tuple[Any, ...], Any]]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_hook(lambda _, inputs, output, own=own: own.append((inputs, output)))
+        for module, own in zip(modules, calls, strict=True)
+    ]
     try:
         run()
     finally:
-        handle.remove()
-    return calls[0]
+        for handle in handles:
+            handle.remove()
+    return [own[0] for own in calls]
 
 
 @torch.no_grad()
@@ -79,14 +87,10 @@ def encoder_cls_attention(encoder: Encoder, images: Tensor) -> Tensor:
         (B, heads, rows, columns) fp32; a map sums to 1 minus the weight of cls on itself.
     """
     block = cast(PackedBlock, encoder.blocks[-1])
-    residual, branch, branch_bias, _ = _first_inputs(block, lambda: encoder.encode(images))
-    qkv = norm_linear(residual, branch, branch_bias, block.norm1, block.attn.qkv.weight)[0]
-    q, k, _ = (
-        (qkv + block.attn.qkv.bias)
-        .unflatten(1, (3, block.attn.num_heads, -1))
-        .unflatten(0, (len(images), -1))
-        .unbind(2)
-    )
+    ((_, qkv),) = _first_calls([block.attn.qkv], lambda: encoder.encode(images))
+    q, k, _ = qkv.view(
+        len(images), -1, 3, block.attn.num_heads, qkv.shape[-1] // (3 * block.attn.num_heads)
+    ).unbind(2)
     weights = attention_weights(q[:, :1], k)[:, :, 0, 1:]
     return weights.unflatten(2, encoder.grid)
 
@@ -117,15 +121,15 @@ def decoder_cross_attention(
         ids_visible, ids_masked = patches
         latent, memory, _ = model.encode_views(images, guidance, ids_visible)
         layer = cast(PackedDecoderLayer, model.decoder_blocks[-1])
-        x, own = _first_inputs(
-            layer, lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)
+        attention = layer.multihead_attn
+        (((query, keys, _), _),) = _first_calls(
+            [attention], lambda: model.decode_rows(latent, cast(Tensor, memory), ids_visible, ids_masked)
         )
-        if layer.order == "sa_ca":
-            x = layer.attend_self(x, masked_only=True)
-        heads = (layer.num_heads, -1)
-        q = x.project(own.q_weight) + own.q_bias
-        k = (own.kv if own.added else own.kv + own.kv_bias).chunk(2, dim=-1)[0]
-        weights = attention_weights(q[:, -ids_masked.shape[1] :].unflatten(2, heads), k.unflatten(2, heads))
+        q_weight, kv_weight, q_bias, kv_bias = attention.projections()
+        q = plain.project(query[:, -ids_masked.shape[1] :], q_weight, q_bias)
+        k = plain.project(keys, kv_weight, kv_bias).chunk(2, dim=-1)[0]
+        heads = (attention.num_heads, -1)
+        weights = attention_weights(q.unflatten(2, heads), k.unflatten(2, heads))
     finally:
         model.train(training)
     return weights[..., 1:].unflatten(3, model.config.grid)
@@ -149,10 +153,11 @@ def recognizer_maps(model: Recognizer, images: Tensor) -> tuple[Reading, Tensor]
         memory, layer = model.encode(images), model.decoder.layers[-1]
         start = torch.full_like(reading.ids[:, :1], model.config.start)
         inputs = torch.cat([start, reading.ids[:, :-1]], dim=1)
-        residual, branch, branch_bias, kv = _first_inputs(layer, lambda: model.decoder(inputs, memory))
-        q, _ = layer.memory_queries(residual, branch, branch_bias, len(memory))
-        heads = (layer.heads, -1)
-        k = kv.chunk(2, dim=-1)[0]
+        attention = layer.enc_attn
+        (_, q), (_, k) = _first_calls(
+            [attention.linear_q, attention.linear_k], lambda: model.decoder(inputs, memory)
+        )
+        q, heads = q.view(*inputs.shape, -1), (layer.heads, -1)
         weights = attention_weights(q.unflatten(2, heads), k.unflatten(2, heads)).mean(dim=1)
     finally:
         model.train(training)

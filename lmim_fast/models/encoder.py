@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.block import PackedBlock
 from lmim_fast.layers.norm import LAYER_NORM_EPS, add_norm
+from lmim_fast.layers.parts import has_tensors, hooks_on_all, is_plain
 from lmim_fast.ops.attention import Segment
 from lmim_fast.ops.linear import compute_dtype
-from lmim_fast.ops.patch_embed import patch_embed_packed
+from lmim_fast.ops.masking import gather_rows
+from lmim_fast.ops.patch_embed import normalise_images, patch_embed_packed
 
 
 def build_blocks(
@@ -30,7 +32,7 @@ def build_blocks(
 
 
 def run_blocks(
-    blocks: nn.ModuleList, norm: nn.LayerNorm, rows: Tensor, segments: Sequence[Segment], dtype: torch.dtype
+    blocks: nn.ModuleList, norm: nn.Module, rows: Tensor, segments: Sequence[Segment], dtype: torch.dtype
 ) -> Tensor:
     """Residual rows (rows, D) through all blocks and the final norm, in `dtype`."""
     residual, branch, branch_bias = rows, None, None
@@ -40,15 +42,34 @@ def run_blocks(
 
 
 class PatchEmbed(nn.Module):
-    """The weights of the patch convolution, under the released name."""
+    """The patch projection, under the released name."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch_size, patch_size)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [-1, 1] to tokens (B, L, D) before positions, row-major."""
+        tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return tokens
+
+    def plain_projection(self) -> nn.Conv2d | None:
+        """The projection if its weights may be read; None if it has to be called (`layers/parts.py`)."""
+        proj = self._modules["proj"]
+        if not is_plain(self, PatchEmbed) or not is_plain(proj, nn.Conv2d) or hooks_on_all():
+            return None
+        assert isinstance(proj, nn.Conv2d)
+        options = proj.stride, proj.padding, proj.dilation, proj.groups
+        if proj.bias is None or not has_tensors(proj) or options != (proj.kernel_size, (0, 0), (1, 1), 1):
+            return None
+        return proj
+
 
 class Encoder(nn.Module):
-    """ViT with cls token: `embed` and `run` for packed rows of several views, `encode` for one."""
+    """ViT with cls token: `embed` and `run` for packed rows of several views, `encode` for one.
+
+    These methods are its entry, not a call: hooks on an Encoder do not fire, those on its parts do.
+    """
 
     def __init__(self, config: ModelConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -61,20 +82,50 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def embed(self, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """Tokens (rows, D) of the views in order; a view is images, and patches (B, K) or None for all."""
-        projection = self.patch_embed.proj
+        """Tokens (rows, D) of the views in order; a view is images, and patches (B, K) or None for all.
+
+        Raises:
+            ValueError: as `patch_embed`, or a patch embedding that took the place of ours gives another
+                number of tokens than there are positions.
+        """
+        projection = self._projection()
+        if projection is None:
+            return torch.cat([self._embed_view(*view).flatten(0, 1) for view in views])
         assert projection.bias is not None
         parameters = projection.weight, projection.bias, self.pos_embed, self.cls_token
         return patch_embed_packed(views, *parameters, dtype=self.residual_dtype())
 
+    def _projection(self) -> nn.Conv2d | None:
+        """The patch projection, or None if the patch embedding is called."""
+        embedding = self._modules["patch_embed"]
+        return embedding.plain_projection() if isinstance(embedding, PatchEmbed) else None
+
+    def _embed_view(self, images: Tensor, ids: Tensor | None) -> Tensor:
+        """Tokens (B, 1 + K, D) of a view by a call of the patch embedding."""
+        patches, place = self.patch_embed(normalise_images(images)), self.pos_embed[:, 1:]
+        if patches.shape[1] != place.shape[1]:
+            raise ValueError(
+                f"images {tuple(images.shape)} give {patches.shape[1]} patches, not {place.shape[1]}"
+            )
+        tokens = patches.to(place.dtype) + place
+        if ids is not None:
+            tokens = gather_rows(tokens, ids)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return torch.cat([cls, tokens], dim=1).to(self.residual_dtype())
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that matmuls run in."""
+        projection = self._projection()
+        return compute_dtype(self.cls_token if projection is None else projection.weight)
+
     def residual_dtype(self) -> torch.dtype:
         """Dtype of the residual stream: bf16 if the config says so and matmuls run in bf16."""
-        bf16 = self.bf16_residual and compute_dtype(self.patch_embed.proj.weight) == torch.bfloat16
+        bf16 = self.bf16_residual and self.compute_dtype() == torch.bfloat16
         return torch.bfloat16 if bf16 else self.pos_embed.dtype
 
     def run(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Packed tokens (rows, D) to packed features (rows, D)."""
-        return run_blocks(self.blocks, self.norm, rows, segments, compute_dtype(self.patch_embed.proj.weight))
+        return run_blocks(self.blocks, self.norm, rows, segments, self.compute_dtype())
 
     def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Images, as `patch_embed` takes them, to features (B, 1 + K, D) of patches `ids` or of all."""

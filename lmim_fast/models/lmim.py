@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.decoder_layer import PackedDecoderLayer
 from lmim_fast.layers.decoder_rows import MaskedRows, Memory, PlainRows
-from lmim_fast.layers.norm import LAYER_NORM_EPS
+from lmim_fast.layers.norm import LAYER_NORM_EPS, add_norm
+from lmim_fast.layers.parts import is_biased_linear
+from lmim_fast.layers.plain import product_and_bias
 from lmim_fast.models.decoder import build_layers, memory_projection
 from lmim_fast.models.encoder import Encoder, initialise, position_table
 from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
 from lmim_fast.ops.align import split_aligned
 from lmim_fast.ops.attention import product_bias
-from lmim_fast.ops.linear import compute_dtype, linear, shared_input_linears
-from lmim_fast.ops.norm import layer_norm
+from lmim_fast.ops.linear import shared_input_linears
 from lmim_fast.ops.tokens import mask_table, shared_decoder_tokens
 
 
@@ -71,8 +73,7 @@ class LMIM(nn.Module):
         ids_visible, ids_masked = choose_patches(images, noise, patches, self.num_patches, self.num_visible)
         target = self.make_target(images)
         latent, memory, loss_align = self.encode_views(images, guidance, ids_visible)
-        product = self.decode(latent, latent if memory is None else memory, ids_visible, ids_masked)
-        bias = self.decoder_pred.bias
+        product, bias = self.decode(latent, latent if memory is None else memory, ids_visible, ids_masked)
         loss_recon = target.loss(product, bias, ids_masked)
         loss = loss_recon + self.config.align_weight * loss_align
         return PretrainOutput(
@@ -103,12 +104,17 @@ class LMIM(nn.Module):
             features = self.model_maeenc_momentum.encode(images)
         return Target(images, features, config.patch_size, config.target == "norm_pixel")
 
-    def decode(self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
-        """Predictions (B, M, D or P), without their bias, from latent (B, 1 + K, D) and memory (B, N, D)."""
+    def decode(
+        self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions (B, M, D or P) and their bias (D or P,) from latent (B, 1 + K, D), memory (B, N, D).
+
+        The bias is still to be added; it is zero if the product has it already.
+        """
         rows = self.decode_rows(latent, memory, ids_visible, ids_masked)
-        norm = self.decoder_norm
-        rows = layer_norm(rows, norm.weight, norm.bias, rows.dtype, eps=norm.eps)
-        return linear(rows, self.decoder_pred.weight)
+        return product_and_bias(
+            add_norm(rows, None, None, self.decoder_norm, rows.dtype)[0], self.decoder_pred
+        )
 
     def decode_rows(self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
         """Masked rows (B, M, decoder width) after the last decoder layer."""
@@ -120,32 +126,42 @@ class LMIM(nn.Module):
 
     def decoder_input(
         self, latent: Tensor, memory: Tensor, ids_visible: Tensor, ids_masked: Tensor
-    ) -> tuple[PlainRows, list[Memory]]:
+    ) -> tuple[PlainRows, Sequence[Memory | Tensor]]:
         """Token rows of the first layer, and each layer's memory."""
-        visible = linear(latent, self.decoder_embed.weight)
-        bias, position, token = self.decoder_embed.bias, self.decoder_pos_embed, self.mask_token
-        dtype = compute_dtype(self.decoder_embed.weight)
+        visible, bias = product_and_bias(latent, self.decoder_embed)
+        position, token = self.decoder_pos_embed, self.mask_token
         rows, shown = shared_decoder_tokens(
-            visible, bias, token, position, ids_visible, ids_masked, dtype=dtype
+            visible, bias, token, position, ids_visible, ids_masked, dtype=visible.dtype
         )
-        table = mask_table(token, position).to(dtype)
+        table = mask_table(token, position).to(visible.dtype)
         return MaskedRows(rows, shown, table, ids_masked), self.memories(memory)
 
-    def memories(self, memory: Tensor) -> list[Memory]:
-        """For each layer, what its rows attend to, from (B, N, D)."""
-        embed = self.decoder_embed2
-        layers = [
-            cast(PackedDecoderLayer, layer).multihead_attn.projections() for layer in self.decoder_blocks
+    def memories(self, memory: Tensor) -> Sequence[Memory | Tensor]:
+        """For each layer, what its rows attend to, from (B, N, D): projected for those that read weights."""
+        embed, layers = self.decoder_embed2, list(self.decoder_blocks)
+        reads = [isinstance(layer, PackedDecoderLayer) and layer.reads_weights() for layer in layers]
+        attentions = [
+            cast(PackedDecoderLayer, layer).multihead_attn.projections()
+            for layer, read in zip(layers, reads, strict=True)
+            if read
         ]
-        folded = memory_projection(embed, layers)
+        folded = None
+        if all(reads) and is_biased_linear(embed):
+            folded = memory_projection(embed, attentions)
         if folded is not None:
             weights, biases = (stacked.chunk(len(layers)) for stacked in folded)
         else:
-            memory = linear(memory, embed.weight) + embed.bias.to(memory.dtype)
-            weights, biases = zip(*((layer.kv_weight, layer.kv_bias) for layer in layers), strict=True)
+            memory, bias = product_and_bias(memory, embed)
+            memory = memory + bias.to(memory.dtype)
+            if not attentions:
+                return [memory] * len(layers)
+            weights, biases = zip(*((layer.kv_weight, layer.kv_bias) for layer in attentions), strict=True)
         added = [product_bias(bias) for bias in biases]
         keys = shared_input_linears(memory, weights, added)
-        return [
-            Memory(kv, bias, layer.q_weight, layer.q_bias, added[0] is not None)
-            for kv, bias, layer in zip(keys, biases, layers, strict=True)
-        ]
+        projected = iter(
+            [
+                Memory(kv, bias, layer.q_weight, layer.q_bias, added[0] is not None)
+                for kv, bias, layer in zip(keys, biases, attentions, strict=True)
+            ]
+        )
+        return [next(projected) if read else memory for read in reads]

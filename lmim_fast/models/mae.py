@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from lmim_fast.config import ModelConfig
 from lmim_fast.layers.norm import LAYER_NORM_EPS
+from lmim_fast.layers.plain import product_and_bias
 from lmim_fast.models.encoder import Encoder, build_blocks, initialise, position_table, run_blocks
 from lmim_fast.models.objective import PretrainOutput, Target, choose_patches
-from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.tokens import decoder_tokens
 
 
@@ -53,21 +53,23 @@ class MAE(Encoder):
         """
         ids_visible, ids_masked = choose_patches(images, noise, patches, self.num_patches, self.num_visible)
         latent = self.encode(images, ids_visible)
-        product, bias = self.decode(latent, ids_visible, ids_masked), self.decoder_pred.bias
+        product, bias = self.decode(latent, ids_visible, ids_masked)
         target = Target(images, None, self.config.patch_size, normalise=True)
         loss = target.loss(product, bias, ids_masked)
         zero = loss.new_zeros(())
         return PretrainOutput(loss, loss, zero, latent, None, ids_visible, ids_masked, product, bias, target)
 
-    def decode(self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> Tensor:
-        """Predicted pixels (B, M, P), without their bias, of the masked patches from latent (B, 1 + K, D)."""
-        visible = linear(latent, self.decoder_embed.weight)
-        bias, position = self.decoder_embed.bias, self.decoder_pos_embed
+    def decode(self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted pixels (B, M, P) of the masked patches from latent (B, 1 + K, D), and their bias (P,).
+
+        The bias is still to be added; it is zero if the product has it already.
+        """
+        visible, bias = product_and_bias(latent, self.decoder_embed)
         tokens = decoder_tokens(
-            visible, bias, self.mask_token, position, ids_visible, ids_masked, dtype=self.residual_dtype()
+            *(visible, bias, self.mask_token, self.decoder_pos_embed, ids_visible, ids_masked),
+            dtype=self.residual_dtype(),
         )
         segments = [(tokens.shape[0], tokens.shape[1])]
-        dtype = compute_dtype(self.decoder_pred.weight)
+        dtype = self.compute_dtype()
         rows = run_blocks(self.decoder_blocks, self.decoder_norm, tokens.flatten(0, 1), segments, dtype)
-        masked = rows.view_as(tokens)[:, visible.shape[1] :]
-        return linear(masked, self.decoder_pred.weight)
+        return product_and_bias(rows.view_as(tokens)[:, visible.shape[1] :], self.decoder_pred)

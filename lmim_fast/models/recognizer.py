@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lmim_fast.config.recognizer import RecognizerConfig
 from lmim_fast.errors import UsageError
+from lmim_fast.layers.norm import add_norm
+from lmim_fast.layers.parts import hooks_on_all, is_plain
+from lmim_fast.layers.plain import product_and_bias
 from lmim_fast.models.encoder import Encoder, initialise
 from lmim_fast.models.reading import Reading, beam_search, greedy
 from lmim_fast.models.recognizer_decoder import RecognizerDecoder
-from lmim_fast.ops.linear import linear
-from lmim_fast.ops.norm import layer_norm
 
 ENGLISH = string.printable[:94]  # digits, lower case, upper case, 32 marks: the first 36 and 62 are sets too
 
@@ -36,7 +37,8 @@ class Recognizer(nn.Module):
     """Reads word crops; state dict names are the release's, with its two names for positions and projection.
 
     Equal to `reference_recognizer.ReferenceRecognizer` for dropout 0 and drop path 0. Linears and the patch
-    projection start xavier-uniform with bias 0, embedding and cls normal(0, 0.02).
+    projection start xavier-uniform with bias 0, embedding and cls normal(0, 0.02). The patch embedding that
+    runs is `encoder.patch_embed`; `patch_embed` is its second name in the state dict.
 
     Args:
         config:     sizes.
@@ -79,12 +81,12 @@ class Recognizer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images, as `forward` takes them, to the decoder's memory (B, 1 + L, decoder width)."""
-        projection, norm = self.linear_norm
-        assert isinstance(projection, nn.Linear)
-        assert isinstance(norm, nn.LayerNorm)
-        rows = linear(self.encoder.encode(images), projection.weight)
-        rows = rows + projection.bias.to(rows.dtype)
-        return layer_norm(rows, norm.weight, norm.bias, rows.dtype, eps=norm.eps)
+        features, parts = self.encoder.encode(images), self.linear_norm
+        if not is_plain(parts, nn.Sequential) or len(parts) != 2 or hooks_on_all():
+            memory: Tensor = parts(features)
+            return memory.to(features.dtype)
+        rows, bias = product_and_bias(features, parts[0])
+        return add_norm(rows + bias.to(rows.dtype), None, None, parts[1], rows.dtype)[0]
 
     def loss(self, logits: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Cross-entropy of the tokens before `lengths`, summed and divided by B: see `forward`."""

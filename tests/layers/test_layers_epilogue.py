@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+import timm_like
 import torch
 import torch.nn.functional as F
-from layer_pairs import HEADS, HIDDEN, MEMORY, QUERIES, WIDTH, released_decoder, timm_block, timm_mlp
+from layer_pairs import HEADS, HIDDEN, MEMORY, QUERIES, WIDTH, timm_block, timm_mlp
 from torch import Tensor, nn
 
 from benchmarks.operation import launches
@@ -48,7 +49,6 @@ LAYERS = {
 FOREIGN = {
     "timm's Mlp": Layer(lambda _: timm_mlp()),
     "timm's Block": Layer(lambda _: timm_block()),
-    "released decoder": Layer(lambda _: released_decoder("sa_ca"), (QUERIES, MEMORY)),
     "torch's encoder": Layer(
         lambda _: nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.0, F.gelu, batch_first=True)
     ),
@@ -58,6 +58,13 @@ FOREIGN = {
         ),
         (QUERIES, MEMORY),
     ),
+}
+
+
+LIKE: dict[type[nn.Module], str] = {
+    timm_like.Attention: "timm.Attention",
+    timm_like.Mlp: "timm.Mlp",
+    timm_like.Block: "timm.Block",
 }
 
 
@@ -108,7 +115,7 @@ def test_both_forms_give_the_values_and_gradients_of_the_eager_layer(name: str) 
 def test_accelerated_layers_follow_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, inputs = FOREIGN[name].make(""), FOREIGN[name].inputs()
     expected, _ = step(layer, inputs)
-    assert accelerate(layer).swapped
+    assert accelerate(layer, like=LIKE).swapped
     for setting, of in (("on", {FORWARD, BACKWARD}), ("off", set(POINTWISE))):
         monkeypatch.setenv(VARIABLE, setting)
         with as_kernels():

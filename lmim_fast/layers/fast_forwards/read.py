@@ -18,7 +18,7 @@ from lmim_fast.ops.transforms import transformed
 _known: dict[type, tuple[str, Any]] = {}  # name of the form of each class that was met, and its forward
 
 Read = TypeVar("Read")
-TENSORS = (Tensor, nn.Parameter)
+TENSORS = (Tensor, nn.Parameter)  # while a program is exported they are others: the original is exported
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmim_fast.layers.fast_forwards.read import Linear, Norm
-from lmim_fast.layers.norm import add_norm, norm_linear, norm_mlp
+from lmim_fast.layers.norm import fused_add_norm, norm_linear, norm_mlp
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.mlp import mlp
@@ -158,7 +158,7 @@ def pre_norm_block(
             qkv, attention.qkv.bias, attention.heads, segments, p=attention.p, causal=causal
         )
     else:
-        rows, residual = add_norm(residual, None, None, norm1, compute_dtype(attention.qkv.weight))
+        rows, residual = fused_add_norm(residual, None, None, norm1, compute_dtype(attention.qkv.weight))
         context = attend_normed(rows.view(shape), attention, causal).flatten(0, 1)
     branch = Branch(linear(context, attention.proj.weight), attention.proj.bias, attention.drop)
     branch = _along(path1, branch, shape)
@@ -168,7 +168,7 @@ def pre_norm_block(
         )
     else:
         dtype = compute_dtype(parts.first.weight)
-        rows, residual = add_norm(residual, branch.product, branch.bias, norm2, dtype, p=branch.p)
+        rows, residual = fused_add_norm(residual, branch.product, branch.bias, norm2, dtype, p=branch.p)
         product = feed_forward(rows.view(shape), parts).flatten(0, 1)
     branch = _along(path2, Branch(product, parts.second.bias, parts.drop), shape)
     return add_branch(residual.view(shape), branch._replace(product=branch.product.view(shape)))

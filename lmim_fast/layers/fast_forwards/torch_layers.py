@@ -22,7 +22,7 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     norm_dtype,
     project,
 )
-from lmim_fast.layers.norm import add_norm
+from lmim_fast.layers.norm import fused_add_norm
 from lmim_fast.ops.linear import compute_dtype, linear
 from lmim_fast.ops.norm import layer_norm
 
@@ -248,7 +248,7 @@ def _run(layer: _Layer, x: Tensor, branches: list[Any]) -> Tensor:
     dtype = compute_dtype(layer.mlp.first.weight)
     branch = Branch(None, None, 0.0)  # type: ignore[arg-type]
     for branch_of, norm in zip(branches, layer.norms, strict=True):
-        rows, x = add_norm(x, branch.product, branch.bias, norm, dtype, p=branch.p)
+        rows, x = fused_add_norm(x, branch.product, branch.bias, norm, dtype, p=branch.p)
         branch = branch_of(rows)
     return add_branch(x, branch)
 
