@@ -13,6 +13,7 @@ from benchmarks.operation import Operation, kernel_name
 from lmim_fast.kernels import runtime
 
 SCRIPTS = (  # not of operations
+    "bench_accelerate",
     "bench_checkpoint",
     "bench_data",
     "bench_gather",

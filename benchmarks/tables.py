@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import goals, tables_model
 from benchmarks.markdown import machine, table
+from benchmarks.tables_accelerate import accelerated
 from benchmarks.tables_data import data, gather
 from benchmarks.tables_host import host
 from benchmarks.tables_parallel import checkpoint, parallel
@@ -218,6 +219,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = dict(
     data=data,
     gather=gather,
     host=host,
+    accelerate=accelerated,
     value=value,
     parallel=parallel,
     checkpoint=checkpoint,
