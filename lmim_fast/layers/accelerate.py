@@ -121,7 +121,9 @@ class _Walk:
     def _patched(self, module: nn.Module, method: str) -> str:
         """Why a method of a known class is not the one that is known, or ""."""
         home, cls = getattr(type(module), method).__module__, type(module)
-        if cls in self.like or home.split(".")[0] == cls.__module__.split(".")[0]:
+        if cls in self.like or any(
+            home.split(".")[0] == base.__module__.split(".")[0] for base in cls.__mro__
+        ):
             return ""
         return f"the {method} of its class was patched by {home}"
 
@@ -180,7 +182,7 @@ def _without(rows: Iterable[Row], differences: Mapping[nn.Module, str]) -> list[
 def _selection(only: Only | None) -> tuple[type | str, ...] | None:
     if only is None:
         return None
-    entries = (only,) if isinstance(only, type | str) else tuple(only)
+    entries = tuple(only) if isinstance(only, Iterable) and not isinstance(only, type | str) else (only,)
     for entry in entries:
         if not isinstance(entry, type | str):
             raise TypeError(f"only takes classes and name patterns, got {entry!r}")

@@ -43,7 +43,7 @@ def both(layer: nn.Module, *arguments: object, **options: object) -> tuple[Tenso
 
 Case = tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, object], str]
 LEFT: dict[str, Case] = {
-    "weights": (attention, (X, X, X), {}, "need_weights is given"),
+    "weights": (attention, (X, X, X), {}, "need_weights is True, the default"),
     "mask": (attention, (X, X, X), {"attn_mask": CAUSAL} | UNWEIGHTED, "attn_mask is given"),
     "one sequence": (attention, (X[0], X[0], X[0]), UNWEIGHTED, "2 dimensions"),
     "both masks": (

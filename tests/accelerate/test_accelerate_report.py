@@ -10,6 +10,7 @@ import pytest
 import timm_like
 import torch
 from accelerate_models import FAMILIES, HEADS, LIKE, WIDTH, VisionTransformer, accelerated
+from foreign_layers import MlpBlock
 from timm_like import Block, Mlp
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ def test_a_class_that_another_package_has_patched_is_left() -> None:
     layer.__dict__ = Mlp(WIDTH, 40).__dict__
     (row,) = [row for row in accelerate(layer).rows if row.name == ""]
     assert row.reason == f"the forward of its class was patched by {__name__}"
+    inherited = type("MLPBlock", (nn.Sequential,), {"__module__": "torchvision.models.vision_transformer"})
+    assert accelerate(inherited(*MlpBlock(WIDTH, 40))).rows[0].swapped
 
 
 def test_every_class_has_a_form() -> None:
@@ -79,8 +82,9 @@ def test_wrong_arguments_say_what_is_known() -> None:
         accelerated(VisionTransformer(), only=[nn.MultiheadAttention, "decoder.*"])
     with pytest.raises(ValueError, match="there are: none"):
         accelerate(nn.Linear(2, 2), only="*")
-    with pytest.raises(TypeError, match="got 3"):
-        accelerate(VisionTransformer(), only=[3])
+    for only in (3, [3]):
+        with pytest.raises(TypeError, match="got 3"):
+            accelerate(VisionTransformer(), only=only)
     with pytest.raises(TypeError, match="got int"):
         accelerate(3)
     with pytest.raises(ValueError, match=r"unknown form 'timm\.Blok'; choose from .*timm\.Block"):

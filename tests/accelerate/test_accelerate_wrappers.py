@@ -180,6 +180,13 @@ def test_tracing_takes_the_original_forward() -> None:
     assert report.swapped[0].note.endswith("torch.jit is tracing")
 
 
+def test_a_graph_of_torch_fx_holds_the_original() -> None:
+    mlp = Block(WIDTH, HEADS).mlp
+    accelerated(mlp)
+    nodes = [str(node.target) for node in torch.fx.symbolic_trace(mlp).graph.nodes]
+    assert nodes == ["x", "fc1", "act", "drop1", "norm", "fc2", "drop2", "output"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_transforms_of_torch_func_take_the_original_forward(compiled: bool) -> None:
     block = Block(WIDTH, HEADS)

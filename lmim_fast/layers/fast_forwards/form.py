@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmim_fast.ops import dispatch
 
@@ -66,23 +66,25 @@ def bind(module: nn.Module, form: Form) -> None:
     layer's own forward runs, as no fast form was measured to be faster on a CPU. The way to it is kept short:
     small layers would feel a microsecond.
     """
-    original, method = getattr(type(module), form.method), form.method
+    cls, method = type(module), form.method
+    original = getattr(cls, method)
     names = tuple(inspect.signature(original).parameters)[1:]
+    environment, key = dispatch.environment, dispatch.KEY
 
     @functools.wraps(original)
     def fast(self: nn.Module, x: Any = _NO_INPUT, *more: Any, **named: Any) -> Any:
-        own = getattr(type(self), method)
+        own = type(self).forward if method == "forward" else getattr(type(self), method)
         try:
-            fits = x.is_cuda or dispatch.override is not None or dispatch.KEY in dispatch.environment
+            fits = x.is_cuda is True or dispatch.override is not None or key in environment
         except AttributeError:  # no tensor
             fits = True
         if not fits:
             return own(self, x, *more, **named) if more or named else own(self, x)
         arguments = more if x is _NO_INPUT else (x, *more)
         inputs, options = _positional(names, arguments, named) if named else (arguments, named)
-        if inputs and (getattr(inputs[0], "is_cuda", False) or dispatch.is_asked_for()):
+        if inputs and isinstance(inputs[0], Tensor) and (inputs[0].is_cuda or dispatch.is_asked_for()):
             try:
-                if own is not original:
+                if own is not original and not (_is_sharded(self) and getattr(cls, method) is original):
                     raise Left("{} of its class was patched", method)
                 if torch._C._get_tracing_state():
                     raise Left("torch.jit is tracing")
@@ -97,6 +99,11 @@ def bind(module: nn.Module, form: Form) -> None:
     vars(module)[_replicate_for_data_parallel.__name__] = types.MethodType(
         _replicate_for_data_parallel, module
     )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """True for a class that `fully_shard` has made; what it adds to a forward computes the same."""
+    return type(module).__module__.startswith("torch.distributed.fsdp")
 
 
 def _positional(

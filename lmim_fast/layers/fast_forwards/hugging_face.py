@@ -40,7 +40,9 @@ def _read_projections(module: Any) -> tuple[Linear, int, float]:
     require(not causal, "it is causal")
     embedding = getattr(module, "position_embedding_type", None) or "absolute"
     require(embedding == "absolute", "position embedding {}", embedding)
-    implementation = getattr(module.config, "_attn_implementation", "sdpa")
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation is None:  # transformers 4's BERT has a class each
+        implementation = "sdpa" if "Sdpa" in type(module).__name__ else "eager"
     require(implementation != "eager", "attn_implementation='eager' returns attention weights")
     return qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout")
 
@@ -56,6 +58,7 @@ def _self_attention(
 
 
 def _read_attention(module: Any) -> Attention:
+    require("q_proj" in module._modules, "its parts have fast forms, it has none (transformers 4)")
     qkv, heads, p = _read_projections(module)
     return Attention(qkv, heads, p, read.linear(module, "o_proj"), 0.0)
 
@@ -80,6 +83,7 @@ def _mlp(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _read_layer(layer: Any) -> tuple[Norm, Attention, None, Norm, Mlp, None]:
+    require("mlp" in layer._modules, "its parts have fast forms, it has none (transformers 4)")
     drop = read.dropout(layer, "dropout")
     attention = read.within(layer, "attention", "transformers.Attention", _read_attention)
     mlp = read.within(layer, "mlp", "transformers.Mlp", _read_mlp)

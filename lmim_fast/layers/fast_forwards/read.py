@@ -201,7 +201,8 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
     require(not parts.hooks_on_all(), "hooks on all modules")
     require(width <= MAX_WIDTH, "rows of {} values, more than {}", width, MAX_WIDTH)
     first = inputs[0]
-    require(type(first) in TENSORS and not first.is_nested, "input of type {}", type(first).__name__)
+    require(type(first) in TENSORS, "input of type {}", type(first).__name__)
+    require(not first.is_nested, "nested input")
     device, dtype = first.device, first.dtype
     require(device.type != "meta", "input on meta")
     autocast = torch.is_autocast_enabled(device.type)

@@ -109,7 +109,7 @@ def _multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:
-    require(not need_weights, "need_weights is given")
+    require(not need_weights, "need_weights is True, the default")
     heads, causal = _Heads(self), _causal(attn_mask, is_causal, "attn_mask")
     read.rows(heads.qkv.weight.shape[1], query, key, value, weights=heads.weights)
     heads.check(query, key, value, causal, key_padding_mask)

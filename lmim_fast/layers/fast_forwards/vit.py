@@ -116,7 +116,7 @@ def _scaled(block: Any, name: str, linear: Linear) -> Linear:
 def _block(self: Any, x: Tensor, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
     causal = _causal(masks, is_causal, options)
     subset = self.training and getattr(self, "sample_drop_ratio", 0.0) > 0
-    require(not subset, "stochastic depth by a subset of the batch")  # DINOv2's
+    require(not subset, "DINOv2's stochastic depth")
     block = _read_block(self)
     weights = *block.norm1[:2], *block.attention.weights, *block.norm2[:2], *block.mlp.weights
     read.rows(block.attention.qkv.weight.shape[1], x, weights=weights)
