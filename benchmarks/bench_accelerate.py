@@ -1,6 +1,6 @@
 """`accelerate` on third-party models: values, coverage, CPU time, kernels; and under other people's wrappers.
 
-    python -m benchmarks.bench_accelerate [--only values times kernels wrappers] [--models PATTERN...]
+    python -m benchmarks.bench_accelerate [--only values times kernels wrappers device] [--models PATTERN...]
                                           [--rounds 15] [--results FILE]
 
 values    largest relative differences of outputs and gradients in fp32 and fp64, the fast forms run by
@@ -8,6 +8,7 @@ values    largest relative differences of outputs and gradients in fp32 and fp64
 times     on one CPU thread, nothing asked for: the ratio of the model's time before to that after
 kernels   what is launched in Triton's interpreter on tiny shapes, and the differences; in its own process
 wrappers  what runs fast, what falls back and what refuses under DDP, FSDP2, LoRA, torch.compile and others
+device    on a CUDA device, bf16: milliseconds before, after, compiled, and both; only if it is named
 
 Models whose library cannot be imported are named. Exit code 1 if a value is off, or a ratio below 0.98.
 """
@@ -28,12 +29,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import accelerate_times, accelerate_values, accelerate_wrapped
-from benchmarks.accelerate_models import MODELS
+from benchmarks.accelerated import device, times, values, wrapped
+from benchmarks.accelerated.models import MODELS
 from benchmarks.machine import describe, write_whole
 from benchmarks.tables_accelerate import accelerated
 
-SECTIONS = ("values", "times", "kernels", "wrappers")
+SECTIONS = ("values", "times", "kernels", "wrappers", "device")
 LIMITS = {"fp32": 2e-4, "fp64": 1e-9}  # relative, of outputs and gradients
 _ROUNDS = 15
 
@@ -46,20 +47,24 @@ def measure(sections: tuple[str, ...], names: list[str], rounds: int) -> dict[st
         names:    of `MODELS`.
         rounds:   of timing.
     """
-    result = {"benchmark": "accelerate", **describe(torch.device("cpu")), "models": {}, "absent": {}}
+    result = {
+        "benchmark": "accelerate",
+        **describe(torch.device("cuda" if "device" in sections else "cpu")),
+        "models": {},
+        "absent": {},
+    }
     for name in names:
         row: dict[str, Any] = {}
         try:
             if "values" in sections:
-                row |= accelerate_values.compare(name)
+                row |= values.compare(name)
             if "times" in sections:
-                row["times"] = [
-                    time
-                    for size in ("small", "working")
-                    for time in accelerate_times.measure(name, size, rounds)
-                ]
+                sizes = ("small", "working")
+                row["times"] = [time for size in sizes for time in times.measure(name, size, rounds)]
+            if "device" in sections:
+                row["device"] = device.measure(name, rounds)
             if "kernels" in sections and interpreted():
-                row["kernels"] = accelerate_values.kernels(name)
+                row["kernels"] = values.kernels(name)
         except ImportError as error:
             result["absent"][name] = str(error).splitlines()[0]
             continue
@@ -69,7 +74,7 @@ def measure(sections: tuple[str, ...], names: list[str], rounds: int) -> dict[st
         for name, row in _kernels(list(result["models"])).items():
             result["models"][name] |= row
     if "wrappers" in sections:
-        result["wrappers"] = accelerate_wrapped.measure()
+        result["wrappers"] = wrapped.measure()
     result["failed"] = failures(result)
     return result
 
@@ -106,7 +111,7 @@ def failures(result: dict[str, Any]) -> list[str]:
             if not each["undone"]:
                 failed.append(f"{where}: undo leaves another output")
         for each in row.get("times", ()):
-            if each["ratio"] < accelerate_times.LIMIT:
+            if each["ratio"] < times.LIMIT:
                 failed.append(f"{name}, {each['size']}, {each['direction']}: {each['ratio']:.3f}x")
         if "kernels" in row and not max(row["kernels"]["output"], row["kernels"]["gradient"]) <= 1e-3:
             failed.append(f"{name}, kernels: {row['kernels']}")
@@ -117,11 +122,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS[:-1]), help="sections")
     parser.add_argument("--models", nargs="+", default=["*"], help="patterns of names")
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--results", type=Path, help="write the result into this JSON file")
     args = parser.parse_args(argv)
+    if "device" in args.only and not torch.cuda.is_available():
+        parser.error("--only device needs a CUDA device")
     if interpreted() and "times" in args.only:
         parser.error("TRITON_INTERPRET=1 is set: the times would be the interpreter's")
     names = [name for name in MODELS if any(fnmatch.fnmatchcase(name, each) for each in args.models)]

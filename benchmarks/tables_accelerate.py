@@ -20,6 +20,8 @@ def accelerated(result: dict[str, Any]) -> str:
         blocks += _times(rows)
     if any("kernels" in row for row in rows.values()):
         blocks += _kernels(rows)
+    if any("device" in row for row in rows.values()):
+        blocks += _device(rows)
     if "wrappers" in result:
         blocks += _wrappers(result["wrappers"])
     if result["absent"]:
@@ -73,6 +75,17 @@ def _kernels(rows: dict[str, Any]) -> Iterable[str]:
         launched = sum(found["launches"].values())
         lines.append([name, str(launched), f"{found['output']:.0e}", f"{found['gradient']:.0e}"])
     yield table(("model", "launches", "outputs", "gradients"), lines)
+
+
+def _device(rows: dict[str, Any]) -> Iterable[str]:
+    yield "### Times as fast as the model before, bf16"
+    forms = list(next(iter(rows.values()))["device"][0]["ratio"])[1:]
+    lines = [
+        [name, _DIRECTIONS[each["direction"]], *(f"{each['ratio'][form]:.2f}" for form in forms)]
+        for name, row in rows.items()
+        for each in row["device"]
+    ]
+    yield table(("model", "direction", *forms), lines)
 
 
 def _wrappers(rows: list[dict[str, Any]]) -> Iterable[str]:

@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import accelerate_times, accelerate_values, bench_accelerate
-from benchmarks.accelerate_models import MODELS, SIZES
+from benchmarks import bench_accelerate
+from benchmarks.accelerated import device, times, values
+from benchmarks.accelerated.models import MODELS, SIZES
 from benchmarks.tables_accelerate import accelerated
 from lmim_fast.layers.accelerate import AccelerationReport, accelerate
 
 NAME = "torch encoder, post-norm, gelu"
+MACHINE: dict[str, Any] = {
+    **{"device": "cpu", "cores": 1, "threads": 1, "versions": {}, "commit": None},
+    **{"models": {}, "absent": {}, "failed": []},
+}
 
 
 def absent(size: object, random: bool) -> Any:
@@ -51,7 +56,7 @@ def test_a_wrong_fast_form_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None
         norm.register_forward_hook(lambda module, inputs, out: 1.01 * out)
         return report
 
-    monkeypatch.setattr(accelerate_values, "accelerate", wrong)
+    monkeypatch.setattr(values, "accelerate", wrong)
     failed = bench_accelerate.measure(("values",), [NAME], rounds=1)["failed"]
     assert any("fp64, train: output" in each for each in failed)
     assert any("undo leaves another output" in each for each in failed)
@@ -68,15 +73,15 @@ def test_a_slower_model_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
         model.forward = twice  # type: ignore[method-assign]
 
-    monkeypatch.setattr(accelerate_times, "accelerate", slower)
-    rows = accelerate_times.measure(NAME, "small", rounds=1)
+    monkeypatch.setattr(times, "accelerate", slower)
+    rows = times.measure(NAME, "small", rounds=1)
     assert all(row["ratio"] < 0.8 for row in rows)
     result = {"benchmark": "accelerate", "models": {NAME: {"times": rows}}, "absent": {}}
     assert len(bench_accelerate.failures(result)) == 2
 
 
 def test_a_call_that_is_left_to_the_own_forward_is_counted_with_the_reason() -> None:
-    found = accelerate_values.compare("torch encoder, pre-norm, gelu, padding", SIZES["tiny"])["own_forward"]
+    found = values.compare("torch encoder, pre-norm, gelu, padding", SIZES["tiny"])["own_forward"]
     assert any(key.startswith("torch.nn.modules.transformer.TransformerEncoderLayer: ") for key in found)
     assert all(reason for reason in found)
 
@@ -84,8 +89,15 @@ def test_a_call_that_is_left_to_the_own_forward_is_counted_with_the_reason() -> 
 def test_wrappers_are_rendered() -> None:
     row = {"model": NAME, "wrapper": "w", "order": "o"}
     fast = {"runs": "fast", "output": 0.0, "gradient": 0.0, "warnings": ["?"]}
-    result: dict[str, Any] = {"device": "cpu", "cores": 1, "threads": 1, "versions": {}, "commit": None}
-    result |= {"models": {}, "absent": {}, "failed": []}
-    shown = accelerated(result | {"wrappers": [row | fast, row | {"refused": "TypeError: no"}]})
+    shown = accelerated(MACHINE | {"wrappers": [row | fast, row | {"refused": "TypeError: no"}]})
     assert f"| {NAME} | w | o | fast | 0e+00 | 0e+00 | ? |" in shown
     assert f"| {NAME} | w | o | refuses: TypeError: no |" in shown
+
+
+def test_a_model_on_a_device_is_timed_in_four_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # which would take seconds
+    rows = device.measure(NAME, rounds=1, size="tiny", device="cpu")
+    assert [row["direction"] for row in rows] == ["forward", "both"]
+    assert all(set(row["ratio"]) == set(device.FORMS) for row in rows)
+    shown = accelerated(MACHINE | {"models": {NAME: {"device": rows}}})
+    assert "| accelerated, compiled |" in shown

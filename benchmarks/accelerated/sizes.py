@@ -31,6 +31,7 @@ SIZES = {
     "tiny": Size(width=64, heads=2, depth=1, image=16, patch=8, batch=1),
     "small": Size(width=64, heads=2, depth=2, image=32, patch=8, batch=2),
     "working": Size(width=384, heads=6, depth=2, image=160, patch=16, batch=4),
+    "device": Size(width=384, heads=6, depth=12, image=256, patch=16, batch=128),
 }
 
 Built = tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.accelerate_models import Subject, tensors
-from benchmarks.accelerate_wrappers import FIRST, wrapper
+from benchmarks.accelerated.models import Subject, tensors
+from benchmarks.accelerated.wrappers import FIRST, wrapper
 
 GRAPHS: dict[str, Callable[[Any], list[str]]] = {}
 """Of wrappers that trace a model: the operators of their graph, from what the wrapper returned."""

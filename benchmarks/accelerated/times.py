@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accelerate_models import SIZES, Subject, subject
+from benchmarks.accelerated.models import SIZES, Subject, subject
 from lmim_fast import accelerate
 
 LIMIT = 0.98  # least time of the model before to that after

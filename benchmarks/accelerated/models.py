@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import accelerate_transformers, accelerate_vision
-from benchmarks.accelerate_sizes import SIZES, Size
+from benchmarks.accelerated import transformers, vision
+from benchmarks.accelerated.sizes import SIZES, Size
 
 __all__ = ["MODELS", "SIZES", "Size", "Subject", "subject", "tensors"]
 
@@ -34,7 +34,7 @@ class Subject:
         return tensors(self.model(*self.inputs, **self.options))
 
 
-MODELS = accelerate_vision.MODELS | accelerate_transformers.MODELS
+MODELS = vision.MODELS | transformers.MODELS
 
 
 def subject(name: str, size: Size, *, random: bool = False, dtype: torch.dtype = torch.float32) -> Subject:

@@ -1,4 +1,4 @@
-"""Accelerated models under the wrappers of `accelerate_wrappers.py`, compared with the models as they are."""
+"""Accelerated models under the wrappers of `wrappers.py`, compared with the models as they are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.accelerate_models import SIZES, Subject, subject
-from benchmarks.accelerate_transforms import GRAPHS
-from benchmarks.accelerate_values import largest, own_forwards, run, zero_gradients
-from benchmarks.accelerate_wrappers import FIRST, ORDERS, WRAPPERS
+from benchmarks.accelerated.models import SIZES, Subject, subject
+from benchmarks.accelerated.transforms import GRAPHS
+from benchmarks.accelerated.values import largest, own_forwards, run, zero_gradients
+from benchmarks.accelerated.wrappers import FIRST, ORDERS, WRAPPERS
 from lmim_fast import accelerate
 from lmim_fast.ops import dispatch
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.accelerate_models import Subject
+from benchmarks.accelerated.models import Subject
 
 Wrapper = Callable[[Subject], nn.Module]
 FIRST = "accelerate, wrap"

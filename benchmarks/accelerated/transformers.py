@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accelerate_sizes import Builder, Built, Size, ids, images, sequence
+from benchmarks.accelerated.sizes import Builder, Built, Size, ids, images, sequence
 
 MODELS: dict[str, Builder] = {}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accelerate_models import SIZES, Size, Subject, subject
+from benchmarks.accelerated.models import SIZES, Size, Subject, subject
 from benchmarks.operation import launches
 from lmim_fast import accelerate
 from lmim_fast.ops import dispatch

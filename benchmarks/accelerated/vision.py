@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.accelerate_sizes import Builder, Built, Size, images
+from benchmarks.accelerated.sizes import Builder, Built, Size, images
 
 MODELS: dict[str, Builder] = {}
 

@@ -1,0 +1,86 @@
+"""Milliseconds of a third-party model on a CUDA device: as it is, accelerated, compiled, and both."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.accelerated.models import SIZES, Subject, subject
+from lmim_fast import accelerate
+
+FORMS = ("before", "after", "compiled", "accelerated, compiled")
+_CALLS = 5  # of a form in a round
+
+
+def measure(name: str, rounds: int, size: str = "device", device: str = "cuda") -> list[dict[str, Any]]:
+    """A row a direction: milliseconds a call of each form in each round, in bf16 by autocast.
+
+    Forms take turns.
+
+    Args:
+        name: of `MODELS`.
+        size: of `SIZES`.
+    Returns:
+        "direction" is forward (evaluation, no gradients) or both (training); "ratio" of each form: how many
+        times as fast as "before", the median of the rounds.
+    Raises:
+        ImportError: the library is not installed.
+    """
+    made = subject(name, SIZES[size], random=True)
+    model = made.model.to(device)
+    inputs = tuple(each.to(device) for each in made.inputs)
+    models = {form: copy.deepcopy(model) for form in FORMS}
+    accelerate(models["after"])
+    accelerate(models["accelerated, compiled"])
+    rows = []
+    for direction in ("forward", "both"):
+        runs = {}
+        for form, each in models.items():
+            each.train(direction == "both")
+            called: Any = torch.compile(each) if "compiled" in form else each
+            runs[form] = _runner(Subject(called, inputs, made.options), direction, device)
+        times: dict[str, list[float]] = {form: [] for form in runs}
+        for number in range(rounds + 1):
+            for form in list(runs)[:: 1 if number % 2 else -1]:
+                spent = _milliseconds(runs[form], device)
+                if number:  # the first compiles and warms up
+                    times[form].append(spent)
+        ratios = {
+            form: statistics.median(a / b for a, b in zip(times["before"], spent, strict=True))
+            for form, spent in times.items()
+        }
+        rows.append(dict(size=size, direction=direction, milliseconds=times, ratio=ratios))
+    return rows
+
+
+def _runner(each: Subject, direction: str, device: str) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            each()
+
+    def both() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            trained = [out for out in each() if out.requires_grad]
+        torch.autograd.backward(trained, [torch.ones_like(out) for out in trained])
+        each.model.zero_grad()
+
+    return both if direction == "both" else forward
+
+
+def _milliseconds(run: Callable[[], None], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(_CALLS):
+        run()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start) / _CALLS
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
