@@ -190,18 +190,20 @@ class MultiheadAttention(nn.Module):
         _refuse(
             "lmim_fast.ops.attention.attention_weights computes them for pictures", need_weights=need_weights
         )
+        return plain.linear(self.context(query, key, value), self.out_proj, last=True), None
+
+    def context(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What `out_proj` reads: (B, N, D) of a query (B, N, D), key and value (B, M, D)."""
         weight, bias = self.in_proj_weight, self.in_proj_bias  # read once: a parametrization makes them
         alone = query is key and key is value
         few = key is value and plain.fits(query, weight)
         if few and alone:
-            context = plain.attend_self(query, weight, bias, self.num_heads, self.attn_drop)
-        elif few and plain.fits(key, weight) and len(query) == len(key):
-            context = plain.attend_memory(query, key, weight, bias, self.num_heads, self.attn_drop)
-        elif alone:
-            context = self._self(query, weight, bias)
-        else:
-            context = self._cross(query, key, value, self._split(weight, bias))
-        return plain.linear(context, self.out_proj, last=True), None
+            return plain.attend_self(query, weight, bias, self.num_heads, self.attn_drop)
+        if few and plain.fits(key, weight) and len(query) == len(key):
+            return plain.attend_memory(query, key, weight, bias, self.num_heads, self.attn_drop)
+        if alone:
+            return self._self(query, weight, bias)
+        return self._cross(query, key, value, self._split(weight, bias))
 
     def _self(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = tokens("query", x, weight)

@@ -160,8 +160,8 @@ class Block(PackedBlock):
             return x + mlp.forward_parts(plain.norm(x, self.norm2))
         if not self.reads_weights():
             segments = [(x.shape[0], x.shape[1])]
-            x = x + self._drop_path(attn(plain.norm(x, self.norm1)), segments)
-            return x + self._drop_path(mlp(plain.norm(x, self.norm2)), segments)
+            x = x + self._drop_path(attn(plain.norm(x, self.norm1)), segments).to(x.dtype)
+            return x + self._drop_path(mlp(plain.norm(x, self.norm2)), segments).to(x.dtype)
         tokens("x", x, attn.qkv.weight)
         segments = [(x.shape[0], x.shape[1])]
         residual, branch, branch_bias = self.forward_fused(x.flatten(0, 1), None, None, segments)

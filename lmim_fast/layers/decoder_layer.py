@@ -137,11 +137,10 @@ class PackedDecoderLayer(nn.Module):
         return self._add_norm(self.norm3, plain.mlp(x, self.linear1, self.linear2, self.dropout), x)
 
     def _add_norm(self, norm: nn.Module, branch: Tensor, residual: Tensor) -> Tensor:
-        """One of our norms drops and adds the branch itself; what has taken its place gets the sum."""
-        if isinstance(norm, DropoutAddLayerNorm):
-            normalised: Tensor = norm(branch, residual)[0]
-        else:
-            normalised = norm(residual + plain.dropped(branch, self.dropout).to(residual.dtype))
+        """One of our norms, or what holds one, drops and adds the branch itself; another one gets the sum."""
+        if isinstance(norm, DropoutAddLayerNorm) or _holds_add_norm(norm):
+            return _first(norm(branch, residual))
+        normalised: Tensor = norm(residual + plain.dropped(branch, self.dropout).to(residual.dtype))
         return normalised
 
     @property
@@ -201,7 +200,17 @@ def _is_add_norm(part: Any) -> bool:
     return is_plain(part, DropoutAddLayerNorm) and has_tensors(part)
 
 
+def _holds_add_norm(part: nn.Module) -> bool:
+    return any(isinstance(inner, DropoutAddLayerNorm) for inner in part.modules())
+
+
 def _attend(attention: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
-    result = attention(query, keys, keys, need_weights=False)
-    branch: Tensor = result[0] if isinstance(result, tuple) else result  # beside the weights in torch's form
-    return branch
+    if is_plain(attention, MultiheadAttention) and not hooks_on_all():  # less than a call costs the host
+        return plain.linear(attention.context(query, keys, keys), attention.out_proj)
+    return _first(attention(query, keys, keys, need_weights=False))
+
+
+def _first(result: Any) -> Tensor:
+    """The result of a part that may return another beside it."""
+    first: Tensor = result[0] if isinstance(result, tuple) else result
+    return first

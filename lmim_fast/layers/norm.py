@@ -217,7 +217,6 @@ def add_norm(
     A norm that is no longer plain is called with the sum.
     """
     if is_norm(norm) and not hooks_on_all():
-        assert isinstance(norm, nn.LayerNorm)
         return fused_add_norm(residual, branch, branch_bias, norm, dtype, p=p)
     if branch is not None:
         branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)

@@ -7,7 +7,7 @@ the weights of the part again once the part is plain again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,10 +15,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two while a program is exported
+Part = TypeVar("Part", bound=nn.Module)
 _FORWARDS = nn.Linear.forward, nn.LayerNorm.forward
 
 
-def is_plain(part: Any, cls: type[nn.Module]) -> bool:
+def is_plain(part: Any, cls: type[Part]) -> TypeGuard[Part]:
     """True for a module of exactly this class that nothing is attached to.
 
     Attached are hooks, a `forward` of its own (but not that of `accelerate`) and torch.compile. A
@@ -35,36 +36,38 @@ def is_bare(part: Any) -> bool:
     return part._compiled_call_impl is None and (forward is None or getattr(forward, "accelerates", False))
 
 
-def is_linear(part: Any) -> bool:
+def is_linear(part: Any) -> TypeGuard[nn.Linear]:
     """True for a plain nn.Linear whose weight and bias are ordinary tensors."""
     return is_plain(part, nn.Linear) and has_tensors(part)
 
 
-def is_biased_linear(part: Any) -> bool:
+def is_biased_linear(part: Any) -> TypeGuard[nn.Linear]:
     """True for a plain nn.Linear, as `is_linear`, that has a bias."""
     return is_linear(part) and part._parameters["bias"] is not None
 
 
-def is_norm(part: Any) -> bool:
+def is_norm(part: Any) -> TypeGuard[nn.LayerNorm]:
     """True for a plain nn.LayerNorm over the last dimension whose weight and bias are ordinary tensors."""
     return (
         is_plain(part, nn.LayerNorm)
         and has_tensors(part)
-        and part.bias is not None
+        and part._parameters["bias"] is not None
         and len(part.normalized_shape) == 1
     )
 
 
 def has_tensors(part: nn.Module, weight: str = "weight", bias: str = "bias") -> bool:
-    """True if a part's weight, and its bias if it has one, are parameters and ordinary tensors.
+    """True if a part's weight, and its bias unless that is None, are parameters and ordinary tensors.
 
-    What hooks make is no parameter; that of a quantised or sharded part is of a subclass.
+    What hooks and users compute is no parameter; that of a quantised or sharded part is of a subclass.
 
     Args:
         weight, bias: their names.
     """
     parameters = part._parameters
-    shift = parameters.get(bias)
+    if bias not in parameters:
+        return False
+    shift = parameters[bias]
     return type(parameters.get(weight)) in TENSORS and (shift is None or type(shift) in TENSORS)
 
 

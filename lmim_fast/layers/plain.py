@@ -90,21 +90,19 @@ def product_and_bias(x: Tensor, part: nn.Module) -> tuple[Tensor, Tensor]:
 
     Of another part its result in x's dtype, and a bias of zeros.
     """
-    if hooks_on_all() or not is_biased_linear(part):
-        product = part(x).to(x.dtype)
-        return product, product.new_zeros(product.shape[-1])
-    assert isinstance(part, nn.Linear)
-    return matmul(x, part.weight), part.bias
+    if is_biased_linear(part) and not hooks_on_all():
+        return matmul(x, part.weight), part.bias
+    product = part(x).to(x.dtype)
+    return product, product.new_zeros(product.shape[-1])
 
 
 def norm(x: Tensor, part: nn.Module) -> Tensor:
     """part(x); a plain LayerNorm returns x's dtype, whatever that of its parameters is."""
     weight = part._parameters.get("weight")
-    if weight is None or weight.dtype == x.dtype or not is_norm(part) or hooks_on_all():
-        result: Tensor = part(x)
-        return result
-    assert isinstance(part, nn.LayerNorm)
-    return layer_norm(x, part.weight, part.bias, x.dtype, eps=part.eps)
+    if weight is not None and weight.dtype != x.dtype and is_norm(part) and not hooks_on_all():
+        return layer_norm(x, part.weight, part.bias, x.dtype, eps=part.eps)
+    result: Tensor = part(x)
+    return result
 
 
 def mlp(x: Tensor, first: nn.Module, second: nn.Module, p: float, *, last: bool = False) -> Tensor:

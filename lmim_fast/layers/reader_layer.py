@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lmim_fast.layers import plain
-from lmim_fast.layers.norm import add_norm, norm_linear, norm_mlp
+from lmim_fast.layers.norm import add_norm, fused_add_norm, norm_linear, norm_mlp
 from lmim_fast.layers.parts import hooks_on_all, is_biased_linear, is_linear, is_norm, is_plain
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.dropout import check_probability
@@ -36,8 +36,8 @@ class ReaderAttention(nn.Module):
 
     def reads_weights(self) -> bool:
         """True if all projections are plain and without biases; others are called (`layers/parts.py`)."""
-        parts = self.linear_q, self.linear_k, self.linear_v, self.fc
-        return all(is_linear(part) and part.bias is None for part in parts)
+        parts = self._modules.values()  # faster than attributes
+        return all(is_linear(part) and part._parameters["bias"] is None for part in parts)
 
     @property
     def kv_weight(self) -> Tensor:
@@ -74,6 +74,7 @@ class ReaderMlp(nn.Module):
 class StepMaps(NamedTuple):
     """The maps of a layer for reading: of weights in the compute dtype, cast once, or of parts to call."""
 
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
     self_qkv: Callable[[Tensor], Tensor]
     self_out: Callable[[Tensor], Tensor]
     memory_q: Callable[[Tensor], Tensor]
@@ -137,7 +138,7 @@ class ReaderLayer(nn.Module):
             new residual, branch and branch_bias.
         """
         p, dtype, reads = self.dropout, memory_kv.dtype, self.reads_weights()
-        q, residual = self.memory_queries(residual, branch, branch_bias, len(memory_kv), dtype)
+        q, residual = self._memory_queries(residual, branch, branch_bias, len(memory_kv), dtype, reads)
         context = cross_attention(q, None, memory_kv, None, self.heads, p=p).flatten(0, 1)
         if not reads:
             branch = plain.linear(context, self.enc_attn.fc).to(dtype)
@@ -149,16 +150,17 @@ class ReaderLayer(nn.Module):
         )
         return residual, branch, self.mlp.w_2.bias
 
-    def memory_queries(
+    def _memory_queries(
         self,
         residual: Tensor,
         branch: Tensor | None,
         branch_bias: Tensor | None,
         batch: int,
         dtype: torch.dtype,
+        reads: bool,
     ) -> tuple[Tensor, Tensor]:
         """Self-attention, then the queries of the cross-attention (B, T, H * head_dim); and the residual."""
-        p, segments, reads = self.dropout, [(batch, len(residual) // batch)], self.reads_weights()
+        p, segments = self.dropout, [(batch, len(residual) // batch)]
         own, norm2 = self.self_attn, self.norm2
         if reads:
             qkv, residual = norm_linear(residual, branch, branch_bias, self.norm1, own.qkv_weight, p=p)
@@ -177,16 +179,17 @@ class ReaderLayer(nn.Module):
 
     def reads_weights(self) -> bool:
         """True if all parts are plain, and theirs; others are called (`layers/parts.py`)."""
-        mlp = self.mlp
+        parts: dict[str, Any] = self._modules  # faster than attributes
+        mlp = parts["mlp"]
         return (
-            self.self_attn.reads_weights()
-            and self.enc_attn.reads_weights()
+            parts["self_attn"].reads_weights()
+            and parts["enc_attn"].reads_weights()
             and is_plain(mlp, ReaderMlp)
             and is_biased_linear(mlp.w_1)
             and is_biased_linear(mlp.w_2)
-            and is_norm(self.norm1)
-            and is_norm(self.norm2)
-            and is_norm(self.norm3)
+            and is_norm(parts["norm1"])
+            and is_norm(parts["norm2"])
+            and is_norm(parts["norm3"])
             and not hooks_on_all()
         )
 
@@ -195,6 +198,7 @@ class ReaderLayer(nn.Module):
         own, memory, mlp = self.self_attn, self.enc_attn, self.mlp
         if not self.reads_weights():
             return StepMaps(
+                add_norm,
                 lambda rows: own.project(rows).to(dtype),
                 lambda rows: plain.linear(rows, own.fc).to(dtype),
                 lambda rows: plain.linear(rows, memory.linear_q).to(dtype),
@@ -208,7 +212,7 @@ class ReaderLayer(nn.Module):
         def hidden(rows: Tensor) -> tuple[Tensor, Tensor]:
             return gelu_linear(linear(rows, first), mlp.w_1.bias, second), mlp.w_2.bias
 
-        return StepMaps(qkv, out, q, memory_out, hidden)
+        return StepMaps(fused_add_norm, qkv, out, q, memory_out, hidden)
 
     def step(
         self,
@@ -233,7 +237,7 @@ class ReaderLayer(nn.Module):
             new residual, branch and branch_bias.
         """
         dtype, inner = cache.dtype, cache.shape[-1] // 2
-        rows, residual = add_norm(*stream, self.norm1, dtype)
+        rows, residual = maps.add_norm(*stream, self.norm1, dtype)
         q, kv = maps.self_qkv(rows).split([inner, 2 * inner], dim=-1)
         cache[:, number] = kv
         keys, seen = cache, None
@@ -243,11 +247,11 @@ class ReaderLayer(nn.Module):
             keys = cache[:, : number + 1]
         context = cross_attention(q[:, None], None, keys, None, self.heads, key_lengths=seen)
         branch = maps.self_out(context[:, 0])
-        rows, residual = add_norm(residual, branch, None, self.norm2, dtype)
+        rows, residual = maps.add_norm(residual, branch, None, self.norm2, dtype)
         q = maps.memory_q(rows).unflatten(0, (len(memory_kv), -1))  # beams are queries of an image
         context = cross_attention(q, None, memory_kv, None, self.heads)
         branch = maps.memory_out(context.flatten(0, 1))
-        rows, residual = add_norm(residual, branch, None, self.norm3, dtype)
+        rows, residual = maps.add_norm(residual, branch, None, self.norm3, dtype)
         return residual, *maps.mlp(rows)
 
     @property

@@ -58,9 +58,8 @@ class PatchEmbed(nn.Module):
         proj = self._modules["proj"]
         if not is_plain(self, PatchEmbed) or not is_plain(proj, nn.Conv2d) or hooks_on_all():
             return None
-        assert isinstance(proj, nn.Conv2d)
         options = proj.stride, proj.padding, proj.dilation, proj.groups
-        if proj.bias is None or not has_tensors(proj) or options != (proj.kernel_size, (0, 0), (1, 1), 1):
+        if not has_tensors(proj) or proj.bias is None or options != (proj.kernel_size, (0, 0), (1, 1), 1):
             return None
         return proj
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attachments import OF_ANY, OF_LINEARS, lora
+from attachments import OF_ANY, OF_LINEARS, lora, replace
 from layer_pairs import HEADS, HIDDEN, MEMORY, PAIRS, QUERIES, WIDTH, Pair, to_itself
 from torch import Tensor, nn
 
@@ -134,6 +135,56 @@ def test_norms_of_a_decoder_layer_may_be_hooked_or_replaced(norm: str) -> None:
         setattr(module, norm, nn.Sequential(nn.LayerNorm(WIDTH), nn.Tanh()))
     for mine, expected in zip(*(trained(pair, m, inputs) for m in (ours, truth)), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+class Wrapped(nn.Module):
+    """A part in a module that calls it, as checkpointing and peft's copies of trained parts do."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.base(*inputs, **named)
+
+
+@pytest.mark.parametrize("layer", ["Block", "DecoderLayer"])
+def test_every_part_of_a_layer_may_be_wrapped(layer: str) -> None:
+    ours, truth = PAIRS[layer].make()
+    inputs = [x.detach() for x in PAIRS[layer].inputs()]
+    (expected,) = PAIRS[layer].run(truth, inputs)
+    for name, part in list(ours.named_modules())[1:]:
+        undo = replace(ours, name, Wrapped(part))
+        torch.testing.assert_close(ours(*inputs), expected)
+        undo()
+
+
+def test_a_bias_that_is_no_parameter_is_added() -> None:
+    ours, truth = PAIRS["Block"].make()
+    x = torch.randn(QUERIES)
+    for part in (ours.attn.proj, ours.attn.qkv, ours.mlp.fc1, ours.norm1):
+        bias = part.bias.detach()
+        del part.bias
+        part.bias = bias
+    for form in ("auto", "eager"):
+        with dispatch.backend(form):
+            torch.testing.assert_close(ours(x), truth(x))
+
+
+def test_a_decoder_layer_takes_an_attention_without_biases() -> None:
+    layer, x = DecoderLayer(WIDTH, HEADS, HIDDEN, 0.0), torch.randn(QUERIES)
+    expected = layer(x, x)  # fresh biases are zeros
+    attention = MultiheadAttention(WIDTH, HEADS, bias=False, batch_first=True)
+    attention.load_state_dict(layer.self_attn.state_dict(), strict=False)
+    layer.self_attn = attention
+    torch.testing.assert_close(layer(x, x), expected)
+
+
+def test_a_block_with_a_called_part_keeps_the_dtype_of_its_input() -> None:
+    block, x = Block(WIDTH, HEADS), torch.randn(QUERIES, dtype=torch.float16)
+    block.attn.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block(x).dtype == x.dtype
 
 
 def test_a_decoder_layer_takes_torchs_attention_in_place_of_its_own() -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmim_fast.ops.attention import backend, self_attention
 from lmim_fast.ops.attention_heads import split_heads
 
 HEADS, FEATURES = 2, 3
@@ -56,21 +55,3 @@ def test_a_frozen_input_gets_no_gradient(frozen: int) -> None:
     flat(*pair).sum().backward()
     assert pair[frozen].grad is None
     assert pair[1 - frozen].grad is not None
-
-
-def test_first_and_second_derivatives() -> None:
-    def attend(qkv: Tensor, bias: Tensor) -> Tensor:
-        with backend("eager"):
-            return self_attention(qkv, bias, HEADS, SEGMENTS)
-
-    assert torch.autograd.gradcheck(attend, inputs())
-    assert torch.autograd.gradgradcheck(attend, inputs())
-
-
-def test_transforms_go_through() -> None:
-    qkv, bias = inputs()
-    loss = lambda qkv, bias: flat(qkv, bias).square().sum()  # noqa: E731
-    expected = torch.autograd.grad(loss(qkv, bias), (qkv, bias))
-    found = torch.func.grad(loss, argnums=(0, 1))(qkv.detach(), bias.detach())
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)

@@ -1,6 +1,7 @@
 """Eager forms are ordinary differentiable PyTorch; kernels say what they cannot do."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from derivative_cases import CASES, OPS, layers
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from lmim_fast.layers import Block, DecoderLayer
+from lmim_fast.config import ModelConfig
+from lmim_fast.layers import Block, DecoderLayer, plain
+from lmim_fast.models.lmim import LMIM
 from lmim_fast.ops import attention, dispatch
+from lmim_fast.ops.align import Stop, split_aligned
 from lmim_fast.ops.mlp import gelu_linear
 from lmim_fast.ops.transforms import by_autograd
 
@@ -38,7 +42,8 @@ def test_first_and_second_derivatives_are_right_also_many_at_once(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["Attention", "MultiheadAttention", "Mlp", "Block", "DecoderLayer"])
-def test_layers_of_many_rows_on_a_cpu(name: str) -> None:
+def test_layers_of_many_rows_on_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "has_few_rows", lambda _: False)
     case = layers(10, 26)[name]
     leaves = case.leaves()
     assert gradcheck(case.form, leaves, fast_mode=True, check_batched_grad=True)  # with fused attention
@@ -73,19 +78,40 @@ def test_transforms_go_through(name: str) -> None:
         torch.testing.assert_close(first, loss(*samples[0]).detach())
 
 
+def assert_mapped(output: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Two backward passes of an output (N,) at once are those one by one, by either way to ask."""
+    upstream = torch.randn(2, len(output), dtype=output.dtype)
+    one = functools.partial(torch.autograd.grad, output, leaves, retain_graph=True)
+    ways = torch.func.vmap(one)(upstream), one(upstream, is_grads_batched=True)
+    for number in range(2):
+        for *many, alone in zip(*ways, one(upstream[number]), strict=True):
+            for mine in many:
+                torch.testing.assert_close(mine[number], alone)
+
+
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", OPS)
 def test_backward_passes_can_be_mapped(name: str) -> None:
     leaves = OPS[name].leaves()
-    output = flat(OPS[name].form(*leaves))
-    upstream = torch.randn(2, len(output), dtype=output.dtype)
-    together = torch.func.vmap(lambda grad: torch.autograd.grad(output, leaves, grad, retain_graph=True))(
-        upstream
-    )
-    for number in range(2):
-        alone = torch.autograd.grad(output, leaves, upstream[number], retain_graph=True)
-        for mine, expected in zip(together, alone, strict=True):
-            torch.testing.assert_close(mine[number], expected)
+    assert_mapped(flat(OPS[name].form(*leaves)), leaves)
+
+
+@pytest.mark.parametrize("stop", ["masked", "guidance"])
+def test_backward_passes_of_an_alignment_that_is_stopped_can_be_mapped(stop: Stop) -> None:
+    features = torch.randn(2 * (3 + 4), 6, requires_grad=True)
+    latent, memory, loss = split_aligned(features * 1, 2, 3, 4, stop_gradient=stop)
+    assert_mapped(flat((latent, memory, loss)), [features])
+    assert_mapped(loss[None], [features])
+
+
+@pytest.mark.usefixtures("eager")
+def test_backward_passes_of_a_model_can_be_mapped() -> None:
+    sizes = dict(width=64, depth=1, heads=2, decoder_width=64, decoder_depth=2, decoder_heads=2)
+    model = LMIM(ModelConfig(image_size=(8, 16), decoder_dropout=0.0, pos_grid="true", **sizes))
+    images = torch.rand(2, 3, 8, 16)
+    output = model(images, images.flip(0), torch.rand(2, model.num_patches))
+    losses = torch.stack([output.loss_recon, output.loss])
+    assert_mapped(losses, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def test_gradients_of_an_input_that_is_made_from_another_are_its_own_share() -> None:

@@ -37,14 +37,6 @@ def test_hidden_rows_are_kept_for_a_backward_pass_and_activated_rows_never() -> 
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_second_derivative_of_the_kernel_form_is_an_error() -> None:
-    x, weight1, *others = inputs(5, 24, 48, 16, torch.float32)
-    for loss in (torch.sum, torch.norm):  # without, and with, an upstream gradient that depends on x
-        with pytest.raises(RuntimeError, match="for create_graph run the forward pass"):
-            torch.autograd.grad(loss(mlp(x, weight1, *others)), x, create_graph=True)
-
-
-@pytest.mark.usefixtures("kernels")
 def test_hidden_rows_are_written_only_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bool] = []
     forward = linear_gelu.forward
