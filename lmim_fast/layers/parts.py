@@ -15,7 +15,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two while a program is exported
-_FORWARDS = nn.Linear.forward, nn.LayerNorm.forward
 
 
 def is_plain(part: Any, cls: type[nn.Module]) -> bool:
@@ -68,8 +67,21 @@ def has_tensors(part: nn.Module, weight: str = "weight", bias: str = "bias") -> 
     return type(parameters.get(weight)) in TENSORS and (shift is None or type(shift) in TENSORS)
 
 
+def _forwards() -> tuple[Any, ...]:
+    """Of PyTorch's classes that layers read in place of calling."""
+    return (
+        nn.Linear.forward,
+        nn.LayerNorm.forward,
+        nn.Dropout.forward,
+        nn.GELU.forward,
+        nn.Identity.forward,
+    )
+
+
+_FORWARDS = _forwards()
+
+
 def hooks_on_all() -> bool:
     """True if every part of the process is to be called: while hooks are registered for all modules, or the
-    forward of PyTorch's own linear or norm is patched."""
-    patched = (nn.Linear.forward, nn.LayerNorm.forward) != _FORWARDS
-    return patched or torch_module._has_any_global_hook()
+    forward of a class of PyTorch that layers read is patched."""
+    return _forwards() != _FORWARDS or torch_module._has_any_global_hook()

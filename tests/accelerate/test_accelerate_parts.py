@@ -199,8 +199,27 @@ def test_a_class_that_is_patched_later_is_obeyed(monkeypatch: pytest.MonkeyPatch
     y = X + layer.attn(layer.norm1(X))
     torch.testing.assert_close(layer(X), y - layer.norm2(y), rtol=1e-5, atol=1e-5)
     assert "patched class" in report.rows[0].note
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x.new_zeros(*x.shape[:-1], self.out_features))
-    torch.testing.assert_close(layer.attn(X), torch.zeros_like(X))
+
+
+PATCHED = [(cls, "forward") for cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [*PATCHED, *((nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block"))],
+)
+def test_a_method_of_torch_that_is_patched_later_is_obeyed(
+    cls: type[nn.Module], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = encoder_layer(dropout=0.5, activation=nn.GELU()).eval()  # dropout may be switched on by a patch
+    original = copy.deepcopy(layer)
+    report = accelerated(layer)
+    before = layer(X)
+    form = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda self, x, *more, **named: 2 * form(self, x, *more, **named))
+    torch.testing.assert_close(layer(X), original(X), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(X), before, atol=0.01)
+    assert report.rows[0].note
 
 
 def test_hooks_on_all_modules_see_every_part() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lmim_fast.ops import dispatch
 
 _METHODS = ("forward", "random_masking", "_replicate_for_data_parallel")
+_MOST_NOTES = 8
 _notes: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
 
 
@@ -43,11 +44,13 @@ class Form:
     read:   (layer) to what the form needs of it; raises `Left` if the layer is not as the form knows it.
     run:    (layer, *arguments of the method) to its result; raises `Left` before it computes anything.
     method: that it stands for.
+    steps:  other methods that it stands for, since that method calls them.
     """
 
     read: Callable[[Any], object]
     run: Callable[..., Any]
     method: str = "forward"
+    steps: tuple[str, ...] = ()
 
 
 class _NoInput:
@@ -68,11 +71,12 @@ def bind(module: nn.Module, form: Form) -> None:
     """
     cls, method = type(module), form.method
     original = getattr(cls, method)
+    steps = [(name, getattr(cls, name, None)) for name in form.steps]
     names = tuple(inspect.signature(original).parameters)[1:]
     environment, key = dispatch.environment, dispatch.KEY
 
     @functools.wraps(original)
-    def fast(self: nn.Module, x: Any = _NO_INPUT, *more: Any, **named: Any) -> Any:
+    def fast(self: nn.Module, x: Any = _NO_INPUT, /, *more: Any, **named: Any) -> Any:
         own = type(self).forward if method == "forward" else getattr(type(self), method)
         try:
             fits = x.is_cuda is True or dispatch.override is not None or key in environment
@@ -86,6 +90,9 @@ def bind(module: nn.Module, form: Form) -> None:
             try:
                 if own is not original and not (_is_sharded(self) and getattr(cls, method) is original):
                     raise Left("{} of its class was patched", method)
+                for name, step in steps:
+                    if name in self.__dict__ or getattr(cls, name, None) is not step:
+                        raise Left("its {} was patched", name)
                 if torch._C._get_tracing_state():
                     raise Left("torch.jit is tracing")
                 return form.run(self, *inputs, **options)
@@ -150,9 +157,10 @@ def forget_pickled(module: nn.Module) -> None:
 
 
 def note(module: nn.Module, reason: str) -> None:
-    """Keep for the report, once, why a call is left to the layer's own forward."""
+    """Keep for the report, once, why a call is left to the layer's own forward; the first few, as reasons
+    with values in them have no end."""
     noted = _notes.setdefault(module, [])
-    if reason not in noted:
+    if reason not in noted and len(noted) < _MOST_NOTES:
         noted.append(reason)
 
 
