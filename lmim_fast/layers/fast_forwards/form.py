@@ -95,6 +95,8 @@ def bind(module: nn.Module, form: Form) -> None:
                         raise Left("its {} was patched", name)
                 if torch._C._get_tracing_state():
                     raise Left("torch.jit is tracing")
+                if torch.compiler.is_exporting():
+                    raise Left("torch.export is tracing")
                 return form.run(self, *inputs, **options)
             except Left as left:
                 if not torch.compiler.is_compiling():

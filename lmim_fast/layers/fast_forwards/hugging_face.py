@@ -31,6 +31,11 @@ _IMPLEMENTATIONS = "sdpa", "flash_attention_2", "flash_attention_3", "flash_atte
 _NAMES = ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")
 
 
+def _unset(*options: object, output_hidden_states: object = None, **named: object) -> None:
+    """Hidden states are kept by the model around the layers, which are told of it."""
+    read.unset(*options, **named)
+
+
 def _read_projections(module: Any) -> tuple[Linear, int, float]:
     names = _NAMES[0] if "query" in module._modules else _NAMES[1]
     qkv = read.joined(*(read.linear(module, name) for name in names))
@@ -53,7 +58,7 @@ def _self_attention(
     self: Any, hidden_states: Tensor, /, *options: object, **named: object
 ) -> tuple[Tensor, None]:
     """Context without the output projection, as transformers 4 and BERT have it."""
-    read.unset(*options, **named)
+    _unset(*options, **named)
     qkv, heads, p = _read_projections(self)
     read.rows(qkv.weight.shape[1], hidden_states, weights=qkv)
     return attend(hidden_states, qkv, heads, p), None
@@ -66,7 +71,7 @@ def _read_attention(module: Any) -> Attention:
 
 
 def _attention(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> tuple[Tensor, None]:
-    read.unset(*options, **named)
+    _unset(*options, **named)
     attention = _read_attention(self)
     read.rows(attention.qkv.weight.shape[1], hidden_states, weights=attention.weights)
     context = attend(hidden_states, attention.qkv, attention.heads, attention.p)
@@ -79,7 +84,7 @@ def _read_mlp(module: Any) -> Mlp:
 
 
 def _mlp(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
-    read.unset(*options, **named)
+    _unset(*options, **named)
     layer = _read_mlp(self)
     read.rows(layer.first.weight.shape[1], hidden_states, weights=layer.weights, dims=None)
     return finish(Branch(feed_forward(hidden_states, layer), layer.second.bias, 0.0))
@@ -96,7 +101,7 @@ def _read_layer(layer: Any) -> tuple[Norm, Attention, None, Norm, Mlp, None]:
 
 def _layer(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
     """Transformers 5's pre-norm layer."""
-    read.unset(*options, **named)
+    _unset(*options, **named)
     recompute = getattr(self, "gradient_checkpointing", False) and self.training
     require(not recompute, "gradient checkpointing in its forward")
     parts = _read_layer(self)
@@ -112,7 +117,7 @@ def _read_intermediate(module: Any) -> Linear:
 
 
 def _intermediate(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
-    read.unset(*options, **named)
+    _unset(*options, **named)
     weight, bias = _read_intermediate(self)
     read.rows(weight.shape[1], hidden_states, weights=(weight, bias), dims=None)
     assert bias is not None
@@ -127,7 +132,7 @@ def _output(
     self: Any, hidden_states: Tensor, input_tensor: Tensor, /, *options: object, **named: object
 ) -> Tensor:
     """LayerNorm(dropout(dense(hidden_states)) + input_tensor)."""
-    read.unset(*options, **named)
+    _unset(*options, **named)
     dense, norm, p = _read_output(self)
     read.rows(dense.weight.shape[1], hidden_states, weights=(*dense, *norm[:2]), dims=None)
     read.rows(len(dense.weight), input_tensor, weights=(*dense, *norm[:2]), dims=None)

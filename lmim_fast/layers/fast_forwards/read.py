@@ -117,7 +117,8 @@ def within(layer: nn.Module, name: str, kind: str, reader: Callable[[Any], Read]
     try:
         return reader(part)
     except Left as left:
-        raise Left(f"{name}: {left.args[0]}", *left.args[1:]) from None
+        text, *values = left.args
+    raise Left(f"{name}: {text}", *values)  # here, as torch 2.11 cannot compile `from None`
 
 
 def absent(layer: nn.Module, *names: str) -> None:
