@@ -95,7 +95,7 @@ def bind(module: nn.Module, form: Form) -> None:
                         raise Left("its {} was patched", name)
                 if torch._C._get_tracing_state():
                     raise Left("torch.jit is tracing")
-                if torch.compiler.is_exporting():
+                if torch.compiler._is_exporting_flag:  # the function says True of torch 2.11's compiler too
                     raise Left("torch.export is tracing")
                 return form.run(self, *inputs, **options)
             except Left as left:
