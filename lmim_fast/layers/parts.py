@@ -31,7 +31,13 @@ def is_bare(part: Any) -> bool:
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return False
     forward = part.__dict__.get("forward")
-    return part._compiled_call_impl is None and (forward is None or getattr(forward, "accelerates", False))
+    return part._compiled_call_impl is None and (forward is None or is_fast(forward))
+
+
+def is_fast(method: Any) -> bool:
+    """True for a method that `accelerate` has bound; a wrapper around it has its attributes, but is another."""
+    function = getattr(method, "__func__", None)
+    return function is not None and getattr(function, "accelerates", None) is function
 
 
 def is_linear(part: Any) -> bool:

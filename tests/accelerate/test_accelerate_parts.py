@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from timm_like import Block, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from lmim_fast.layers.accelerate import undo
 
 X = torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
 
@@ -220,6 +223,19 @@ def test_a_method_of_torch_that_is_patched_later_is_obeyed(
     torch.testing.assert_close(layer(X), original(X), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(layer(X), before, atol=0.01)
     assert report.rows[0].note
+
+
+@pytest.mark.parametrize("wrap", [lambda new: new, functools.partial])
+def test_a_wrapper_around_a_fast_forward_is_called_and_stays(wrap: Callable[..., Any]) -> None:
+    """functools.wraps copies the attributes of what it wraps; libraries that move weights wrap so."""
+    layer = Block(WIDTH, HEADS)
+    accelerated(layer)
+    expected = layer(X) + 2 * layer.mlp(layer.norm2(X + layer.attn(layer.norm1(X))))
+    fast = layer.mlp.forward
+    layer.mlp.forward = functools.update_wrapper(wrap(lambda x: 3 * fast(x)), fast)
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-5)
+    undo(layer)
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_on_all_modules_see_every_part() -> None:

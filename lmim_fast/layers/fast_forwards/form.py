@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmim_fast.layers.parts import is_fast
 from lmim_fast.ops import dispatch
 
 _METHODS = ("forward", "random_masking", "_replicate_for_data_parallel")
@@ -103,7 +104,7 @@ def bind(module: nn.Module, form: Form) -> None:
                     note(self, left.reason)
         return own(self, *arguments, **named)
 
-    fast.accelerates = True  # type: ignore[attr-defined]
+    fast.accelerates = fast  # type: ignore[attr-defined]
     vars(module)[method] = types.MethodType(fast, module)
     vars(module)[_replicate_for_data_parallel.__name__] = types.MethodType(
         _replicate_for_data_parallel, module
@@ -134,18 +135,18 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     return replica
 
 
-_replicate_for_data_parallel.accelerates = True  # type: ignore[attr-defined]
+_replicate_for_data_parallel.accelerates = _replicate_for_data_parallel  # type: ignore[attr-defined]
 
 
 def is_bound(module: nn.Module) -> bool:
     """Whether the layer has a fast forward."""
-    return any(getattr(vars(module).get(name), "accelerates", False) for name in _METHODS)
+    return any(is_fast(vars(module).get(name)) for name in _METHODS)
 
 
 def unbind(module: nn.Module) -> None:
     """Give the layer its own forward back."""
     for name in _METHODS:
-        if getattr(vars(module).get(name), "accelerates", False):
+        if is_fast(vars(module).get(name)):
             del vars(module)[name]
     _notes.pop(module, None)
 

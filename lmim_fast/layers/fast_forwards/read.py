@@ -228,7 +228,7 @@ def _unlike(name: str, part: object, same_class: bool) -> str:
     if not same_class:
         return f"{name} is a {qualified(part)}"
     assert isinstance(part, nn.Module)
-    if not getattr(vars(part).get("forward"), "accelerates", True):
+    if "forward" in vars(part) and not parts.is_fast(vars(part)["forward"]):
         return f"{name} has a patched forward"
     if part._compiled_call_impl is not None:
         return f"{name} is compiled"
