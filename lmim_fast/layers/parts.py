@@ -35,7 +35,7 @@ def is_bare(part: Any) -> bool:
 
 
 def is_fast(method: Any) -> bool:
-    """True for a method that `accelerate` has bound; a wrapper around it has its attributes, but is another."""
+    """True for a method that `accelerate` has bound; wrappers have its attributes, but are others."""
     function = getattr(method, "__func__", None)
     return function is not None and getattr(function, "accelerates", None) is function
 
