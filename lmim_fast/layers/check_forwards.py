@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lmim_fast.layers.fast_forwards.form import Form, Left, note
+from lmim_fast.layers.fast_forwards.form import Form, Left, by_position, note, positions
 from lmim_fast.ops import dispatch
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -97,7 +97,8 @@ def _calls(model: nn.Module, layers: Mapping[nn.Module, Form], inputs: Any) -> d
     calls: dict[nn.Module, _Call] = {}
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        calls.setdefault(module, _Call(arguments, named))
+        if module not in calls:  # a form has names of its own
+            calls[module] = _Call(*by_position(positions(type(module).forward), arguments, named))
 
     hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in layers]
     try:

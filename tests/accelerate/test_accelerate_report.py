@@ -197,9 +197,10 @@ class ToOne(nn.Module):
     def __init__(self, cls: type[nn.Module]) -> None:
         super().__init__()
         self.block, self.unused, self.drop = cls(WIDTH, HEADS), cls(WIDTH, HEADS), nn.Dropout(0.5)
+        self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
-        return self.block(self.drop(scale * x))
+        return self.norm(input=self.block(self.drop(scale * x)))
 
 
 def test_a_check_compares_both_forwards_on_what_reaches_each_layer() -> None:
@@ -220,6 +221,7 @@ def test_a_check_compares_both_forwards_on_what_reaches_each_layer() -> None:
                 r"its fast form differs by \S+e-0\d of the largest of its outputs", rows["block"].reason
             )
         assert rows["block.attn"].swapped
+        assert rows["norm"].swapped
         assert rows["unused"].reason == "the inputs of check do not reach it"
 
 

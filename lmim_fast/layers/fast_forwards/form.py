@@ -73,7 +73,7 @@ def bind(module: nn.Module, form: Form) -> None:
     cls, method = type(module), form.method
     original = getattr(cls, method)
     steps = [(name, getattr(cls, name, None)) for name in form.steps]
-    names = tuple(inspect.signature(original).parameters)[1:]
+    names = positions(original)
     environment, key = dispatch.environment, dispatch.KEY
 
     @functools.wraps(original)
@@ -86,7 +86,7 @@ def bind(module: nn.Module, form: Form) -> None:
         if not fits:
             return own(self, x, *more, **named) if more or named else own(self, x)
         arguments = more if x is _NO_INPUT else (x, *more)
-        inputs, options = _positional(names, arguments, named) if named else (arguments, named)
+        inputs, options = by_position(names, arguments, named) if named else (arguments, named)
         if inputs and isinstance(inputs[0], Tensor) and (inputs[0].is_cuda or dispatch.is_asked_for()):
             try:
                 if own is not original and not (_is_sharded(self) and getattr(cls, method) is original):
@@ -116,7 +116,13 @@ def _is_sharded(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.distributed.fsdp")
 
 
-def _positional(
+def positions(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments behind `self` that may be given by position."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return tuple(each.name for each in parameters if each.kind == each.POSITIONAL_OR_KEYWORD)
+
+
+def by_position(
     names: tuple[str, ...], arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with those that are given by the next names in order moved to their places."""
