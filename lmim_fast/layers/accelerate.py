@@ -42,8 +42,8 @@ def accelerate(
         model: any module; its layers are looked through from the outside in.
         only:  classes, and patterns of dotted names as in `fnmatch` ("encoder.*"): a layer is swapped where
                it is an instance of one or its name matches one. None for all.
-        like:  for classes of your own, the name of the form that computes the same,
-               {MyBlock: "timm.Block"}; see `fast_forwards.FORMS`.
+        like:  for classes of your own, the name of the form that computes the same of the same arguments,
+               {MyBlock: "timm.Block"}; see `fast_forwards.FORMS`. They stay known in later calls.
         check: inputs of the model, a tuple of positional or a dict of named ones, or one tensor. Both
                forwards of each layer run once in evaluation mode on what reaches it; a layer whose outputs
                or gradients differ is left, with the difference.

@@ -28,7 +28,7 @@ _notes: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDiction
 class Left(Exception):
     """Why a layer or a call is left to its own forward: a text with places for the values behind it.
 
-    It is put together where it is read, since compilers cannot, and calls that are not left have no time.
+    It is formatted when it is read: torch.compile cannot trace that, and calls need not wait for it.
     """
 
     @property
@@ -55,7 +55,7 @@ class Form:
 
 
 class _NoInput:
-    """What stands for a first argument that is given by name."""
+    """Stands for a first argument that is given by name; no CPU tensor, so that the names are looked at."""
 
     is_cuda = True
 
@@ -67,8 +67,8 @@ def bind(module: nn.Module, form: Form) -> None:
     """Give the layer its fast forward.
 
     It runs on devices with kernels, and everywhere while a backend is asked for by name. Elsewhere the
-    layer's own forward runs, as no fast form was measured to be faster on a CPU. The way to it is kept short:
-    small layers would feel a microsecond.
+    layer's own forward runs, as no fast form was measured to be faster on a CPU. Little is done before it: a
+    microsecond would slow small layers down.
     """
     cls, method = type(module), form.method
     original = getattr(cls, method)
