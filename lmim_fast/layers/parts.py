@@ -75,13 +75,7 @@ def has_tensors(part: nn.Module, weight: str = "weight", bias: str = "bias") -> 
 
 def _forwards() -> tuple[Any, ...]:
     """Of PyTorch's classes that layers read in place of calling."""
-    return (
-        nn.Linear.forward,
-        nn.LayerNorm.forward,
-        nn.Dropout.forward,
-        nn.GELU.forward,
-        nn.Identity.forward,
-    )
+    return nn.Linear.forward, nn.LayerNorm.forward, nn.Dropout.forward, nn.GELU.forward, nn.Identity.forward
 
 
 _FORWARDS = _forwards()
