@@ -128,6 +128,7 @@ TAKEN: dict[str, Case] = {
     "another activation": (lambda: encoder_layer(activation=torch.tanh), (X,), {}, ""),
     "names of the original": (lambda: nn.LayerNorm(WIDTH), (), {"input": X}, ""),
     "rows": (lambda: Mlp(WIDTH, 40), (X[0, 0],), {}, ""),
+    "hidden states": (lambda: HuggingFaceViT(WIDTH, HEADS), (X,), {"output_hidden_states": True}, ""),
 }
 
 
