@@ -42,8 +42,8 @@ def accelerate(
         model: any module; its layers are looked through from the outside in.
         only:  classes, and patterns of dotted names as in `fnmatch` ("encoder.*"): a layer is swapped where
                it is an instance of one or its name matches one. None for all.
-        like:  for classes of your own, the name of the form that computes the same,
-               {MyBlock: "timm.Block"}; see `fast_forwards.FORMS`.
+        like:  for classes of your own, the name of the form that computes the same of the same arguments,
+               {MyBlock: "timm.Block"}; see `fast_forwards.FORMS`. They stay known in later calls.
         check: inputs of the model, a tuple of positional or a dict of named ones, or one tensor. Both
                forwards of each layer run once in evaluation mode on what reaches it; a layer whose outputs
                or gradients differ is left, with the difference.
@@ -120,10 +120,14 @@ class _Walk:
 
     def _patched(self, module: nn.Module, method: str) -> str:
         """Why a method of a known class is not the one that is known, or ""."""
-        home, cls = getattr(type(module), method).__module__, type(module)
-        if cls in self.like or any(
-            home.split(".")[0] == base.__module__.split(".")[0] for base in cls.__mro__
-        ):
+        cls = type(module)
+        owner = next((base for base in cls.__mro__ if method in vars(base)), None)
+        if cls in self.like or owner is None:
+            return ""
+        function = vars(owner)[method]
+        # Where it was written: functools.wraps copies `__module__`.
+        home = getattr(function, "__globals__", {}).get("__name__") or str(function.__module__)
+        if home.split(".")[0] == owner.__module__.split(".")[0]:
             return ""
         return f"the {method} of its class was patched by {home}"
 
@@ -138,15 +142,22 @@ class _Walk:
 
     def _obstacle(self, module: nn.Module, form: Form) -> str:
         """Why the module has to be left alone, or ""."""
-        own = vars(module).get(form.method)
-        if own is not None and getattr(own, "__func__", None) is not getattr(type(module), form.method):
-            return f"has a patched {form.method}"
+        cls = type(module)
+        if not hasattr(cls, form.method):
+            return f"has no {form.method}"
+        for name in (form.method, *form.steps):
+            if name in vars(module) and getattr(vars(module)[name], "__func__", 0) is not getattr(
+                cls, name, None
+            ):
+                return f"has a patched {name}"
         try:
             with torch.no_grad():
                 form.read(module)
         except Left as left:
             return left.reason
-        return self._patched(module, form.method)
+        except AttributeError as error:  # of a class that is not what `like` says
+            return str(error)
+        return next(filter(None, (self._patched(module, name) for name in (form.method, *form.steps))), "")
 
     def _selected(self, name: str, module: nn.Module) -> bool:
         if self.only is None:

@@ -86,7 +86,7 @@ def _folded(rows: Iterable[Row]) -> list[tuple[str, str, str, str]]:
     groups: dict[tuple[object, ...], list[list[str]]] = {}
     for row in rows:
         parts = row.name.split(".")
-        shape = tuple("#" if part.isdigit() else part for part in parts)
+        shape = tuple("#" if part.isdecimal() else part for part in parts)
         groups.setdefault((shape, row.kind, row.swapped, row.note), []).append(parts)
     lines = []
     for (_, kind, swapped, note), names in groups.items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lmim_fast.layers.fast_forwards.form import Form, Left, note
+from lmim_fast.layers.fast_forwards.form import Form, Left, by_position, note, positions
 from lmim_fast.ops import dispatch
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -78,12 +78,18 @@ def _difference(module: nn.Module, form: Form, call: _Call) -> str | None:
         pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
         if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
             return f"its fast form gives {what} of other shapes or dtypes"
-        size = max((b.abs().max().item() for _, b in pairs if b.numel()), default=0.0)
-        gap = max(((a - b).abs().max().item() for a, b in pairs if b.numel()), default=0.0)
+        size = _largest(b for _, b in pairs)
+        gap = _largest(a - b for a, b in pairs)
         low = any(b.dtype in _LOW for _, b in pairs)
         if not gap <= (3e-2 if low else 1e-3) * size:
             return f"its fast form differs by {gap / size if size else gap:.1e} of the largest of its {what}"
     return None
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude in any of them, 0 for none; NaN if there is one."""
+    largest = [x.abs().max().double().cpu() for x in tensors if x.numel()]
+    return torch.stack(largest).max().item() if largest else 0.0
 
 
 def _calls(model: nn.Module, layers: Mapping[nn.Module, Form], inputs: Any) -> dict[nn.Module, _Call]:
@@ -91,7 +97,8 @@ def _calls(model: nn.Module, layers: Mapping[nn.Module, Form], inputs: Any) -> d
     calls: dict[nn.Module, _Call] = {}
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        calls.setdefault(module, _Call(arguments, named))
+        if module not in calls:  # a form has names of its own
+            calls[module] = _Call(*by_position(positions(type(module).forward), arguments, named))
 
     hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in layers]
     try:
@@ -108,11 +115,12 @@ def _calls(model: nn.Module, layers: Mapping[nn.Module, Form], inputs: Any) -> d
 
 @contextlib.contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whose draws differ, inside the block."""
+    """Without dropout, whose draws differ, and with tensors that can be differentiated, inside the block."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

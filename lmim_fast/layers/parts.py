@@ -16,7 +16,6 @@ from torch.nn.modules import module as torch_module
 
 TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two while a program is exported
 Part = TypeVar("Part", bound=nn.Module)
-_FORWARDS = nn.Linear.forward, nn.LayerNorm.forward
 
 
 def is_plain(part: Any, cls: type[Part]) -> TypeGuard[Part]:
@@ -33,7 +32,13 @@ def is_bare(part: Any) -> bool:
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return False
     forward = part.__dict__.get("forward")
-    return part._compiled_call_impl is None and (forward is None or getattr(forward, "accelerates", False))
+    return part._compiled_call_impl is None and (forward is None or is_fast(forward))
+
+
+def is_fast(method: Any) -> bool:
+    """True for a method that `accelerate` has bound; wrappers have its attributes, but are others."""
+    function = getattr(method, "__func__", None)
+    return function is not None and getattr(function, "accelerates", None) is function
 
 
 def is_linear(part: Any) -> TypeGuard[nn.Linear]:
@@ -71,8 +76,15 @@ def has_tensors(part: nn.Module, weight: str = "weight", bias: str = "bias") -> 
     return type(parameters.get(weight)) in TENSORS and (shift is None or type(shift) in TENSORS)
 
 
+def _forwards() -> tuple[Any, ...]:
+    """Of PyTorch's classes that layers read in place of calling."""
+    return nn.Linear.forward, nn.LayerNorm.forward, nn.Dropout.forward, nn.GELU.forward, nn.Identity.forward
+
+
+_FORWARDS = _forwards()
+
+
 def hooks_on_all() -> bool:
     """True if every part of the process is to be called: while hooks are registered for all modules, or the
-    forward of PyTorch's own linear or norm is patched."""
-    patched = (nn.Linear.forward, nn.LayerNorm.forward) != _FORWARDS
-    return patched or torch_module._has_any_global_hook()
+    forward of a class of PyTorch that layers read is patched."""
+    return _forwards() != _FORWARDS or torch_module._has_any_global_hook()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate_models import FAMILIES, FEATURES, HEADS, WIDTH, accelerated, attention, encoder_layer
-from foreign_layers import BertSelfAttention, HuggingFaceViT
-from timm_like import Block, Mlp
+from foreign_layers import BertSelfAttention, HuggingFaceViT, LayerScale
+from timm_like import Attention, Block, Mlp
 from torch import Tensor, nn
 
+from lmim_fast import accelerate
 from lmim_fast.ops import dispatch
 
 X = torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
@@ -28,6 +30,12 @@ def block() -> nn.Module:
 
 def decoder_layer(**options: object) -> nn.Module:
     return nn.TransformerDecoderLayer(WIDTH, HEADS, 48, 0.0, batch_first=True, **options)
+
+
+def scaled_block() -> nn.Module:
+    layer = block()
+    layer.ls1 = LayerScale(WIDTH)
+    return layer
 
 
 def both(layer: nn.Module, *arguments: object, **options: object) -> tuple[Tensor, Tensor, str]:
@@ -68,6 +76,12 @@ LEFT: dict[str, Case] = {
         (X,),
         {"attention_mask": CAUSAL},
         "a mask or an option is given",
+    ),
+    "LayerScale in float16": (
+        lambda: scaled_block().half(),
+        (X.half(),),
+        {},
+        "LayerScale in float16, in which weights times it vanish",
     ),
     "attention_mask of BERT": (
         lambda: BertSelfAttention(WIDTH, HEADS),
@@ -114,6 +128,7 @@ TAKEN: dict[str, Case] = {
     "another activation": (lambda: encoder_layer(activation=torch.tanh), (X,), {}, ""),
     "names of the original": (lambda: nn.LayerNorm(WIDTH), (), {"input": X}, ""),
     "rows": (lambda: Mlp(WIDTH, 40), (X[0, 0],), {}, ""),
+    "hidden states": (lambda: HuggingFaceViT(WIDTH, HEADS), (X,), {"output_hidden_states": True}, ""),
 }
 
 
@@ -151,6 +166,46 @@ def test_torchs_own_inference_path_stays(layer: Callable[[], nn.Module]) -> None
         found, expected, note = both(layer().eval(), *arguments[0], **arguments[1])
     assert torch.equal(found, expected)
     assert note.endswith("torch's own inference path")
+
+
+def test_attention_over_another_sequence_has_no_path_of_torchs_own() -> None:
+    with torch.no_grad():
+        found, expected, note = both(attention().eval(), X, X[:, :5], X[:, :5], **UNWEIGHTED)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not note
+
+
+def test_an_attention_function_of_the_users_that_transformers_is_told_to_call_is_called() -> None:
+    layer = HuggingFaceViT(WIDTH, HEADS)
+    report = accelerated(layer)
+    layer.attention.config = SimpleNamespace(_attn_implementation="mine")
+    layer(X)
+    assert report.rows[0].note.endswith("attention: attn_implementation is mine")
+
+
+def test_arguments_of_a_class_of_the_users_keep_their_meaning() -> None:
+    class Scaling(Attention):
+        def forward(self, tokens: Tensor, attn_mask: Tensor | None = None, x: float = 1.0) -> Tensor:
+            return x * super().forward(tokens)
+
+    layer = Scaling(WIDTH, HEADS)
+    original = copy.deepcopy(layer)
+    report = accelerate(layer, like={Scaling: "timm.Attention"})
+    for call in (lambda each: each(X, None, 2.0), lambda each: each(tokens=X, x=3.0)):
+        assert torch.equal(call(layer), call(original))
+    assert report.rows[0].note == "runs its own forward: is_causal is 2.0; runs its own forward: x is given"
+
+
+def test_an_argument_that_a_form_does_not_know_is_left_to_the_original() -> None:
+    class Spatial(Mlp):
+        def forward(self, x: Tensor, height: int, width: int = 1) -> Tensor:
+            return height * width * super().forward(x)
+
+    layer = Spatial(WIDTH, 40)
+    original = copy.deepcopy(layer)
+    report = accelerate(layer, like={Spatial: "timm.Mlp"})
+    assert torch.equal(layer(X, 3, width=2), original(X, 3, width=2))
+    assert report.rows[0].note.endswith("a mask or an option is given")
 
 
 def test_on_a_cpu_the_original_runs_bit_by_bit_unless_a_backend_is_asked_for() -> None:

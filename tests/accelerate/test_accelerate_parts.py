@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from timm_like import Block, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from lmim_fast.layers.accelerate import undo
 
 X = torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
 
@@ -199,8 +202,39 @@ def test_a_class_that_is_patched_later_is_obeyed(monkeypatch: pytest.MonkeyPatch
     y = X + layer.attn(layer.norm1(X))
     torch.testing.assert_close(layer(X), y - layer.norm2(y), rtol=1e-5, atol=1e-5)
     assert "patched class" in report.rows[0].note
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x.new_zeros(*x.shape[:-1], self.out_features))
-    torch.testing.assert_close(layer.attn(X), torch.zeros_like(X))
+
+
+PATCHED = [(cls, "forward") for cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout)]
+PATCHED += [(nn.TransformerEncoderLayer, "_sa_block"), (nn.TransformerEncoderLayer, "_ff_block")]
+PATCHED += [(nn.Linear, "__call__"), (nn.Module, "__call__")]
+
+
+@pytest.mark.parametrize(("cls", "method"), PATCHED)
+def test_a_method_of_torch_that_is_patched_later_is_obeyed(
+    cls: type[nn.Module], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = encoder_layer(dropout=0.5, activation=nn.GELU()).eval()  # dropout may be switched on by a patch
+    original = copy.deepcopy(layer)
+    report = accelerated(layer)
+    before = layer(X)
+    form = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda self, x, *more, **named: 2 * form(self, x, *more, **named))
+    torch.testing.assert_close(layer(X), original(X), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(X), before, atol=0.01)
+    assert report.rows[0].note
+
+
+@pytest.mark.parametrize("wrap", [lambda new: new, functools.partial])
+def test_a_wrapper_around_a_fast_forward_is_called_and_stays(wrap: Callable[..., Any]) -> None:
+    """functools.wraps copies the attributes of what it wraps; libraries that move weights wrap so."""
+    layer = Block(WIDTH, HEADS)
+    accelerated(layer)
+    expected = layer(X) + 2 * layer.mlp(layer.norm2(X + layer.attn(layer.norm1(X))))
+    fast = layer.mlp.forward
+    layer.mlp.forward = functools.update_wrapper(wrap(lambda x: 3 * fast(x)), fast)
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-5)
+    undo(layer)
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_on_all_modules_see_every_part() -> None:
@@ -213,7 +247,7 @@ def test_hooks_on_all_modules_see_every_part() -> None:
     finally:
         handle.remove()
     assert {"Linear", "GELU", "Attention", "Mlp"} <= set(seen)
-    assert report.rows[0].note.endswith("hooks on all modules")
+    assert report.rows[0].note.endswith("hooks on all modules or a patch of torch.nn")
 
 
 def test_hooks_on_the_swapped_layer_itself_fire_and_do_not_slow_it_down() -> None:

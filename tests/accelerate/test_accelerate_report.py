@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm_like
 import torch
-from accelerate_models import FAMILIES, HEADS, LIKE, WIDTH, VisionTransformer, accelerated
+from accelerate_models import FAMILIES, HEADS, LIKE, WIDTH, MaskedAutoencoder, VisionTransformer, accelerated
 from foreign_layers import MlpBlock
 from timm_like import Block, Mlp
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ def named_as(qualified: str, base: type[nn.Module]) -> type[nn.Module]:
     methods = {}
     for key, value in vars(base).items():
         if callable(value) and key in ("__init__", "forward", "random_masking"):
-            value = type(value)(value.__code__, value.__globals__, key, value.__defaults__, value.__closure__)
-            value.__module__ = module
+            home = value.__globals__ | {"__name__": module}
+            value = type(value)(value.__code__, home, key, value.__defaults__, value.__closure__)
         if key != "__dict__":
             methods[key] = value
     return type(name, base.__bases__, methods | {"__module__": module, "__qualname__": name})
@@ -50,13 +52,52 @@ def test_classes_are_known_by_their_exact_names_without_their_package(qualified:
 
 def test_a_class_that_another_package_has_patched_is_left() -> None:
     cls = named_as("timm.layers.mlp.Mlp", Mlp)
-    cls.forward = lambda self, x: -x
+    own = cls.forward
     layer = cls.__new__(cls)
     layer.__dict__ = Mlp(WIDTH, 40).__dict__
-    (row,) = [row for row in accelerate(layer).rows if row.name == ""]
-    assert row.reason == f"the forward of its class was patched by {__name__}"
+    for patched in (lambda self, x: -x, functools.wraps(own)(lambda self, x: -own(self, x))):
+        cls.forward = patched
+        (row,) = [row for row in accelerate(layer).rows if row.name == ""]
+        assert row.reason == f"the forward of its class was patched by {__name__}"
     inherited = type("MLPBlock", (nn.Sequential,), {"__module__": "torchvision.models.vision_transformer"})
     assert accelerate(inherited(*MlpBlock(WIDTH, 40))).rows[0].swapped
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda results: results, "its random_masking"),
+        (lambda results: (results[0].flip(1), *results[1:]), "its random_masking is another: it gives other"),
+        (lambda results: (*results, results[2]), "its random_masking is another: too many values"),
+    ],
+)
+def test_models_that_share_the_name_of_the_public_mae_but_not_its_masking_are_left(
+    change: Callable[..., object], reason: str
+) -> None:
+    cls = named_as("models_mae.MaskedAutoencoderViT", MaskedAutoencoder)
+    own = cls.random_masking
+    vary = "lambda self, x, mask_ratio: change(own(self, x, mask_ratio))"
+    cls.random_masking = eval(vary, {"change": change, "own": own, "__name__": "models_mae"})
+    model = cls.__new__(cls)
+    model.__dict__ = MaskedAutoencoder().__dict__
+    before = torch.get_rng_state()
+    row = accelerate(model).rows[0]
+    assert row.note.startswith(reason)
+    assert row.swapped == (reason == "its random_masking")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_class_that_is_not_what_like_says_has_a_row_that_says_why() -> None:
+    for form, reason in {"mae.random_masking": "has no random_masking", "timm.Mlp": "has no fc1"}.items():
+        assert accelerate(nn.Linear(2, 2), like={nn.Linear: form}).rows[0].reason == reason
+
+    class Attention(timm_like.Attention):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, HEADS)
+            del self.num_heads
+
+    row = accelerate(Attention(), like={Attention: "timm.Attention"}).rows[0]
+    assert row.reason == "'Attention' object has no attribute 'num_heads'"
 
 
 def test_every_class_has_a_form() -> None:
@@ -156,9 +197,10 @@ class ToOne(nn.Module):
     def __init__(self, cls: type[nn.Module]) -> None:
         super().__init__()
         self.block, self.unused, self.drop = cls(WIDTH, HEADS), cls(WIDTH, HEADS), nn.Dropout(0.5)
+        self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
-        return self.block(self.drop(scale * x))
+        return self.norm(input=self.block(self.drop(scale * x)))
 
 
 def test_a_check_compares_both_forwards_on_what_reaches_each_layer() -> None:
@@ -179,6 +221,7 @@ def test_a_check_compares_both_forwards_on_what_reaches_each_layer() -> None:
                 r"its fast form differs by \S+e-0\d of the largest of its outputs", rows["block"].reason
             )
         assert rows["block.attn"].swapped
+        assert rows["norm"].swapped
         assert rows["unused"].reason == "the inputs of check do not reach it"
 
 
@@ -189,6 +232,17 @@ def test_a_check_sees_a_difference_in_gradients_alone() -> None:
 
     report = accelerate(Detached(WIDTH, 40), like={Detached: "timm.Mlp"}, check=torch.randn(2, WIDTH))
     assert report.rows[0].reason.endswith("of the largest of its gradients")
+
+
+def test_a_check_sees_a_gradient_that_is_not_a_number_also_in_inference_mode() -> None:
+    class Root(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (0 * self.fc2.bias).sqrt()
+
+    layer = Root(WIDTH, 40)
+    with torch.inference_mode():
+        report = accelerate(layer, like={Root: "timm.Mlp"}, check=torch.randn(2, WIDTH))
+    assert report.rows[0].reason == "its fast form differs by nan of the largest of its gradients"
 
 
 def test_the_table_folds_stacks_and_counts_layers() -> None:
@@ -205,6 +259,15 @@ def test_the_table_folds_stacks_and_counts_layers() -> None:
     assert " ".join(lines[-1]) == "11 swapped, 2 left"
     folded = str(accelerate(nn.Sequential(*(nn.LayerNorm(4) for _ in range(12)))))
     assert folded.splitlines()[1].startswith("0..11 x 12")
+    assert "³" in str(accelerate(nn.ModuleDict({"²": nn.LayerNorm(4), "³": nn.LayerNorm(4)})))
+
+
+def test_notes_of_calls_that_differ_without_end_are_the_first_few() -> None:
+    norm = nn.LayerNorm(4)
+    report = accelerate(norm)
+    for rows in range(100):
+        norm(torch.zeros(0, rows, 4))
+    assert report.rows[0].note.count("input of shape") == 8
 
 
 def test_layers_of_timm_itself_are_known() -> None:

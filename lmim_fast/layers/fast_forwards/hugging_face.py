@@ -26,7 +26,14 @@ from lmim_fast.layers.fast_forwards.sublayers import (
 from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import compute_dtype, linear
 
+# "eager" returns attention weights; others may be functions of the user's own.
+_IMPLEMENTATIONS = "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 _NAMES = ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")
+
+
+def _unset(*options: object, output_hidden_states: object = None, **named: object) -> None:
+    """Hidden states are kept by the model around the layers, which are told of it."""
+    read.unset(*options, **named)
 
 
 def _read_projections(module: Any) -> tuple[Linear, int, float]:
@@ -43,15 +50,15 @@ def _read_projections(module: Any) -> tuple[Linear, int, float]:
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if implementation is None:  # transformers 4's BERT has a class each
         implementation = "sdpa" if "Sdpa" in type(module).__name__ else "eager"
-    require(implementation != "eager", "attn_implementation='eager' returns attention weights")
+    require(implementation in _IMPLEMENTATIONS, "attn_implementation is {}", implementation)
     return qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout")
 
 
 def _self_attention(
-    self: Any, hidden_states: Tensor, *options: object, **named: object
+    self: Any, hidden_states: Tensor, /, *options: object, **named: object
 ) -> tuple[Tensor, None]:
     """Context without the output projection, as transformers 4 and BERT have it."""
-    read.unset(*options, **named)
+    _unset(*options, **named)
     qkv, heads, p = _read_projections(self)
     read.rows(qkv.weight.shape[1], hidden_states, weights=qkv)
     return attend(hidden_states, qkv, heads, p), None
@@ -63,8 +70,8 @@ def _read_attention(module: Any) -> Attention:
     return Attention(qkv, heads, p, read.linear(module, "o_proj"), 0.0)
 
 
-def _attention(self: Any, hidden_states: Tensor, *options: object, **named: object) -> tuple[Tensor, None]:
-    read.unset(*options, **named)
+def _attention(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> tuple[Tensor, None]:
+    _unset(*options, **named)
     attention = _read_attention(self)
     read.rows(attention.qkv.weight.shape[1], hidden_states, weights=attention.weights)
     context = attend(hidden_states, attention.qkv, attention.heads, attention.p)
@@ -76,7 +83,8 @@ def _read_mlp(module: Any) -> Mlp:
     return Mlp(first, read.activation(module, "activation_fn"), 0.0, second, 0.0)
 
 
-def _mlp(self: Any, hidden_states: Tensor) -> Tensor:
+def _mlp(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
+    _unset(*options, **named)
     layer = _read_mlp(self)
     read.rows(layer.first.weight.shape[1], hidden_states, weights=layer.weights, dims=None)
     return finish(Branch(feed_forward(hidden_states, layer), layer.second.bias, 0.0))
@@ -91,9 +99,9 @@ def _read_layer(layer: Any) -> tuple[Norm, Attention, None, Norm, Mlp, None]:
     return norms[0], attention._replace(drop=drop), None, norms[1], mlp._replace(drop=drop), None
 
 
-def _layer(self: Any, hidden_states: Tensor, *options: object, **named: object) -> Tensor:
+def _layer(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
     """Transformers 5's pre-norm layer."""
-    read.unset(*options, **named)
+    _unset(*options, **named)
     recompute = getattr(self, "gradient_checkpointing", False) and self.training
     require(not recompute, "gradient checkpointing in its forward")
     parts = _read_layer(self)
@@ -108,7 +116,8 @@ def _read_intermediate(module: Any) -> Linear:
     return read.linear(module, "dense", bias=True)
 
 
-def _intermediate(self: Any, hidden_states: Tensor) -> Tensor:
+def _intermediate(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
+    _unset(*options, **named)
     weight, bias = _read_intermediate(self)
     read.rows(weight.shape[1], hidden_states, weights=(weight, bias), dims=None)
     assert bias is not None
@@ -119,8 +128,11 @@ def _read_output(module: Any) -> tuple[Linear, Norm, float]:
     return read.linear(module, "dense"), read.norm(module, "LayerNorm"), read.dropout(module, "dropout")
 
 
-def _output(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def _output(
+    self: Any, hidden_states: Tensor, input_tensor: Tensor, /, *options: object, **named: object
+) -> Tensor:
     """LayerNorm(dropout(dense(hidden_states)) + input_tensor)."""
+    _unset(*options, **named)
     dense, norm, p = _read_output(self)
     read.rows(dense.weight.shape[1], hidden_states, weights=(*dense, *norm[:2]), dims=None)
     read.rows(len(dense.weight), input_tensor, weights=(*dense, *norm[:2]), dims=None)

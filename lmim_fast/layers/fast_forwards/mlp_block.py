@@ -20,7 +20,8 @@ def _read(module: Any) -> Mlp:
     )
 
 
-def _mlp_block(self: Any, input: Tensor) -> Tensor:
+def _mlp_block(self: Any, input: Tensor, /, *more: object, **named: object) -> Tensor:
+    read.unset(*more, **named)
     layer = _read(self)
     read.rows(layer.first.weight.shape[1], input, weights=layer.weights, dims=None)
     return finish(Branch(feed_forward(input, layer), layer.second.bias, layer.drop))

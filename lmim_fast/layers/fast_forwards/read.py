@@ -16,6 +16,7 @@ from lmim_fast.ops.norm import MAX_WIDTH
 from lmim_fast.ops.transforms import transformed
 
 _known: dict[type, tuple[str, Any]] = {}  # name of the form of each class that was met, and its forward
+_CALL = nn.Linear.__call__  # that of all modules
 
 Read = TypeVar("Read")
 TENSORS = (Tensor, nn.Parameter)  # while a program is exported they are others: the original is exported
@@ -117,7 +118,8 @@ def within(layer: nn.Module, name: str, kind: str, reader: Callable[[Any], Read]
     try:
         return reader(part)
     except Left as left:
-        raise Left(f"{name}: {left.args[0]}", *left.args[1:]) from None
+        text, *values = left.args
+    raise Left(f"{name}: {text}", *values)  # here, as torch 2.11 cannot compile `from None`
 
 
 def absent(layer: nn.Module, *names: str) -> None:
@@ -198,7 +200,10 @@ def rows(width: int, *inputs: Any, weights: tuple[Tensor | None, ...], dims: int
         dims:    of each input; None: any but 0.
     """
     require(not transformed(), "a torch.func transform or forward-mode differentiation")
-    require(not parts.hooks_on_all(), "hooks on all modules")
+    require(
+        not parts.hooks_on_all() and nn.Linear.__call__ is _CALL,
+        "hooks on all modules or a patch of torch.nn",
+    )
     require(width <= MAX_WIDTH, "rows of {} values, more than {}", width, MAX_WIDTH)
     first = inputs[0]
     require(type(first) in TENSORS, "input of type {}", type(first).__name__)
@@ -227,7 +232,7 @@ def _unlike(name: str, part: object, same_class: bool) -> str:
     if not same_class:
         return f"{name} is a {qualified(part)}"
     assert isinstance(part, nn.Module)
-    if not getattr(vars(part).get("forward"), "accelerates", True):
+    if "forward" in vars(part) and not parts.is_fast(vars(part)["forward"]):
         return f"{name} has a patched forward"
     if part._compiled_call_impl is not None:
         return f"{name} is compiled"

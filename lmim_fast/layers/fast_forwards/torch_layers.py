@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmim_fast.layers.fast_forwards import read
 from lmim_fast.layers.fast_forwards.form import Form
-from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
+from lmim_fast.layers.fast_forwards.read import Linear, require
 from lmim_fast.layers.fast_forwards.sublayers import (
     MOST_PADDED_KEYS,
     Branch,
@@ -29,7 +29,7 @@ from lmim_fast.ops.norm import layer_norm
 _CASTING = ("open_clip.", "timm.layers.norm.LayerNormFp32")  # the result is in the dtype of the input
 
 
-def _layer_norm(self: Any, x: Tensor, *more: object, **named: object) -> Tensor:
+def _layer_norm(self: Any, x: Tensor, /, *more: object, **named: object) -> Tensor:
     read.unset(*more, **named)
     norm = read.norm_of(self)
     casting = read.qualified(self).startswith(_CASTING)
@@ -58,12 +58,12 @@ class _Heads:
         """All that is read."""
         return *self.qkv, *self.out
 
-    def keeps_torch(self, *inputs: Tensor) -> None:
-        """Raise `Left` where torch runs an inference path of its own, in C++."""
+    def keeps_torch(self, x: Tensor) -> None:
+        """Raise `Left` where torch runs an inference path of its own for self-attention, in C++."""
         gradients = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (*inputs, *self.weights)
+            tensor is not None and tensor.requires_grad for tensor in (x, *self.weights)
         )
-        autocast = torch.is_autocast_enabled(inputs[0].device.type)
+        autocast = torch.is_autocast_enabled(x.device.type)
         own = not self.training and not gradients and not autocast
         require(not (own and self.batch_first and self.heads % 2 == 0), "torch's own inference path")
 
@@ -113,8 +113,8 @@ def _multihead_attention(
     heads, causal = _Heads(self), _causal(attn_mask, is_causal, "attn_mask")
     read.rows(heads.qkv.weight.shape[1], query, key, value, weights=heads.weights)
     heads.check(query, key, value, causal, key_padding_mask)
-    heads.keeps_torch(query, key, value)
     if query is key and key is value:
+        heads.keeps_torch(query)
         context = heads.attend(query, causal, key_padding_mask)
     else:
         require(not causal, "a causal mask over another sequence")
@@ -146,8 +146,6 @@ class _Layer:
             read.linear(layer, "linear2"),
             self.drops[-1],
         )
-        patched = [name for name in ("_sa_block", "_mha_block", "_ff_block") if name in vars(layer)]
-        require(not patched, "{} is patched", patched)
         self.norm_first = bool(layer.norm_first)
         layouts = {each.batch_first for each in self.attentions}
         require(len(layouts) == 1, "its attentions differ in batch_first")
@@ -253,16 +251,14 @@ def _run(layer: _Layer, x: Tensor, branches: list[Any]) -> Tensor:
     return add_branch(x, branch)
 
 
-def _read_norm(module: Any) -> Norm:
-    return read.norm_of(module)
-
-
+_STEPS = "_sa_block", "_mha_block", "_ff_block"
+_RELEASED_STEPS = "_selfatt", "_crossatt", "_ffn"
 FORMS = {
-    "torch.LayerNorm": Form(_read_norm, _layer_norm),
+    "torch.LayerNorm": Form(read.norm_of, _layer_norm),
     "torch.MultiheadAttention": Form(_Heads, _multihead_attention),
-    "torch.TransformerEncoderLayer": Form(_read_encoder_layer, _encoder_layer),
-    "torch.TransformerDecoderLayer": Form(_read_decoder_layer, _decoder_layer),
-    "lmim.DecoderLayer": Form(_read_released, _released_decoder_layer),
+    "torch.TransformerEncoderLayer": Form(_read_encoder_layer, _encoder_layer, steps=_STEPS),
+    "torch.TransformerDecoderLayer": Form(_read_decoder_layer, _decoder_layer, steps=_STEPS),
+    "lmim.DecoderLayer": Form(_read_released, _released_decoder_layer, steps=_RELEASED_STEPS),
 }
 CLASSES = {
     "torch.nn.modules.normalization.LayerNorm": "torch.LayerNorm",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmim_fast.layers import parts
 from lmim_fast.layers.fast_forwards import read
-from lmim_fast.layers.fast_forwards.form import Form
+from lmim_fast.layers.fast_forwards.form import Form, Left
 from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
 from lmim_fast.layers.fast_forwards.sublayers import (
     Attention,
@@ -23,6 +23,8 @@ from lmim_fast.layers.fast_forwards.sublayers import (
     pre_norm_block,
     project,
 )
+from lmim_fast.ops import dispatch
+from lmim_fast.ops.linear import compute_dtype
 from lmim_fast.ops.masking import gather_rows, select_patches
 
 
@@ -43,7 +45,7 @@ def _read_attention(module: Any) -> Attention:
     return Attention(qkv, heads, p, proj, drop, *norms)
 
 
-def _attention(self: Any, x: Tensor, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
+def _attention(self: Any, x: Tensor, /, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
     causal = _causal(masks, is_causal, options)
     attention = _read_attention(self)
     read.rows(attention.qkv.weight.shape[1], x, weights=attention.weights)
@@ -55,9 +57,11 @@ def _attention(self: Any, x: Tensor, *masks: object, is_causal: bool = False, **
 
 
 def _causal(masks: tuple[object, ...], is_causal: bool, options: dict[str, object]) -> bool:
-    """Whether timm's arguments ask for a causal mask; raises `Left` for any other."""
-    read.unset(*masks[:1], **options)
-    return bool(is_causal or any(masks[1:]))
+    """Whether timm's arguments (attn_mask, is_causal) ask for a causal mask; raises `Left` for any other."""
+    read.unset(*masks[:1], *masks[2:], **options)
+    flags = *masks[1:2], is_causal
+    require(all(isinstance(flag, bool) for flag in flags), "is_causal is {}", flags[0])
+    return any(flags)
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:
@@ -75,7 +79,8 @@ def _read_mlp(module: Any) -> Mlp:
     )
 
 
-def _mlp(self: Any, x: Tensor) -> Tensor:
+def _mlp(self: Any, x: Tensor, /, *more: object, **named: object) -> Tensor:
+    read.unset(*more, **named)
     layer = _read_mlp(self)
     read.rows(layer.first.weight.shape[1], x, weights=layer.weights, dims=None)
     return finish(Branch(feed_forward(x, layer), layer.second.bias, layer.drop))
@@ -113,11 +118,18 @@ def _scaled(block: Any, name: str, linear: Linear) -> Linear:
     return Linear(linear.weight * gamma[:, None], bias)
 
 
-def _block(self: Any, x: Tensor, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
+def _scales(block: Any) -> bool:
+    """Whether a block has a LayerScale."""
+    return any(type(read.child(block, name)) not in (type(None), nn.Identity) for name in ("ls1", "ls2"))
+
+
+def _block(self: Any, x: Tensor, /, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
     causal = _causal(masks, is_causal, options)
     subset = self.training and getattr(self, "sample_drop_ratio", 0.0) > 0
     require(not subset, "DINOv2's stochastic depth")
     block = _read_block(self)
+    half = compute_dtype(block.mlp.first.weight) is torch.float16
+    require(not (half and _scales(self)), "LayerScale in float16, in which weights times it vanish")
     weights = *block.norm1[:2], *block.attention.weights, *block.norm2[:2], *block.mlp.weights
     read.rows(block.attention.qkv.weight.shape[1], x, weights=weights)
     return pre_norm_block(x, *block, causal=causal)
@@ -140,11 +152,27 @@ def _random_masking(self: Any, x: Tensor, mask_ratio: float) -> tuple[Tensor, Te
     return gather_rows(x, ids_visible), (ids_restore >= kept).to(noise.dtype), ids_restore
 
 
+def _try_masking(module: Any) -> None:
+    """Many models that began as the public MAE have kept the names of its file and class, not its masking."""
+    x = torch.arange(24.0, device="cpu").view(2, 6, 2)
+    results = []
+    for masking in (type(module).random_masking, _random_masking):
+        try:
+            with torch.random.fork_rng(devices=()), dispatch.backend("eager"):
+                kept, mask, restore = masking(module, x, 0.5)
+            places = restore[:, :, None].expand(x.shape)
+            results.append((torch.cat([kept, torch.zeros_like(kept)], 1).gather(1, places), mask))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise Left("its random_masking is another: {}", error) from None
+    same = all(torch.equal(own, fast) for own, fast in zip(*results, strict=True))
+    require(same, "its random_masking is another: it gives other results")
+
+
 FORMS = {
     "timm.Attention": Form(_read_attention, _attention),
     "timm.Mlp": Form(_read_mlp, _mlp),
     "timm.Block": Form(_read_block, _block),
-    "mae.random_masking": Form(lambda module: None, _random_masking, "random_masking"),
+    "mae.random_masking": Form(_try_masking, _random_masking, "random_masking"),
 }
 CLASSES = {
     "timm.layers.attention.Attention": "timm.Attention",
