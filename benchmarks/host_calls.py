@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim_fast import layers
-from lmim_fast.layers.accelerate import accelerate
 
 SHAPE = (1, 8, 64)
 HEADS = 2
@@ -56,13 +55,10 @@ class Pair(NamedTuple):
 
 def pairs() -> dict[str, Pair]:
     """The layers by name, newly made."""
-    accelerated = nn.Sequential(nn.LayerNorm(_WIDTH))
-    accelerate(accelerated)
     decoder = nn.TransformerDecoderLayer(
         _WIDTH, HEADS, _HIDDEN, dropout=0.0, activation="gelu", batch_first=True, layer_norm_eps=1e-6
     )
     return {
-        "LayerNorm, accelerated": Pair(accelerated[0], nn.LayerNorm(_WIDTH), lambda layer, x: layer(x)),
         "MultiheadAttention": Pair(
             layers.MultiheadAttention(_WIDTH, HEADS, batch_first=True),
             nn.MultiheadAttention(_WIDTH, HEADS, batch_first=True),

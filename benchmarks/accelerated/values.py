@@ -58,8 +58,8 @@ def kernels(name: str, size: Size = SIZES["tiny"]) -> dict[str, Any]:
     """
     plain, fast = subject(name, size), subject(name, size)
     expected = run(plain)
-    accelerate(fast.model)
     with launches() as launched, dispatch.backend("triton"):
+        accelerate(fast.model)
         found = run(fast)
     zero = zero_gradients(name, size)
     return {"launches": _counted(launched), **largest(expected, found, zero)}
@@ -82,9 +82,10 @@ def _compared(plain: Subject, fast: Subject, zero: set[str], own: Counter[str]) 
         expected = run(plain)
     except RuntimeError as error:
         return {"error": str(error).splitlines()[0]}
-    report = accelerate(fast.model)
-    with dispatch.backend("eager"), own_forwards(fast.model) as ran:
-        found = run(fast)
+    with dispatch.backend("eager"):
+        report = accelerate(fast.model)
+        with own_forwards(fast.model) as ran:
+            found = run(fast)
     own.update(f"{kind}: {_notes(report, kind)}" for kind in ran.elements())
     report.undo()
     again = run(fast)

@@ -16,6 +16,7 @@ from lmim_fast.layers.check_forwards import compare_forwards
 from lmim_fast.layers.fast_forwards import CLASSES, FORMS, PARTS
 from lmim_fast.layers.fast_forwards.form import Form, Left, bind, forget_pickled, is_bound, unbind
 from lmim_fast.layers.fast_forwards.read import qualified, remember
+from lmim_fast.ops import dispatch
 
 __all__ = ["AccelerationReport", "Row", "accelerate", "undo"]
 
@@ -67,10 +68,11 @@ def accelerate(
     if check is not None:
         likened = {module for module in walk.chosen if type(module) in (like or {})}
         differences = compare_forwards(model, walk.chosen, check, must_run=likened)
-    for module, form in walk.chosen.items():
+    can_run = torch.cuda.is_available() or dispatch.is_asked_for()
+    for module, form in walk.chosen.items() if can_run else ():
         if module not in differences:
             bind(module, form)
-    return AccelerationReport(_without(walk.rows, differences))
+    return AccelerationReport(_without(walk.rows, differences), can_run)
 
 
 def undo(model: nn.Module) -> None:

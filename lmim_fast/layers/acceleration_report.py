@@ -38,10 +38,15 @@ class Row:
 
 
 class AccelerationReport:
-    """Swapped and left layers of a model; a context manager that undoes the swap at its end."""
+    """Swapped and left layers of a model; a context manager that undoes the swap at its end.
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = tuple(rows)
+    Args:
+        rows:    of the layers.
+        can_run: False in a process without CUDA device, where the swapped layers keep their own forwards.
+    """
+
+    def __init__(self, rows: Iterable[Row], can_run: bool = True) -> None:
+        self.rows, self.can_run = tuple(rows), can_run
 
     @property
     def swapped(self) -> list[Row]:
@@ -68,7 +73,8 @@ class AccelerationReport:
             ).rstrip()
             for line in lines
         )
-        return f"{text}\n{len(self.swapped)} swapped, {len(self.left)} left"
+        last = "" if self.can_run else "\nno CUDA device in this process: the layers' own forwards run"
+        return f"{text}\n{len(self.swapped)} swapped, {len(self.left)} left{last}"
 
     __str__ = table
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lmim_fast import accelerate
 from lmim_fast.layers.fast_forwards import CLASSES, FORMS
+from lmim_fast.ops import dispatch
 
 
 def named_as(qualified: str, base: type[nn.Module]) -> type[nn.Module]:
@@ -88,7 +89,8 @@ def test_models_that_share_the_name_of_the_public_mae_but_not_its_masking_are_le
 
 
 def test_a_class_that_is_not_what_like_says_has_a_row_that_says_why() -> None:
-    for form, reason in {"mae.random_masking": "has no random_masking", "timm.Mlp": "has no fc1"}.items():
+    beside = "has bias, weight beside what its form knows"
+    for form, reason in {"mae.random_masking": "has no random_masking", "timm.Mlp": beside}.items():
         assert accelerate(nn.Linear(2, 2), like={nn.Linear: form}).rows[0].reason == reason
 
     class Attention(timm_like.Attention):
@@ -98,6 +100,25 @@ def test_a_class_that_is_not_what_like_says_has_a_row_that_says_why() -> None:
 
     row = accelerate(Attention(), like={Attention: "timm.Attention"}).rows[0]
     assert row.reason == "'Attention' object has no attribute 'num_heads'"
+
+
+def test_a_part_that_a_later_version_adds_is_not_bypassed() -> None:
+    for path, name in {"": "adapter", "attn": "rope", "mlp": "gate"}.items():
+        block = Block(WIDTH, HEADS)
+        block.get_submodule(path).add_module(name, nn.Identity())
+        (row,) = [row for row in accelerated(block).rows if row.name == ""]
+        assert row.reason.endswith(f"has {name} beside what its form knows")
+
+
+def test_without_a_device_nothing_is_bound_and_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    norm = nn.LayerNorm(4)
+    with dispatch.backend("auto"):
+        assert "no CUDA device in this process" in str(accelerate(norm))
+        assert "forward" not in vars(norm)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert "no CUDA device" not in str(accelerate(norm))
+        assert "forward" in vars(norm)
 
 
 def test_every_class_has_a_form() -> None:

@@ -38,6 +38,7 @@ def _unset(*options: object, output_hidden_states: object = None, **named: objec
 
 def _read_projections(module: Any) -> tuple[Linear, int, float]:
     names = _NAMES[0] if "query" in module._modules else _NAMES[1]
+    read.holds_only(module, *names, "dropout", "o_proj")
     qkv = read.joined(*(read.linear(module, name) for name in names))
     heads, width = module.num_attention_heads, len(qkv.weight) // 3
     require(width % heads == 0, "{} heads for {} features", heads, width)
@@ -79,6 +80,7 @@ def _attention(self: Any, hidden_states: Tensor, /, *options: object, **named: o
 
 
 def _read_mlp(module: Any) -> Mlp:
+    read.holds_only(module, "fc1", "activation_fn", "fc2")
     first, second = read.linear(module, "fc1", bias=True), read.linear(module, "fc2")
     return Mlp(first, read.activation(module, "activation_fn"), 0.0, second, 0.0)
 
@@ -92,6 +94,7 @@ def _mlp(self: Any, hidden_states: Tensor, /, *options: object, **named: object)
 
 def _read_layer(layer: Any) -> tuple[Norm, Attention, None, Norm, Mlp, None]:
     require("mlp" in layer._modules, "its parts have fast forms, it has none (transformers 4)")
+    read.holds_only(layer, "attention", "mlp", "layernorm_before", "layernorm_after", "dropout")
     drop = read.dropout(layer, "dropout")
     attention = read.within(layer, "attention", "transformers.Attention", _read_attention)
     mlp = read.within(layer, "mlp", "transformers.Mlp", _read_mlp)
@@ -112,6 +115,7 @@ def _layer(self: Any, hidden_states: Tensor, /, *options: object, **named: objec
 
 
 def _read_intermediate(module: Any) -> Linear:
+    read.holds_only(module, "dense", "intermediate_act_fn")
     require(read.activation(module, "intermediate_act_fn") is None, "its activation is not exact GELU")
     return read.linear(module, "dense", bias=True)
 
@@ -125,6 +129,7 @@ def _intermediate(self: Any, hidden_states: Tensor, /, *options: object, **named
 
 
 def _read_output(module: Any) -> tuple[Linear, Norm, float]:
+    read.holds_only(module, "dense", "LayerNorm", "dropout")
     return read.linear(module, "dense"), read.norm(module, "LayerNorm"), read.dropout(module, "dropout")
 
 

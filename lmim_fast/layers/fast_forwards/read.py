@@ -122,6 +122,14 @@ def within(layer: nn.Module, name: str, kind: str, reader: Callable[[Any], Read]
     raise Left(f"{name}: {text}", *values)  # here, as torch 2.11 cannot compile `from None`
 
 
+def holds_only(layer: nn.Module, *names: str) -> None:
+    """Check that a layer has no other parts, and no parameters or buffers, as a later version of it may."""
+    if set(names).issuperset(layer._modules) and not layer._parameters and not layer._buffers:
+        return
+    others = [*layer._modules.keys() - set(names), *layer._parameters, *layer._buffers]
+    raise Left("has {} beside what its form knows", ", ".join(sorted(others)))
+
+
 def absent(layer: nn.Module, *names: str) -> None:
     """Parts that must be missing, None or identities."""
     for name in names:

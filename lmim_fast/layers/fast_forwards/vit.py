@@ -29,6 +29,7 @@ from lmim_fast.ops.masking import gather_rows, select_patches
 
 
 def _read_attention(module: Any) -> Attention:
+    read.holds_only(module, "qkv", "proj", "attn_drop", "proj_drop", "q_norm", "k_norm", "norm", "gate")
     qkv, proj, heads = read.linear(module, "qkv"), read.linear(module, "proj"), module.num_heads
     read.absent(module, "norm", "gate")
     width = len(qkv.weight) // 3
@@ -69,6 +70,7 @@ def _dropped(x: Tensor, p: float) -> Tensor:
 
 
 def _read_mlp(module: Any) -> Mlp:
+    read.holds_only(module, "fc1", "act", "drop", "drop1", "norm", "fc2", "drop2")
     read.absent(module, "norm")
     return Mlp(
         read.linear(module, "fc1", bias=True),
@@ -96,6 +98,8 @@ class _Block(NamedTuple):
 
 
 def _read_block(block: Any) -> _Block:
+    paths = "ls1", "drop_path1", "ls2", "drop_path2", "drop_path"
+    read.holds_only(block, "norm1", "attn", "norm2", "mlp", *paths)
     attention = read.within(block, "attn", "timm.Attention", _read_attention)
     mlp = read.within(block, "mlp", "timm.Mlp", _read_mlp)
     return _Block(
