@@ -7,21 +7,18 @@ from typing import Any
 
 from benchmarks.markdown import machine, table
 
+_EVERYWHERE = ("torch.nn.modules.linear.Linear: no", "torch.nn.modules.conv.", "torch.nn.modules.sparse.")
 _DIRECTIONS = {"forward": "forward", "both": "training"}
 
 
 def accelerated(result: dict[str, Any]) -> str:
-    """What of values, times, kernels and wrappers the result holds."""
+    """What of values, times, kernels, wrappers and device times the result holds."""
     blocks = [f"## accelerate: {result['device']}", machine(result)]
     rows = result["models"]
-    if any("differences" in row for row in rows.values()):
-        blocks += _values(rows)
-    if any("times" in row for row in rows.values()):
-        blocks += _times(rows)
-    if any("kernels" in row for row in rows.values()):
-        blocks += _kernels(rows)
     if any("device" in row for row in rows.values()):
         blocks += _device(rows)
+    elif rows:
+        blocks += _models(rows)
     if "wrappers" in result:
         blocks += _wrappers(result["wrappers"])
     if result["absent"]:
@@ -32,49 +29,40 @@ def accelerated(result: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _values(rows: dict[str, Any]) -> Iterable[str]:
-    yield "### Outputs and gradients, fast forms run by PyTorch's operators"
+def _models(rows: dict[str, Any]) -> Iterable[str]:
     yield (
-        "Largest relative differences of two layers' models, training without dropout and evaluation with "
-        "gradients; gradients that are mathematically zero (the bias of keys) are left out."
+        "Third-party models before and after. Differences: the largest relative ones of outputs and gradients, "
+        "training without dropout, evaluation, frozen; the fast forms run by PyTorch's operators. Kernels: launches "
+        "of a layer, forward and backward, in Triton's interpreter. Times: CPU time before / after on one thread, "
+        "where nothing is asked for; in brackets the ratio of two copies that are alike."
     )
-    head = ("model", "swapped", "fp32 outputs", "fp32 gradients", "fp64 outputs", "fp64 gradients")
-    yield table(head, [[name, _named(row["swapped"]), *_largest(row)] for name, row in rows.items()])
-    left = [(name, row) for name, row in rows.items() if row["left"] or row["own_forward"]]
-    if left:
-        yield "Layers left as they are, and swapped ones whose calls ran their own forward:"
-        lines = [[name, _named(row["left"]), _named(row["own_forward"])] for name, row in left]
-        yield table(("model", "left", "own forward"), lines)
+    columns = [(size, direction) for size in ("small", "working") for direction in _DIRECTIONS]
+    head = ("model", "fp32 outputs", "fp32 gradients", "fp64 gradients", "kernels")
+    lines = []
+    for name, row in rows.items():
+        found = {(each["size"], each["direction"]): each for each in row.get("times", ())}
+        times = [
+            f"{found[each]['ratio']:.3f} ({found[each]['noise']:.3f})" if each in found else ""
+            for each in columns
+        ]
+        launched = str(sum(row["kernels"]["launches"].values())) if "kernels" in row else ""
+        lines.append([name, *_largest(row), launched, *times])
+    yield table((*head, *(f"{size} {_DIRECTIONS[direction]}" for size, direction in columns)), lines)
+    lines = [
+        [name, _named(row["swapped"]), _named(row["left"]), _named(row["own_forward"])]
+        for name, row in rows.items()
+        if "swapped" in row
+    ]
+    if lines:
+        yield "Layers swapped, left (without linears, convolutions and embeddings), calls that ran their own forward:"
+        yield table(("model", "swapped", "left", "own forward"), lines)
 
 
 def _largest(row: dict[str, Any]) -> Iterable[str]:
-    for dtype in ("fp32", "fp64"):
-        found = [each for each in row["differences"] if each["dtype"] == dtype]
-        for value in ("output", "gradient"):
-            cannot = any("error" in each for each in found)
-            yield "cannot run" if cannot else f"{max(each[value] for each in found):.0e}"
-
-
-def _times(rows: dict[str, Any]) -> Iterable[str]:
-    yield "### CPU time before / after, one thread, nothing asked for"
-    yield "Medians of rounds; in brackets the ratio of two copies that are alike."
-    columns = [(size, direction) for size in ("small", "working") for direction in _DIRECTIONS]
-    lines = []
-    for name, row in rows.items():
-        found = {(each["size"], each["direction"]): each for each in row["times"]}
-        cells = (f"{found[column]['ratio']:.3f} ({found[column]['noise']:.3f})" for column in columns)
-        lines.append([name, *cells])
-    yield table(("model", *(f"{size} {_DIRECTIONS[direction]}" for size, direction in columns)), lines)
-
-
-def _kernels(rows: dict[str, Any]) -> Iterable[str]:
-    yield "### Kernels in Triton's interpreter, a layer, fp32"
-    lines = []
-    for name, row in rows.items():
-        found = row["kernels"]
-        launched = sum(found["launches"].values())
-        lines.append([name, str(launched), f"{found['output']:.0e}", f"{found['gradient']:.0e}"])
-    yield table(("model", "launches", "outputs", "gradients"), lines)
+    for dtype, value in (("fp32", "output"), ("fp32", "gradient"), ("fp64", "gradient")):
+        found = [each for each in row.get("differences", ()) if each["dtype"] == dtype]
+        cannot = any("error" in each for each in found)
+        yield "cannot run" if cannot else f"{max((each[value] for each in found), default=0):.0e}"
 
 
 def _device(rows: dict[str, Any]) -> Iterable[str]:
@@ -90,21 +78,30 @@ def _device(rows: dict[str, Any]) -> Iterable[str]:
 
 def _wrappers(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "### Under wrappers"
-    lines = []
+    yield (
+        "fast: the fast forms run; in part: some layers run their own forward; original: all do. In brackets the "
+        "larger difference of outputs and gradients from the same wrapper around the model as it is."
+    )
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        line = [row["model"], row["wrapper"], row["order"]]
-        if "runs" not in row:
-            kind = next(kind for kind in ("refused", "unwrapped", "absent") if kind in row)
-            words = {"refused": "refuses", "unwrapped": "so does the model as it is", "absent": "absent"}
-            lines.append([*line, f"{words[kind]}: {row[kind]}", "", "", ""])
-            continue
-        differences = (f"{row[value]:.0e}" for value in ("output", "gradient"))
-        lines.append([*line, row["runs"], *differences, "; ".join(row["warnings"])])
-    yield table(("model", "wrapper", "order", "runs", "outputs", "gradients", "more warnings"), lines)
+        cells.setdefault((row["wrapper"], row["order"]), {})[row["model"]] = _wrapped(row)
+    lines = [[*key, *(found.get(name, "") for name in names)] for key, found in cells.items()]
+    yield table(("wrapper", "order", *names), lines)
+
+
+def _wrapped(row: dict[str, Any]) -> str:
+    if "runs" in row:
+        warned = f"; {'; '.join(row['warnings'])}" if row["warnings"] else ""
+        return f"{row['runs']} ({max(row['output'], row['gradient']):.0e}){warned}"
+    kind = next(kind for kind in ("refused", "unwrapped", "absent") if kind in row)
+    words = {"refused": "refuses", "unwrapped": "so does the model as it is", "absent": "absent"}
+    return f"{words[kind]}: {row[kind]}"
 
 
 def _named(counts: dict[str, int]) -> str:
-    return ", ".join(f"{_short(name)} x {count}" for name, count in counts.items())
+    shown = {name: count for name, count in counts.items() if not name.startswith(_EVERYWHERE)}
+    return ", ".join(f"{_short(name)} x {count}" for name, count in shown.items())
 
 
 def _short(name: str) -> str:

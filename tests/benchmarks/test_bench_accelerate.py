@@ -90,8 +90,9 @@ def test_wrappers_are_rendered() -> None:
     row = {"model": NAME, "wrapper": "w", "order": "o"}
     fast = {"runs": "fast", "output": 0.0, "gradient": 0.0, "warnings": ["?"]}
     shown = accelerated(MACHINE | {"wrappers": [row | fast, row | {"refused": "TypeError: no"}]})
-    assert f"| {NAME} | w | o | fast | 0e+00 | 0e+00 | ? |" in shown
-    assert f"| {NAME} | w | o | refuses: TypeError: no |" in shown
+    assert "| w | o | refuses: TypeError: no |" in shown
+    shown = accelerated(MACHINE | {"wrappers": [row | fast]})
+    assert "| w | o | fast (0e+00); ? |" in shown
 
 
 def test_a_model_on_a_device_is_timed_in_four_forms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,8 +191,8 @@ def test_wrong_inputs_are_named() -> None:
         fast(images[..., :64], guidance, noise)
 
 
-def test_two_hundred_steps_follow_the_oracle() -> None:
-    """New crops and masks in every step; measured: 6e-7."""
+def test_a_hundred_steps_follow_the_oracle() -> None:
+    """New crops and masks in every step; measured: 2e-7, and a fifth of the first loss at the end."""
     config = dataclasses.replace(
         SMALLEST, image_size=TINY.image_size, pos_grid="released", depth=2, decoder_depth=2
     )
@@ -203,7 +203,7 @@ def test_two_hundred_steps_follow_the_oracle() -> None:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95))
         generator, curve = torch.Generator().manual_seed(5), []
         crops = torch.rand(32, 3, *config.image_size, generator=generator) * 2 - 1
-        for step in range(200):
+        for step in range(100):
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 20)
             images = crops[torch.randint(32, (4,), generator=generator)]
             guidance = (0.8 * images + 0.1).clamp(-1, 1)
