@@ -31,10 +31,11 @@ def accelerated(result: dict[str, Any]) -> str:
 
 def _models(rows: dict[str, Any]) -> Iterable[str]:
     yield (
-        "Third-party models before and after. Differences: the largest relative ones of outputs and gradients, "
-        "training without dropout, evaluation, frozen; the fast forms run by PyTorch's operators. Kernels: launches "
-        "of a layer, forward and backward, in Triton's interpreter. Times: CPU time before / after on one thread, "
-        "where nothing is asked for; in brackets the ratio of two copies that are alike."
+        "Third-party models before and after. Differences: the largest relative ones of outputs and "
+        "gradients, training without dropout, evaluation, frozen; the fast forms run by PyTorch's operators. "
+        "Kernels: launches of a layer, forward and backward, in Triton's interpreter. Times: CPU time "
+        "before / after on one thread, where nothing is asked for; in brackets the ratio of two copies that "
+        "are alike."
     )
     columns = [(size, direction) for size in ("small", "working") for direction in _DIRECTIONS]
     head = ("model", "fp32 outputs", "fp32 gradients", "fp64 gradients", "kernels")
@@ -54,7 +55,7 @@ def _models(rows: dict[str, Any]) -> Iterable[str]:
         if "swapped" in row
     ]
     if lines:
-        yield "Layers swapped, left (without linears, convolutions and embeddings), calls that ran their own forward:"
+        yield "Layers swapped; left, without linears, convolutions, embeddings; calls of own forwards:"
         yield table(("model", "swapped", "left", "own forward"), lines)
 
 
@@ -79,8 +80,8 @@ def _device(rows: dict[str, Any]) -> Iterable[str]:
 def _wrappers(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "### Under wrappers"
     yield (
-        "fast: the fast forms run; in part: some layers run their own forward; original: all do. In brackets the "
-        "larger difference of outputs and gradients from the same wrapper around the model as it is."
+        "fast: the fast forms run; in part: some layers run their own forward; original: all do. In brackets "
+        "the larger difference of outputs and gradients from the same wrapper around the model as it is."
     )
     names = list(dict.fromkeys(row["model"] for row in rows))
     cells: dict[tuple[str, str], dict[str, str]] = {}
