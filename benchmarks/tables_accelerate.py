@@ -34,8 +34,8 @@ def _models(rows: dict[str, Any]) -> Iterable[str]:
         "Third-party models before and after. Differences: the largest relative ones of outputs and "
         "gradients, training without dropout, evaluation, frozen; the fast forms run by PyTorch's operators. "
         "Kernels: launches of a layer, forward and backward, in Triton's interpreter. Times: CPU time "
-        "before / after on one thread, in a process without a device, where nothing is bound; in brackets the "
-        "ratio of two copies that are alike."
+        "before / after on one thread, in a process without a device, where nothing is bound; in brackets "
+        "the ratio of two copies that are alike."
     )
     columns = [(size, direction) for size in ("small", "working") for direction in _DIRECTIONS]
     head = ("model", "fp32 outputs", "fp32 gradients", "fp64 gradients", "kernels")

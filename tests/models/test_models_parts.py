@@ -9,13 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from attachments import OF_LINEARS, lora
+from attachments import MICRO, OF_LINEARS, lora
 from recognizers import ODD
 from recognizers import batch_of as words_of
 from torch import Tensor, nn
 from twins import assert_same_gradients, batch_of, twins
 
-from lmim_fast.config import ModelConfig
 from lmim_fast.layers import block, decoder_layer
 from lmim_fast.models import encoder, lmim
 from lmim_fast.models.attention_maps import decoder_cross_attention, encoder_cls_attention, recognizer_maps
@@ -26,21 +25,6 @@ from lmim_fast.ops.masking import select_patches
 from lmim_fast.reference import ReferenceLMIM, ReferenceMAE
 from lmim_fast.reference_recognizer import ReferenceRecognizer
 
-MICRO = ModelConfig(
-    image_size=(8, 16),
-    width=64,
-    depth=2,
-    heads=2,
-    mlp_ratio=2.0,
-    decoder_width=32,
-    decoder_depth=2,
-    decoder_heads=2,
-    decoder_ffn=48,
-    decoder_dropout=0.0,
-    mae_decoder_depth=1,
-    mask_ratio=0.6,
-    pos_grid="true",
-)
 OF_LMIM = [
     ("model_maeenc.patch_embed.proj", "forward hook"),
     ("model_maeenc.patch_embed.proj", "pruning"),

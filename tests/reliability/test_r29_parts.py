@@ -6,32 +6,16 @@ import copy
 
 import pytest
 import torch
-from attachments import Lora
+from attachments import MICRO, Lora
 from recognizers import ODD
 from torch import Tensor, nn
 
-from lmim_fast.config import ModelConfig
 from lmim_fast.layers.reader_layer import ReaderAttention
 from lmim_fast.models.encoder import Encoder
 from lmim_fast.models.lmim import LMIM
 from lmim_fast.models.mae import MAE
 from lmim_fast.models.recognizer import Recognizer
 
-MICRO = ModelConfig(
-    image_size=(8, 16),
-    width=64,
-    depth=2,
-    heads=2,
-    mlp_ratio=2.0,
-    decoder_width=32,
-    decoder_depth=2,
-    decoder_heads=2,
-    decoder_ffn=48,
-    decoder_dropout=0.0,
-    mae_decoder_depth=1,
-    mask_ratio=0.6,
-    pos_grid="true",
-)
 ENTERED_BY_METHODS = (Encoder, ReaderAttention, nn.ModuleList)  # as their docstrings say
 MODELS = {"LMIM": lambda: LMIM(MICRO), "MAE": lambda: MAE(MICRO), "recogniser": lambda: Recognizer(ODD)}
 

@@ -219,18 +219,9 @@ def _read_released(layer: Any) -> _Layer:
     return _read_decoder_layer(layer)
 
 
-def _released_decoder_layer(
-    self: Any,
-    tgt: Tensor,
-    memory: Tensor,
-    tgt_mask: Tensor | None = None,
-    memory_mask: Tensor | None = None,
-    tgt_key_padding_mask: Tensor | None = None,
-    memory_key_padding_mask: Tensor | None = None,
-) -> Tensor:
+def _released_decoder_layer(self: Any, *inputs: Tensor | None, **masks: Tensor | None) -> Tensor:
     require(not self.norm_first, "norm_first is set, and does nothing in it")
-    masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
-    return _decoder_layer(self, tgt, memory, *masks)
+    return _decoder_layer(self, *inputs, **masks)  # type: ignore[arg-type]
 
 
 def _mlp_of(layer: _Layer) -> Any:
