@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,15 +65,18 @@ def accelerate(
     if only is not None and not walk.matched:
         known = ", ".join(f"{kind} ({count})" for kind, count in sorted(walk.known.items())) or "none"
         raise ValueError(f"only={only!r} matches no layer that could be swapped; there are: {known}")
-    differences: dict[nn.Module, str] = {}
+    rows = walk.rows
     if check is not None:
-        likened = {module for module in walk.chosen if type(module) in (like or {})}
-        differences = compare_forwards(model, walk.chosen, check, must_run=likened)
-    can_run = torch.cuda.is_available() or dispatch.is_asked_for()
-    for module, form in walk.chosen.items() if can_run else ():
-        if module not in differences:
-            bind(module, form)
-    return AccelerationReport(_without(walk.rows, differences), can_run)
+        likened = {module for module in walk.chosen if type(module) in walk.like}
+        differ = compare_forwards(model, walk.chosen, check, must_run=likened)
+        rows = [
+            replace(row, swapped=False, reason=differ[row.module]) if row.module in differ else row
+            for row in rows
+        ]
+    report = AccelerationReport(rows, torch.cuda.is_available() or dispatch.is_asked_for())
+    for row in report.swapped if report.can_run else ():
+        bind(row.module, walk.chosen[row.module])
+    return report
 
 
 def undo(model: nn.Module) -> None:
@@ -95,7 +99,9 @@ class _Walk:
     def visit(self, name: str, module: nn.Module, covered: bool) -> None:
         """Choose the module if it can be swapped, then look into it; `covered`: part of a swapped layer."""
         if module in self._seen:
-            self._shared(name, module)
+            row = self._seen[module]
+            if row is not None:
+                self.rows.append(replace(row, name=name, reason=f"same module as {row.name}"))
             return
         self._seen[module] = None
         closed = _closed(module)
@@ -147,10 +153,10 @@ class _Walk:
         cls = type(module)
         if not hasattr(cls, form.method):
             return f"has no {form.method}"
-        for name in (form.method, *form.steps):
-            if name in vars(module) and getattr(vars(module)[name], "__func__", 0) is not getattr(
-                cls, name, None
-            ):
+        methods = form.method, *form.steps
+        for name in methods:
+            own = vars(module).get(name)
+            if own is not None and getattr(own, "__func__", 0) is not getattr(cls, name, None):
                 return f"has a patched {name}"
         try:
             with torch.no_grad():
@@ -159,7 +165,7 @@ class _Walk:
             return left.reason
         except AttributeError as error:  # of a class that is not what `like` says
             return str(error)
-        return next(filter(None, (self._patched(module, name) for name in (form.method, *form.steps))), "")
+        return next(filter(None, (self._patched(module, name) for name in methods)), "")
 
     def _selected(self, name: str, module: nn.Module) -> bool:
         if self.only is None:
@@ -172,24 +178,6 @@ class _Walk:
     def _add(self, row: Row) -> None:
         self.rows.append(row)
         self._seen[row.module] = row
-
-    def _shared(self, name: str, module: nn.Module) -> None:
-        """A second name of a module that was met before."""
-        row = self._seen[module]
-        if row is not None:
-            self.rows.append(
-                Row(name, row.kind, row.swapped, f"same module as {row.name}", module, shared=True)
-            )
-
-
-def _without(rows: Iterable[Row], differences: Mapping[nn.Module, str]) -> list[Row]:
-    """The rows, with those of layers that differ as left."""
-    return [
-        Row(row.name, row.kind, False, differences[row.module], row.module, row.shared)
-        if row.module in differences
-        else row
-        for row in rows
-    ]
 
 
 def _selection(only: Only | None) -> tuple[type | str, ...] | None:

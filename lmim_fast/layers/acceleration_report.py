@@ -18,9 +18,8 @@ class Row:
     name:    dotted name in the model; "" for the model itself.
     kind:    its class, with the module of the class.
     swapped: whether it has its fast form.
-    reason:  why it was left alone; of a swapped layer, its other name, or the method where only that is.
+    reason:  why it was left alone; of a swapped layer, its first name, or the method where only that is.
     module:  the layer.
-    shared:  a second name of a layer that has a row already.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Row:
     swapped: bool
     reason: str
     module: nn.Module
-    shared: bool = False
 
     @property
     def note(self) -> str:

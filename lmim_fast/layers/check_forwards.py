@@ -22,7 +22,7 @@ class _Call:
     def __init__(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.arguments, self.named = _copied(arguments), _copied(named)
 
-    def run(self, forward: Any, module: nn.Module) -> tuple[list[Tensor], list[Tensor | None]]:
+    def run(self, forward: Any, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs, and gradients of the inputs and of the layer's parameters."""
         arguments, named = _copied(self.arguments), _copied(self.named)
         inputs = [x.requires_grad_() for x in tree_leaves((arguments, named)) if _is_real(x)]
@@ -32,7 +32,7 @@ class _Call:
             differentiable = [x for x in outputs if x.requires_grad]
             generator = torch.Generator().manual_seed(0)
             grads = [torch.randn(x.shape, generator=generator).to(x) for x in differentiable]
-            found = torch.autograd.grad(differentiable, leaves, grads, allow_unused=True)
+            found = torch.autograd.grad(differentiable, leaves, grads, materialize_grads=True)
         return outputs, list(found)
 
 
@@ -48,42 +48,29 @@ def compare_forwards(
         must_run: layers that are not swapped if the inputs do not reach them.
     """
     layers = {module: form for module, form in chosen.items() if form.method == "forward"}
-    found: dict[nn.Module, str] = {}
     with _in_evaluation(model):
         calls = _calls(model, layers, inputs)
-        for module, form in layers.items():
-            if module not in calls:
-                if module in must_run:
-                    found[module] = "the inputs of check do not reach it"
-                continue
-            reason = _difference(module, form, calls[module])
-            if reason is not None:
-                found[module] = reason
-    return found
+        found = {module: _difference(module, layers[module], call) for module, call in calls.items()}
+    missed = dict.fromkeys(must_run & layers.keys() - calls.keys(), "the inputs of check do not reach it")
+    return {module: reason for module, reason in (found | missed).items() if reason}
 
 
-def _difference(module: nn.Module, form: Form, call: _Call) -> str | None:
+def _difference(module: nn.Module, form: Form, call: _Call) -> str:
+    """Why the two forwards of a layer differ, or ""."""
     own = call.run(type(module).forward, module)
     try:
         with dispatch.backend(dispatch.current_backend() if own[0] and own[0][0].is_cuda else "eager"):
             fast = call.run(form.run, module)
     except Left as left:
         note(module, left.reason)
-        return None
-    for what, mine, theirs in (("outputs", fast[0], own[0]), ("gradients", fast[1], own[1])):
-        if len(mine) != len(theirs) or any(
-            (a is None) != (b is None) for a, b in zip(mine, theirs, strict=True)
-        ):
-            return f"its fast form gives other {what}"
-        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
-        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
-            return f"its fast form gives {what} of other shapes or dtypes"
-        size = _largest(b for _, b in pairs)
-        gap = _largest(a - b for a, b in pairs)
-        low = any(b.dtype in _LOW for _, b in pairs)
-        if not gap <= (3e-2 if low else 1e-3) * size:
+        return ""
+    for what, mine, theirs in zip(("outputs", "gradients"), fast, own, strict=True):
+        if [(x.shape, x.dtype) for x in mine] != [(x.shape, x.dtype) for x in theirs]:
+            return f"its fast form gives other {what}, or of other shapes or dtypes"
+        size, gap = _largest(theirs), _largest(a - b for a, b in zip(mine, theirs, strict=True))
+        if not gap <= (3e-2 if any(x.dtype in _LOW for x in theirs) else 1e-3) * size:
             return f"its fast form differs by {gap / size if size else gap:.1e} of the largest of its {what}"
-    return None
+    return ""
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:

@@ -11,17 +11,14 @@ from torch import Tensor
 
 from lmim_fast.layers.fast_forwards import read
 from lmim_fast.layers.fast_forwards.form import Form
-from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
+from lmim_fast.layers.fast_forwards.read import Linear, Norm, check_heads, require
 from lmim_fast.layers.fast_forwards.sublayers import (
     Attention,
+    Block,
     Branch,
     Mlp,
     add_post_norm,
-    attend,
-    feed_forward,
-    finish,
-    pre_norm_block,
-    project,
+    sublayer_form,
 )
 from lmim_fast.ops.gelu import bias_gelu
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -31,19 +28,25 @@ _IMPLEMENTATIONS = "sdpa", "flash_attention_2", "flash_attention_3", "flash_atte
 _NAMES = ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")
 
 
-def _unset(*options: object, output_hidden_states: object = None, **named: object) -> None:
-    """Hidden states are kept by the model around the layers, which are told of it."""
+def _plain(self: Any, *options: object, output_hidden_states: object = None, **named: object) -> bool:
+    """Not causal; hidden states are kept by the model around the layers, which are told of it."""
     read.unset(*options, **named)
+    recompute = getattr(self, "gradient_checkpointing", False) and self.training
+    require(not recompute, "gradient checkpointing in its forward")
+    return False
 
 
-def _read_projections(module: Any) -> tuple[Linear, int, float]:
+def _with_no_weights(context: Tensor) -> tuple[Tensor, None]:
+    return context, None
+
+
+def _read_self_attention(module: Any) -> Attention:
+    """Without the output projection, as transformers 4 and BERT have it."""
     names = _NAMES[0] if "query" in module._modules else _NAMES[1]
     read.holds_only(module, *names, "dropout", "o_proj")
     qkv = read.joined(*(read.linear(module, name) for name in names))
-    heads, width = module.num_attention_heads, len(qkv.weight) // 3
-    require(width % heads == 0, "{} heads for {} features", heads, width)
-    scale = getattr(module, "scaling", None)
-    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, "its scaling is {}", scale)
+    heads = module.num_attention_heads
+    check_heads(len(qkv.weight), heads, getattr(module, "scaling", None))
     causal = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False)
     require(not causal, "it is causal")
     embedding = getattr(module, "position_embedding_type", None) or "absolute"
@@ -52,31 +55,12 @@ def _read_projections(module: Any) -> tuple[Linear, int, float]:
     if implementation is None:  # transformers 4's BERT has a class each
         implementation = "sdpa" if "Sdpa" in type(module).__name__ else "eager"
     require(implementation in _IMPLEMENTATIONS, "attn_implementation is {}", implementation)
-    return qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout")
-
-
-def _self_attention(
-    self: Any, hidden_states: Tensor, /, *options: object, **named: object
-) -> tuple[Tensor, None]:
-    """Context without the output projection, as transformers 4 and BERT have it."""
-    _unset(*options, **named)
-    qkv, heads, p = _read_projections(self)
-    read.rows(qkv.weight.shape[1], hidden_states, weights=qkv)
-    return attend(hidden_states, qkv, heads, p), None
+    return Attention(qkv, heads, read.dropout(module, "dropout", "dropout_prob", "attention_dropout"))
 
 
 def _read_attention(module: Any) -> Attention:
     require("q_proj" in module._modules, "its parts have fast forms, it has none (transformers 4)")
-    qkv, heads, p = _read_projections(module)
-    return Attention(qkv, heads, p, read.linear(module, "o_proj"), 0.0)
-
-
-def _attention(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> tuple[Tensor, None]:
-    _unset(*options, **named)
-    attention = _read_attention(self)
-    read.rows(attention.qkv.weight.shape[1], hidden_states, weights=attention.weights)
-    context = attend(hidden_states, attention.qkv, attention.heads, attention.p)
-    return project(context, attention.proj), None
+    return _read_self_attention(module)._replace(proj=read.linear(module, "o_proj"))
 
 
 def _read_mlp(module: Any) -> Mlp:
@@ -85,33 +69,15 @@ def _read_mlp(module: Any) -> Mlp:
     return Mlp(first, read.activation(module, "activation_fn"), 0.0, second, 0.0)
 
 
-def _mlp(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
-    _unset(*options, **named)
-    layer = _read_mlp(self)
-    read.rows(layer.first.weight.shape[1], hidden_states, weights=layer.weights, dims=None)
-    return finish(Branch(feed_forward(hidden_states, layer), layer.second.bias, 0.0))
-
-
-def _read_layer(layer: Any) -> tuple[Norm, Attention, None, Norm, Mlp, None]:
+def _read_layer(layer: Any) -> Block:
+    """Transformers 5's pre-norm layer."""
     require("mlp" in layer._modules, "its parts have fast forms, it has none (transformers 4)")
     read.holds_only(layer, "attention", "mlp", "layernorm_before", "layernorm_after", "dropout")
     drop = read.dropout(layer, "dropout")
     attention = read.within(layer, "attention", "transformers.Attention", _read_attention)
     mlp = read.within(layer, "mlp", "transformers.Mlp", _read_mlp)
-    norms = read.norm(layer, "layernorm_before"), read.norm(layer, "layernorm_after")
-    return norms[0], attention._replace(drop=drop), None, norms[1], mlp._replace(drop=drop), None
-
-
-def _layer(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
-    """Transformers 5's pre-norm layer."""
-    _unset(*options, **named)
-    recompute = getattr(self, "gradient_checkpointing", False) and self.training
-    require(not recompute, "gradient checkpointing in its forward")
-    parts = _read_layer(self)
-    norm1, attention, _, norm2, mlp, _ = parts
-    weights = *norm1[:2], *attention.weights, *norm2[:2], *mlp.weights
-    read.rows(attention.qkv.weight.shape[1], hidden_states, weights=weights)
-    return pre_norm_block(hidden_states, *parts)
+    norm1, norm2 = read.norm(layer, "layernorm_before"), read.norm(layer, "layernorm_after")
+    return Block(norm1, attention._replace(drop=drop), None, norm2, mlp._replace(drop=drop), None)
 
 
 def _read_intermediate(module: Any) -> Linear:
@@ -121,7 +87,7 @@ def _read_intermediate(module: Any) -> Linear:
 
 
 def _intermediate(self: Any, hidden_states: Tensor, /, *options: object, **named: object) -> Tensor:
-    _unset(*options, **named)
+    _plain(self, *options, **named)
     weight, bias = _read_intermediate(self)
     read.rows(weight.shape[1], hidden_states, weights=(weight, bias), dims=None)
     assert bias is not None
@@ -137,7 +103,7 @@ def _output(
     self: Any, hidden_states: Tensor, input_tensor: Tensor, /, *options: object, **named: object
 ) -> Tensor:
     """LayerNorm(dropout(dense(hidden_states)) + input_tensor)."""
-    _unset(*options, **named)
+    _plain(self, *options, **named)
     dense, norm, p = _read_output(self)
     read.rows(dense.weight.shape[1], hidden_states, weights=(*dense, *norm[:2]), dims=None)
     read.rows(len(dense.weight), input_tensor, weights=(*dense, *norm[:2]), dims=None)
@@ -147,10 +113,10 @@ def _output(
 
 
 FORMS = {
-    "transformers.SelfAttention": Form(_read_projections, _self_attention),
-    "transformers.Attention": Form(_read_attention, _attention),
-    "transformers.Mlp": Form(_read_mlp, _mlp),
-    "transformers.Layer": Form(_read_layer, _layer),
+    "transformers.SelfAttention": sublayer_form(_read_self_attention, _plain, _with_no_weights),
+    "transformers.Attention": sublayer_form(_read_attention, _plain, _with_no_weights),
+    "transformers.Mlp": sublayer_form(_read_mlp, _plain),
+    "transformers.Layer": sublayer_form(_read_layer, _plain),
     "transformers.Intermediate": Form(_read_intermediate, _intermediate),
     "transformers.Output": Form(_read_output, _output),
 }

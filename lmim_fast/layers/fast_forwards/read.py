@@ -190,6 +190,13 @@ def called(layer: nn.Module, *names: str) -> Any:
     return None
 
 
+def check_heads(rows: int, heads: int, scale: float | None) -> None:
+    """Check that a joint projection to queries, keys and values can be split, and is scaled as usual."""
+    width = rows // 3
+    require(rows == 3 * width and width % heads == 0, "{} heads for projections of {} rows", heads, rows)
+    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, "its scale is {}", scale)
+
+
 def unset(*values: object, **options: object) -> None:
     """Options of a call that must be None or False."""
     for value in values:

@@ -1,4 +1,4 @@
-"""The steps that fast forms are made of, over weights that were read from a layer."""
+"""What fast forms are made of: attention, MLP and pre-norm block over weights that were read from a layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmim_fast.layers.fast_forwards.read import Linear, Norm
+from lmim_fast.layers.fast_forwards.form import Form
+from lmim_fast.layers.fast_forwards.read import Linear, Norm, rows
 from lmim_fast.layers.norm import fused_add_norm, norm_linear, norm_mlp
 from lmim_fast.ops.attention import cross_attention, self_attention
 from lmim_fast.ops.linear import compute_dtype, linear
@@ -19,21 +20,116 @@ from lmim_fast.ops.norm import dropout_add_layer_norm
 MOST_PADDED_KEYS = 64  # that the attention kernel takes with key lengths
 
 
+class Branch(NamedTuple):
+    """What is still to be added to the residual stream, after its bias and dropout."""
+
+    product: Tensor
+    bias: Tensor | None
+    p: float
+
+    def finish(self) -> Tensor:
+        """dropout(product + bias)."""
+        bias = self.bias
+        total = self.product if bias is None else self.product + bias.to(self.product.dtype)
+        return F.dropout(total, self.p) if self.p else total
+
+
 class Attention(NamedTuple):
-    """Self-attention of a ViT."""
+    """Attention of D features."""
 
     qkv: Linear
     heads: int
     p: float  # dropout of the attention weights
-    proj: Linear
-    drop: float  # dropout of the result
+    proj: Any = None  # Linear; None: the context is the result
+    drop: float = 0.0  # dropout of the result
     q_norm: Any = None  # called with (B, H, N, d)
     k_norm: Any = None
+    batch_first: bool = True
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.qkv.weight.shape[1]
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:
         """All that is read."""
-        return *self.qkv, *self.proj
+        return *self.qkv, *(self.proj or ())
+
+    def run(self, x: Tensor, causal: bool) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        x = self.project(self.context(x, causal=causal))
+        return F.dropout(x, self.drop) if self.drop else x
+
+    def project(self, context: Tensor) -> Tensor:
+        """Output projection of a context (B, N, D), if there is one; unlike that of nn.Linear no view."""
+        if self.proj is None:
+            return context
+        rows = F.linear(context.flatten(0, 1), *self.proj)
+        product: Tensor = torch.ops.aten._unsafe_view(rows, [*context.shape[:-1], rows.shape[-1]])
+        return product
+
+    def branch(self, x: Tensor, **options: Any) -> Branch:
+        """Of the residual stream; options as for `context`."""
+        return Branch(linear(self.context(x, **options), self.proj.weight), self.proj.bias, self.drop)
+
+    def context(
+        self,
+        x: Tensor,
+        memory: tuple[Tensor, Tensor] | None = None,
+        *,
+        causal: bool = False,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Context (B, N, D), or (N, B, D).
+
+        Args:
+            memory:  keys and values (B, M, D); None: x itself.
+            causal:  no key behind the query is seen; only for x itself.
+            padding: (B, M), True for hidden keys. The context is zeros where all are.
+        """
+        if self.q_norm is not None or self.k_norm is not None:
+            return self._normed(x, causal)
+        if not self.batch_first:
+            x = x.transpose(0, 1)
+            memory = None if memory is None else (memory[0].transpose(0, 1), memory[1].transpose(0, 1))
+        if memory is None and padding is None:
+            x = x.to(compute_dtype(self.qkv.weight))
+            product, segments = linear(x, self.qkv.weight).flatten(0, 1), [(x.shape[0], x.shape[1])]
+            context = self_attention(product, self.qkv.bias, self.heads, segments, p=self.p, causal=causal)
+            context = context.view(*x.shape[:2], -1)
+        else:
+            context = self._over(x, *(memory or (x, x)), padding)
+        return context if self.batch_first else context.transpose(0, 1)
+
+    def _over(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        """Context over a memory. Attention does not depend on the order of the keys: those that are seen are
+        moved to the front, so that their number says the rest."""
+        (weight, bias), width = self.qkv, self.width
+        dtype = compute_dtype(weight)
+        q = linear(query.to(dtype), weight[:width])
+        if key is value:
+            kv = linear(key.to(dtype), weight[width:])
+        else:
+            k = linear(key.to(dtype), weight[width : 2 * width])
+            kv = torch.cat([k, linear(value.to(dtype), weight[2 * width :])], -1)
+        lengths = None
+        if padding is not None:
+            order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+            kv = kv.gather(1, order[:, :, None].expand_as(kv))
+            lengths = padding.shape[1] - padding.sum(1)
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        return cross_attention(q, q_bias, kv, kv_bias, self.heads, p=self.p, key_lengths=lengths)
+
+    def _normed(self, x: Tensor, causal: bool) -> Tensor:
+        """Context of self-attention with norms of queries and keys."""
+        qkv = F.linear(x, *self.qkv).view(*x.shape[:2], 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast's norms are in fp32
+        context = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p, is_causal=causal)
+        return context.transpose(1, 2).flatten(2)
 
 
 class Mlp(NamedTuple):
@@ -46,162 +142,103 @@ class Mlp(NamedTuple):
     drop: float  # dropout of the result
 
     @property
+    def width(self) -> int:
+        """D."""
+        return self.first.weight.shape[1]
+
+    @property
     def weights(self) -> tuple[Tensor | None, ...]:
         """All that is read."""
         return *self.first, *self.second
 
+    def run(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(..., D) to (..., D')."""
+        return self.branch(x).finish()
 
-class Branch(NamedTuple):
-    """What is still to be added to the residual stream, after its bias and dropout."""
-
-    product: Tensor
-    bias: Tensor | None
-    p: float
-
-
-def attend(
-    x: Tensor,
-    qkv: Linear,
-    heads: int,
-    p: float,
-    *,
-    causal: bool = False,
-    padding: Tensor | None = None,
-    batch_first: bool = True,
-) -> Tensor:
-    """Context (B, N, D), or (N, B, D), of self-attention over x; padding (B, N) is True for hidden keys."""
-    if padding is not None:
-        return attend_memory(x, x, x, qkv, heads, p, padding=padding, batch_first=batch_first)
-    x = (x if batch_first else x.transpose(0, 1)).to(compute_dtype(qkv.weight))
-    product = linear(x, qkv.weight).flatten(0, 1)
-    context = self_attention(product, qkv.bias, heads, [(x.shape[0], x.shape[1])], p=p, causal=causal)
-    context = context.view(*x.shape[:2], -1)
-    return context if batch_first else context.transpose(0, 1)
+    def branch(self, x: Tensor) -> Branch:
+        """Of the residual stream."""
+        weight, bias = self.first
+        if self.act is None:
+            assert bias is not None
+            product = mlp(x.to(compute_dtype(weight)), weight, bias, self.second.weight, p=self.p)
+        else:
+            hidden = F.dropout(self.act(F.linear(x, weight, bias)), self.p)
+            product = linear(hidden.to(compute_dtype(self.second.weight)), self.second.weight)
+        return Branch(product, self.second.bias, self.drop)
 
 
-def attend_memory(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    qkv: Linear,
-    heads: int,
-    p: float,
-    *,
-    padding: Tensor | None = None,
-    batch_first: bool = True,
-) -> Tensor:
-    """Context, in the layout of `query`, of attention over keys and values; padding (B, M) hides keys.
+class Block(NamedTuple):
+    """x + path1(attention(norm1(x))), then the same of norm2 and the MLP."""
 
-    Attention does not depend on the order of the keys: those that are seen are moved to the front, so that
-    their number says the rest. The context is zeros where none is seen.
-    """
-    dtype, width, one = compute_dtype(qkv.weight), qkv.weight.shape[1], key is value
-    if not batch_first:
-        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    q = linear(query.to(dtype), qkv.weight[:width])
-    if one:
-        kv = linear(key.to(dtype), qkv.weight[width:])
-    else:
-        k = linear(key.to(dtype), qkv.weight[width : 2 * width])
-        kv = torch.cat([k, linear(value.to(dtype), qkv.weight[2 * width :])], -1)
-    lengths = None
-    if padding is not None:
-        order = padding.to(torch.uint8).argsort(dim=1, stable=True)
-        kv = kv.gather(1, order[:, :, None].expand_as(kv))
-        lengths = padding.shape[1] - padding.sum(1)
-    q_bias, kv_bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
-    context = cross_attention(q, q_bias, kv, kv_bias, heads, p=p, key_lengths=lengths)
-    return context if batch_first else context.transpose(0, 1)
+    norm1: Norm
+    attention: Attention
+    path1: Callable[[Tensor], Tensor] | None  # called with the branch (B, N, D), after its dropout
+    norm2: Norm
+    mlp: Mlp
+    path2: Callable[[Tensor], Tensor] | None
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.attention.width
 
-def project(context: Tensor, layer: Linear) -> Tensor:
-    """Linear of a context (B, N, D), with its bias. Unlike that of nn.Linear the result is no view."""
-    rows = F.linear(context.flatten(0, 1), layer.weight, layer.bias)
-    product: Tensor = torch.ops.aten._unsafe_view(rows, [*context.shape[:-1], rows.shape[-1]])
-    return product
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """All that is read."""
+        return *self.norm1[:2], *self.attention.weights, *self.norm2[:2], *self.mlp.weights
 
-
-def feed_forward(x: Tensor, parts: Mlp) -> Tensor:
-    """Product (..., D) of the second linear, without its bias."""
-    if parts.act is None:
-        weight, bias = parts.first
-        assert bias is not None
-        return mlp(x.to(compute_dtype(weight)), weight, bias, parts.second.weight, p=parts.p)
-    hidden = F.dropout(parts.act(F.linear(x, *parts.first)), parts.p)
-    return linear(hidden.to(compute_dtype(parts.second.weight)), parts.second.weight)
+    def run(self, x: Tensor, causal: bool) -> Tensor:
+        """(B, N, D) to (B, N, D) in x's dtype, no view."""
+        attention, parts, shape, residual = self.attention, self.mlp, x.shape, x.flatten(0, 1)
+        qkv, heads, p = attention.qkv, attention.heads, attention.p
+        if attention.q_norm is None and attention.k_norm is None:
+            product, residual = norm_linear(residual, None, None, self.norm1, qkv.weight)
+            context = self_attention(product, qkv.bias, heads, [(shape[0], shape[1])], p=p, causal=causal)
+        else:
+            rows, residual = fused_add_norm(residual, None, None, self.norm1, compute_dtype(qkv.weight))
+            context = attention.context(rows.view(shape), causal=causal).flatten(0, 1)
+        projected = linear(context, attention.proj.weight)
+        branch = _along(self.path1, Branch(projected, attention.proj.bias, attention.drop), shape)
+        inputs, p = (residual, branch.product, branch.bias, self.norm2), branch.p
+        if parts.act is None:
+            product, residual = norm_mlp(*inputs, parts.first, parts.second, p=p, drop=parts.p)
+            branch = Branch(product, parts.second.bias, parts.drop)
+        else:
+            rows, residual = fused_add_norm(*inputs, compute_dtype(parts.first.weight), p=p)
+            branch = parts.branch(rows.view(shape))
+        branch = _along(self.path2, branch, shape)
+        return add_branch(residual.view(shape), branch._replace(product=branch.product.view(shape)))
 
 
-def pre_norm_block(
-    x: Tensor,
-    norm1: Norm,
-    attention: Attention,
-    path1: Callable[[Tensor], Tensor] | None,
-    norm2: Norm,
-    parts: Mlp,
-    path2: Callable[[Tensor], Tensor] | None,
-    *,
-    causal: bool = False,
-) -> Tensor:
-    """x + path1(attention(norm1(x))), then the same of norm2 and the MLP.
+def sublayer_form(
+    reader: Callable[[Any], Attention | Mlp | Block],
+    options: Callable[..., bool],
+    result: Callable[[Tensor], Any] | None = None,
+) -> Form:
+    """The form of a layer of one input.
 
     Args:
-        x:     (B, N, D).
-        path1: called with the branch (B, N, D), after its dropout; None: nothing is.
-    Returns:
-        (B, N, D) in x's dtype, no view.
+        reader:  of the layer.
+        options: called with the layer and all that it is called with beside the input; whether it is causal.
+        result:  of the layer, from that of what is read; None: that itself.
     """
-    shape, residual = x.shape, x.flatten(0, 1)
-    segments = [(shape[0], shape[1])]
-    if attention.q_norm is None and attention.k_norm is None:
-        qkv, residual = norm_linear(residual, None, None, norm1, attention.qkv.weight)
-        context = self_attention(
-            qkv, attention.qkv.bias, attention.heads, segments, p=attention.p, causal=causal
-        )
-    else:
-        rows, residual = fused_add_norm(residual, None, None, norm1, compute_dtype(attention.qkv.weight))
-        context = attend_normed(rows.view(shape), attention, causal).flatten(0, 1)
-    branch = Branch(linear(context, attention.proj.weight), attention.proj.bias, attention.drop)
-    branch = _along(path1, branch, shape)
-    if parts.act is None:
-        product, residual = norm_mlp(
-            residual, branch.product, branch.bias, norm2, parts.first, parts.second, p=branch.p, drop=parts.p
-        )
-    else:
-        dtype = compute_dtype(parts.first.weight)
-        rows, residual = fused_add_norm(residual, branch.product, branch.bias, norm2, dtype, p=branch.p)
-        product = feed_forward(rows.view(shape), parts).flatten(0, 1)
-    branch = _along(path2, Branch(product, parts.second.bias, parts.drop), shape)
-    return add_branch(residual.view(shape), branch._replace(product=branch.product.view(shape)))
+
+    def run(self: Any, x: Tensor, /, *more: object, **named: object) -> Any:
+        causal, sublayer = options(self, *more, **named), reader(self)
+        rows(sublayer.width, x, weights=sublayer.weights, dims=None if isinstance(sublayer, Mlp) else 3)
+        return sublayer.run(x, causal) if result is None else result(sublayer.run(x, causal))
+
+    return Form(reader, run)
 
 
 def _along(path: Callable[[Tensor], Tensor] | None, branch: Branch, shape: torch.Size) -> Branch:
     """The branch after its path."""
-    if path is None:
-        return branch
-    return Branch(path(finish(branch).view(shape)).flatten(0, 1), None, 0.0)
-
-
-def attend_normed(x: Tensor, attention: Attention, causal: bool) -> Tensor:
-    """Context (B, N, D') of x (B, N, D), with norms of queries and keys."""
-    heads = F.linear(x, *attention.qkv).view(*x.shape[:2], 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = heads.unbind(0)
-    q = q if attention.q_norm is None else attention.q_norm(q)
-    k = k if attention.k_norm is None else attention.k_norm(k)
-    if q.dtype != v.dtype:  # autocast's norms are in fp32
-        q, k = q.to(v.dtype), k.to(v.dtype)
-    context = F.scaled_dot_product_attention(q, k, v, dropout_p=attention.p, is_causal=causal)
-    return context.transpose(1, 2).flatten(2)
-
-
-def finish(branch: Branch) -> Tensor:
-    """dropout(product + bias)."""
-    total = branch.product if branch.bias is None else branch.product + branch.bias.to(branch.product.dtype)
-    return F.dropout(total, branch.p) if branch.p else total
+    return branch if path is None else Branch(path(branch.finish().view(shape)).flatten(0, 1), None, 0.0)
 
 
 def add_branch(residual: Tensor, branch: Branch) -> Tensor:
     """residual + dropout(product + bias) in the residual's dtype."""
-    return residual + finish(branch).to(residual.dtype)
+    return residual + branch.finish().to(residual.dtype)
 
 
 def add_post_norm(branch: Branch, residual: Tensor, norm: Norm) -> Tensor:
@@ -213,6 +250,5 @@ def add_post_norm(branch: Branch, residual: Tensor, norm: Norm) -> Tensor:
 
 def norm_dtype(x: Tensor) -> torch.dtype:
     """Dtype of torch's LayerNorm of x: CUDA's autocast runs it in fp32, that of other devices leaves it."""
-    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return torch.float32
-    return x.dtype
+    on_cuda = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.float32 if on_cuda else x.dtype

@@ -1,28 +1,17 @@
-"""timm's Attention, Mlp and Block, DINOv2's of the same parts, and MAE's random_masking."""
+"""timm's Attention, Mlp and Block, DINOv2's of the same parts, torchvision's MLPBlock, MAE's masking."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim_fast.layers import parts
 from lmim_fast.layers.fast_forwards import read
 from lmim_fast.layers.fast_forwards.form import Form, Left
-from lmim_fast.layers.fast_forwards.read import Linear, Norm, require
-from lmim_fast.layers.fast_forwards.sublayers import (
-    Attention,
-    Branch,
-    Mlp,
-    attend,
-    attend_normed,
-    feed_forward,
-    finish,
-    pre_norm_block,
-    project,
-)
+from lmim_fast.layers.fast_forwards.read import Linear, check_heads, require
+from lmim_fast.layers.fast_forwards.sublayers import Attention, Block, Mlp, sublayer_form
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.linear import compute_dtype
 from lmim_fast.ops.masking import gather_rows, select_patches
@@ -32,32 +21,15 @@ def _read_attention(module: Any) -> Attention:
     read.holds_only(module, "qkv", "proj", "attn_drop", "proj_drop", "q_norm", "k_norm", "norm", "gate")
     qkv, proj, heads = read.linear(module, "qkv"), read.linear(module, "proj"), module.num_heads
     read.absent(module, "norm", "gate")
-    width = len(qkv.weight) // 3
-    require(
-        len(qkv.weight) == 3 * heads * (width // heads), "{} heads for qkv of {} rows", heads, len(qkv.weight)
-    )
-    scale = getattr(module, "scale", None)
-    require(scale is None or abs(scale * (width // heads) ** 0.5 - 1) < 1e-6, "its scale is {}", scale)
+    check_heads(len(qkv.weight), heads, getattr(module, "scale", None))
     p, drop = read.dropout(module, "attn_drop"), read.dropout(module, "proj_drop")
-    require(
-        not p or type(module).__name__ != "MemEffAttention", "xformers has no dropout of attention weights"
-    )
+    xformers = type(module).__name__ == "MemEffAttention"
+    require(not (p and xformers), "xformers has no dropout of attention weights")
     norms = read.called(module, "q_norm"), read.called(module, "k_norm")
     return Attention(qkv, heads, p, proj, drop, *norms)
 
 
-def _attention(self: Any, x: Tensor, /, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
-    causal = _causal(masks, is_causal, options)
-    attention = _read_attention(self)
-    read.rows(attention.qkv.weight.shape[1], x, weights=attention.weights)
-    if attention.q_norm is None and attention.k_norm is None:
-        context = attend(x, attention.qkv, attention.heads, attention.p, causal=causal)
-    else:
-        context = attend_normed(x, attention, causal)
-    return _dropped(project(context, attention.proj), attention.drop)
-
-
-def _causal(masks: tuple[object, ...], is_causal: bool, options: dict[str, object]) -> bool:
+def _causal(self: Any, *masks: object, is_causal: object = False, **options: object) -> bool:
     """Whether timm's arguments (attn_mask, is_causal) ask for a causal mask; raises `Left` for any other."""
     read.unset(*masks[:1], *masks[2:], **options)
     flags = *masks[1:2], is_causal
@@ -65,44 +37,33 @@ def _causal(masks: tuple[object, ...], is_causal: bool, options: dict[str, objec
     return any(flags)
 
 
-def _dropped(x: Tensor, p: float) -> Tensor:
-    return F.dropout(x, p) if p else x
-
-
 def _read_mlp(module: Any) -> Mlp:
     read.holds_only(module, "fc1", "act", "drop", "drop1", "norm", "fc2", "drop2")
     read.absent(module, "norm")
-    return Mlp(
-        read.linear(module, "fc1", bias=True),
-        read.activation(module, "act"),
-        read.dropout(module, "drop1", "drop"),
-        read.linear(module, "fc2"),
-        read.dropout(module, "drop2", "drop"),
-    )
+    first, second = read.linear(module, "fc1", bias=True), read.linear(module, "fc2")
+    p, drop = read.dropout(module, "drop1", "drop"), read.dropout(module, "drop2", "drop")
+    return Mlp(first, read.activation(module, "act"), p, second, drop)
 
 
-def _mlp(self: Any, x: Tensor, /, *more: object, **named: object) -> Tensor:
-    read.unset(*more, **named)
-    layer = _read_mlp(self)
-    read.rows(layer.first.weight.shape[1], x, weights=layer.weights, dims=None)
-    return finish(Branch(feed_forward(x, layer), layer.second.bias, layer.drop))
+def _read_mlp_block(module: Any) -> Mlp:
+    require(list(module._modules) == ["0", "1", "2", "3", "4"], "has {} parts", len(module._modules))
+    first, second = read.linear(module, "0", bias=True), read.linear(module, "3")
+    p, drop = read.dropout(module, "2"), read.dropout(module, "4")
+    return Mlp(first, read.activation(module, "1"), p, second, drop)
 
 
-class _Block(NamedTuple):
-    norm1: Norm
-    attention: Attention
-    path1: Any
-    norm2: Norm
-    mlp: Mlp
-    path2: Any
+def _plain(self: Any, *more: object, **options: object) -> bool:
+    """Not causal; raises `Left` if more than the input is given."""
+    read.unset(*more, **options)
+    return False
 
 
-def _read_block(block: Any) -> _Block:
+def _read_block(block: Any) -> Block:
     paths = "ls1", "drop_path1", "ls2", "drop_path2", "drop_path"
     read.holds_only(block, "norm1", "attn", "norm2", "mlp", *paths)
     attention = read.within(block, "attn", "timm.Attention", _read_attention)
     mlp = read.within(block, "mlp", "timm.Mlp", _read_mlp)
-    return _Block(
+    return Block(
         read.norm(block, "norm1"),
         attention._replace(proj=_scaled(block, "ls1", attention.proj)),
         read.called(block, "drop_path1", "drop_path"),
@@ -117,26 +78,16 @@ def _scaled(block: Any, name: str, linear: Linear) -> Linear:
     part = read.child(block, name)
     if part is None or parts.is_plain(part, nn.Identity):
         return linear
-    gamma = read.known(block, name, "LayerScale").gamma
+    gamma, half = read.known(block, name, "LayerScale").gamma, compute_dtype(linear.weight) is torch.float16
+    require(not half, "LayerScale in float16, in which weights times it vanish")
     bias = None if linear.bias is None else linear.bias * gamma
     return Linear(linear.weight * gamma[:, None], bias)
 
 
-def _scales(block: Any) -> bool:
-    """Whether a block has a LayerScale."""
-    return any(type(read.child(block, name)) not in (type(None), nn.Identity) for name in ("ls1", "ls2"))
-
-
-def _block(self: Any, x: Tensor, /, *masks: object, is_causal: bool = False, **options: object) -> Tensor:
-    causal = _causal(masks, is_causal, options)
+def _causal_block(self: Any, *masks: object, **options: Any) -> bool:
     subset = self.training and getattr(self, "sample_drop_ratio", 0.0) > 0
     require(not subset, "DINOv2's stochastic depth")
-    block = _read_block(self)
-    half = compute_dtype(block.mlp.first.weight) is torch.float16
-    require(not (half and _scales(self)), "LayerScale in float16, in which weights times it vanish")
-    weights = *block.norm1[:2], *block.attention.weights, *block.norm2[:2], *block.mlp.weights
-    read.rows(block.attention.qkv.weight.shape[1], x, weights=weights)
-    return pre_norm_block(x, *block, causal=causal)
+    return _causal(self, *masks, **options)
 
 
 def _random_masking(self: Any, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,9 +124,10 @@ def _try_masking(module: Any) -> None:
 
 
 FORMS = {
-    "timm.Attention": Form(_read_attention, _attention),
-    "timm.Mlp": Form(_read_mlp, _mlp),
-    "timm.Block": Form(_read_block, _block),
+    "timm.Attention": sublayer_form(_read_attention, _causal),
+    "timm.Mlp": sublayer_form(_read_mlp, _plain),
+    "timm.Block": sublayer_form(_read_block, _causal_block),
+    "torchvision.MLPBlock": sublayer_form(_read_mlp_block, _plain),
     "mae.random_masking": Form(_try_masking, _random_masking, "random_masking"),
 }
 CLASSES = {
@@ -190,6 +142,7 @@ CLASSES = {
     "dinov2.layers.mlp.Mlp": "timm.Mlp",
     "dinov2.layers.block.Block": "timm.Block",
     "dinov2.layers.block.NestedTensorBlock": "timm.Block",
+    "torchvision.models.vision_transformer.MLPBlock": "torchvision.MLPBlock",
     "models_mae.MaskedAutoencoderViT": "mae.random_masking",
     "models_lmim.MAEEncoder": "mae.random_masking",
 }
