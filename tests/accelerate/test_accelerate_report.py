@@ -6,24 +6,14 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import timm_like
 import torch
-from accelerate_models import (
-    HEADS,
-    LIKE,
-    VIT,
-    WIDTH,
-    MaskedAutoencoder,
-    VisionTransformer,
-    accelerated,
-    attention,
-    block,
-    bound,
-)
-from foreign_layers import MlpBlock
-from timm_like import Block, Mlp
+from accelerate_models import HEADS, VIT, WIDTH, MaskedAutoencoder, VisionTransformer, attention, block
+from before_and_after import LIKE, accelerated, bound
+from foreign_layers import MlpBlock, ViTLayer
+from timm_like import Attention, Block, Mlp
 from torch import Tensor, nn
 
 from lmim_fast import accelerate
@@ -109,15 +99,15 @@ class Linear(nn.Linear):
     pass
 
 
-def block_with(path: str, name: str, part: nn.Module | None = None) -> nn.Module:
+class NoHeads(Attention):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, HEADS)
+        del self.num_heads
+
+
+def block_with(path: str, name: str, part: nn.Module) -> nn.Module:
     layer = block()
-    layer.get_submodule(path).add_module(name, part or nn.Identity())
-    return layer
-
-
-def without_heads() -> nn.Module:
-    layer = timm_like.Attention(WIDTH, HEADS)
-    del layer.num_heads
+    layer.get_submodule(path).add_module(name, part)
     return layer
 
 
@@ -127,14 +117,20 @@ def with_own_forward() -> nn.Module:
     return layer
 
 
+def with_attention_of_the_users() -> nn.Module:
+    layer = ViTLayer(WIDTH, HEADS)
+    layer.attention.config = SimpleNamespace(_attn_implementation="mine")
+    return layer
+
+
 LEFT: dict[str, Callable[[], nn.Module]] = {
-    "has adapter beside what its form knows": lambda: block_with("", "adapter"),
-    "attn: has rope beside": lambda: block_with("attn", "rope"),
-    "mlp: has gate beside": lambda: block_with("mlp", "gate"),
+    "has adapter beside what its form knows": lambda: block_with("", "adapter", nn.Identity()),
+    "attn: has rope beside": lambda: block_with("attn", "rope", nn.Identity()),
+    "mlp: has gate beside": lambda: block_with("mlp", "gate", nn.Identity()),
     "mlp: norm is a torch.nn.modules.activation.Tanh": lambda: block_with("mlp", "norm", nn.Tanh()),
     f"attn: qkv is a {__name__}.Linear": lambda: block_with("attn", "qkv", Linear(WIDTH, 3 * WIDTH)),
+    "attention: attn_implementation is mine": with_attention_of_the_users,
     "has a patched forward": with_own_forward,
-    "no attribute 'num_heads'": without_heads,
     "kdim or vdim differs": lambda: attention(kdim=4),
     "add_bias_kv or add_zero_attn is set": lambda: attention(add_bias_kv=True),
     "has no ordinary weight and bias": lambda: nn.LayerNorm(4, bias=False),
@@ -150,26 +146,21 @@ def test_a_layer_that_is_left_has_a_row_that_says_why(reason: str) -> None:
     assert reason in reason_of(accelerated(LEFT[reason]()))
 
 
-@pytest.mark.parametrize(
-    ("form", "reason"), [("mae.random_masking", "has no random_masking"), ("timm.Mlp", "has bias, weight")]
-)
-def test_a_class_that_is_not_what_like_says_is_left(form: str, reason: str) -> None:
-    assert reason in reason_of(accelerate(nn.Linear(2, 2), like={nn.Linear: form}))
+def test_a_class_that_is_not_what_like_says_is_left() -> None:
+    for form, reason in {
+        "mae.random_masking": "has no random_masking",
+        "timm.Mlp": "has bias, weight",
+    }.items():
+        assert reason in reason_of(accelerate(nn.Linear(2, 2), like={nn.Linear: form}))
+    assert "no attribute 'num_heads'" in reason_of(accelerate(NoHeads(), like={NoHeads: "timm.Attention"}))
 
 
 def test_layers_that_a_reader_expects_have_a_row() -> None:
-    class WindowAttention(nn.Module):
-        pass
-
-    class RotaryDecoderLayer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn, self.norm = WindowAttention(), nn.RMSNorm(8)
-
-    rows = {row.name: row for row in accelerate(nn.Sequential(RotaryDecoderLayer(), nn.ReLU())).rows}
+    layer = type("RotaryDecoderLayer", (nn.Module,), {})()
+    layer.attn, layer.norm = type("WindowAttention", (nn.Module,), {})(), nn.RMSNorm(8)
+    rows = {row.name: row.kind for row in accelerate(nn.Sequential(layer, nn.ReLU())).rows}
     assert rows.keys() == {"0", "0.attn", "0.norm"}
-    assert rows["0"].kind.endswith("RotaryDecoderLayer")
-    assert rows["0.norm"].kind == "torch.nn.modules.normalization.RMSNorm"
+    assert rows["0"] == f"{__name__}.RotaryDecoderLayer"
 
 
 def test_without_a_device_nothing_is_bound_and_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,34 +184,20 @@ def test_only_takes_classes_and_patterns_of_names() -> None:
     assert names(only=[Mlp, "norm"]) == {"blocks.0.mlp", "blocks.1.mlp", "norm"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((VisionTransformer(), "decoder.*"), ValueError, r"timm\.Attention \(2\), timm\.Block \(2\)"),
-        ((nn.Linear(2, 2), "*"), ValueError, "there are: none"),
-        ((nn.Linear(2, 2), 3), TypeError, "got 3"),
-        ((nn.Linear(2, 2), [3]), TypeError, "got 3"),
-        ((3,), TypeError, "got int"),
-    ],
-)
-def test_wrong_arguments_say_what_is_known(
-    arguments: tuple[object, ...], error: type[Exception], message: str
-) -> None:
-    model, *only = arguments
-    with pytest.raises(error, match=message):
-        accelerate(model, *only, like=LIKE)
+WRONG = {
+    r"timm\.Attention \(2\), timm\.Block \(2\)": lambda: accelerated(VisionTransformer(), only="decoder.*"),
+    "there are: none": lambda: accelerate(nn.Linear(2, 2), only="*"),
+    "only takes classes .* got 3": lambda: accelerate(nn.Linear(2, 2), only=[3]),
+    "model must .* got int": lambda: accelerate(3),
+    r"'timm\.Blok'; choose from .*timm\.Block": lambda: accelerate(nn.ReLU(), like={Block: "timm.Blok"}),
+    "module classes, got 'Block'": lambda: accelerate(nn.ReLU(), like={"Block": "timm.Block"}),
+}
 
 
-@pytest.mark.parametrize(
-    ("like", "error", "message"),
-    [
-        ({Block: "timm.Blok"}, ValueError, r"unknown form 'timm\.Blok'; choose from .*timm\.Block"),
-        ({"Block": "timm.Block"}, TypeError, "module classes, got 'Block'"),
-    ],
-)
-def test_a_wrong_like_says_what_is_known(like: dict[type, str], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        accelerate(nn.Linear(2, 2), like=like)
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_say_what_is_known(message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        WRONG[message]()
 
 
 def test_nothing_is_run_or_allocated_however_wide_a_layer_is() -> None:
@@ -246,15 +223,11 @@ def test_a_second_call_swaps_nothing_twice_and_takes_nothing_back() -> None:
 
 
 class Scaled(Block):
-    """A block that is not what it is said to be like."""
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (1 + 1e-2)
 
 
-class ToOne(nn.Module):
-    """A model with the block."""
-
+class Model(nn.Module):
     def __init__(self, cls: type[nn.Module]) -> None:
         super().__init__()
         self.block, self.unused, self.drop = cls(WIDTH, HEADS), cls(WIDTH, HEADS), nn.Dropout(0.5)
@@ -266,7 +239,7 @@ class ToOne(nn.Module):
 
 @pytest.mark.parametrize("cls", [Block, Scaled])
 def test_a_check_compares_both_forwards_on_what_reaches_each_layer(cls: type[nn.Module]) -> None:
-    model, before = ToOne(cls), torch.get_rng_state()
+    model = Model(cls)
     inputs = {"x": torch.ones(2, 5, WIDTH), "scale": 2.0} if cls is Scaled else torch.ones(2, 5, WIDTH)
     before = torch.get_rng_state()
     rows = {row.name: row for row in accelerate(model, like=LIKE | {Scaled: "timm.Block"}, check=inputs).rows}
