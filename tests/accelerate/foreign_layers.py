@@ -1,4 +1,5 @@
-"""Stand-ins for layers of open_clip, torchvision, transformers and LMIM: their mathematics and names."""
+"""Stand-ins for layers of open_clip, torchvision, transformers (ViT's of 5) and LMIM: what they compute,
+and the names of their parts."""
 
 from __future__ import annotations
 
@@ -21,15 +22,13 @@ class CastingNorm(nn.LayerNorm):
 
 
 class MlpBlock(nn.Sequential):
-    """torchvision's."""
-
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         first, second = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         super().__init__(first, nn.GELU(), nn.Dropout(drop), second, nn.Dropout(drop))
 
 
 class SelfAttention(nn.Module):
-    """What the attentions of transformers share."""
+    """What the attentions of ViT and BERT share."""
 
     names: tuple[str, str, str]
 
@@ -46,8 +45,6 @@ class SelfAttention(nn.Module):
 
 
 class ViTAttention(SelfAttention):
-    """Of transformers 5."""
-
     names = "q_proj", "k_proj", "v_proj"
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -59,8 +56,6 @@ class ViTAttention(SelfAttention):
 
 
 class ViTMlp(nn.Module):
-    """Of transformers 5."""
-
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.activation_fn, self.fc1, self.fc2 = nn.GELU(), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -70,8 +65,6 @@ class ViTMlp(nn.Module):
 
 
 class ViTLayer(nn.Module):
-    """Of transformers 5."""
-
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.attention, self.mlp = ViTAttention(dim, heads), ViTMlp(dim, 48)
@@ -84,7 +77,7 @@ class ViTLayer(nn.Module):
 
 
 class BertSelfAttention(SelfAttention):
-    """BERT's, and that of transformers 4's ViT."""
+    """And that of transformers 4's ViT."""
 
     names = "query", "key", "value"
 
@@ -97,8 +90,6 @@ class BertSelfAttention(SelfAttention):
 
 
 class BertIntermediate(nn.Module):
-    """BERT's."""
-
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.dense, self.intermediate_act_fn = nn.Linear(dim, hidden), nn.GELU()
@@ -108,8 +99,6 @@ class BertIntermediate(nn.Module):
 
 
 class BertOutput(nn.Module):
-    """BERT's."""
-
     def __init__(self, hidden: int, dim: int) -> None:
         super().__init__()
         self.dense, self.LayerNorm, self.dropout = nn.Linear(hidden, dim), nn.LayerNorm(dim), nn.Dropout(0.0)
@@ -119,8 +108,6 @@ class BertOutput(nn.Module):
 
 
 class Bert(nn.Module):
-    """A layer of BERT's parts."""
-
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.attention, self.attended = BertSelfAttention(dim, heads), BertOutput(dim, dim)

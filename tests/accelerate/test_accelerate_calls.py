@@ -200,23 +200,20 @@ LAYERS: dict[str, Case] = {
 }
 
 
-def autocast_types(name: str, device: str, dtype: torch.dtype) -> None:
-    """The dtype of a result under autocast is the one that torch gives, in both modes."""
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_results_under_autocast_have_the_type_they_had(name: str, device: str, dtype: torch.dtype) -> None:
+    """In both modes."""
     make, inputs, options = LAYERS[name]
     swapped, x = Swapped(make().to(device)), X.to(device, dtype)
     for training in (True, False):
         swapped.both(lambda layer, mode=training: layer.train(mode))
         with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(training):
-            swapped.check(*([x] * len(inputs)), tolerance=0.05, **options)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_results_under_autocast_have_the_type_they_had(name: str) -> None:
-    autocast_types(name, "cpu", torch.float32)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", LAYERS)
-def test_results_under_autocast_on_a_device_have_the_type_they_had(name: str, dtype: torch.dtype) -> None:
-    autocast_types(name, "cuda", dtype)
+            swapped.check(*[x] * len(inputs), tolerance=0.05, **options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -176,12 +175,9 @@ def test_weights_given_from_outside_are_used_one_set_or_many_at_a_time() -> None
     torch.testing.assert_close(both[1], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
-def test_the_mode_that_accelerate_is_called_in_does_not_matter(
-    mode: Callable[[], AbstractContextManager[None]],
-) -> None:
+def test_the_mode_that_accelerate_is_called_in_does_not_matter() -> None:
     model = MaskedAutoencoder()
-    with mode(), torch.device("meta"):
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
         report = accelerated(model)
     assert {"", "blocks.0", "blocks.0.norm1"} <= {row.name for row in report.swapped}
     model(torch.randn(2, 3, 16, 16)).backward()
