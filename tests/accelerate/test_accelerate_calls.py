@@ -19,6 +19,7 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(9)
 PADDING = torch.arange(9)[None] >= torch.tensor([[6], [9]])
 UNSEEN = torch.tensor([[True] * 9, [False] * 9])  # a sequence without a key
 HOLES = torch.arange(9)[None] % torch.tensor([[3], [4]]) == 1  # padding that is not at the end
+CAUSAL_MASK = {"attn_mask": CAUSAL.isinf(), "is_causal": True}
 LONG = torch.ones(1, 70, WIDTH)
 
 
@@ -39,36 +40,32 @@ def vit_layer(**changes: object) -> ViTLayer:
     return layer
 
 
-Case = tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, Any]]
-LEFT: dict[str, Case] = {
-    "need_weights is True": (attention, (X, X, X), {}),
-    "attn_mask is given": (attention, (X, X, X), masked(attn_mask=CAUSAL)),
-    "2 dimensions": (attention, (X[0], X[0], X[0]), masked()),
-    "a causal mask and key_padding_mask": (
-        attention,
-        (X, X, X),
-        masked(PADDING, attn_mask=CAUSAL.isinf(), is_causal=True),
-    ),
-    "key_padding_mask is no bool tensor": (attention, (X, X, X), masked(PADDING * 0.5)),
-    "more than 64 keys": (attention, (LONG, LONG, LONG), masked(torch.arange(70)[None] > 60)),
-    "src_mask is given": (encoder_layer, (X,), {"src_mask": CAUSAL}),
-    "tgt_mask is given": (decoder_layer, (X, X), {"tgt_mask": CAUSAL}),
-    "memory_mask is given": (decoder_layer, (X, X), {"memory_mask": CAUSAL}),
-    "a mask or an option is given": (block, (X, CAUSAL), {}),
-    "an option is given": (block, (X,), {"attn_mask": CAUSAL}),
-    "option is given": (vit_layer, (X,), {"attention_mask": CAUSAL}),
-    "given": (lambda: BertSelfAttention(WIDTH, HEADS), (X, CAUSAL), {}),
-    "output_attentions is given": (vit_layer, (X,), {"output_attentions": True}),
-    "gradient checkpointing": (lambda: vit_layer(gradient_checkpointing=True), (X,), {}),
-    "LayerScale in float16": (lambda: scaled_block().half(), (X.half(),), {}),
-    f"shape (0, 9, {WIDTH})": (lambda: nn.LayerNorm(WIDTH), (X[:0],), {}),
-    "2049 values": (lambda: nn.LayerNorm(2049), (torch.randn(1, 2049),), {}),
-}
+LEFT = [
+    ("need_weights is True", attention, (X, X, X), {}),
+    ("attn_mask is given", attention, (X, X, X), masked(attn_mask=CAUSAL)),
+    ("2 dimensions", attention, (X[0], X[0], X[0]), masked()),
+    ("a causal mask and key_padding_mask", attention, (X, X, X), masked(PADDING, **CAUSAL_MASK)),
+    ("key_padding_mask is no bool tensor", attention, (X, X, X), masked(PADDING * 0.5)),
+    ("more than 64 keys", attention, (LONG, LONG, LONG), masked(torch.arange(70)[None] > 60)),
+    ("src_mask is given", encoder_layer, (X,), {"src_mask": CAUSAL}),
+    ("tgt_mask is given", decoder_layer, (X, X), {"tgt_mask": CAUSAL}),
+    ("memory_mask is given", decoder_layer, (X, X), {"memory_mask": CAUSAL}),
+    ("a mask or an option is given", block, (X, CAUSAL), {}),
+    ("a mask or an option is given", block, (X,), {"attn_mask": CAUSAL}),
+    ("a mask or an option is given", vit_layer, (X,), {"attention_mask": CAUSAL}),
+    ("a mask or an option is given", lambda: BertSelfAttention(WIDTH, HEADS), (X, CAUSAL), {}),
+    ("output_attentions is given", vit_layer, (X,), {"output_attentions": True}),
+    ("gradient checkpointing", lambda: vit_layer(gradient_checkpointing=True), (X,), {}),
+    ("LayerScale in float16", lambda: scaled_block().half(), (X.half(),), {}),
+    (f"shape (0, 9, {WIDTH})", lambda: nn.LayerNorm(WIDTH), (X[:0],), {}),
+    ("2049 values", lambda: nn.LayerNorm(2049), (torch.randn(1, 2049),), {}),
+]
 
 
-@pytest.mark.parametrize("reason", LEFT)
-def test_a_call_that_is_not_covered_runs_the_original_and_the_table_says_so(reason: str) -> None:
-    make, inputs, options = LEFT[reason]
+@pytest.mark.parametrize(("reason", "make", "inputs", "options"), LEFT)
+def test_a_call_that_is_not_covered_runs_the_original_and_the_table_says_so(
+    reason: str, make: Callable[[], nn.Module], inputs: tuple[object, ...], options: dict[str, Any]
+) -> None:
     layer = make()
     swapped = Swapped(layer, only=type(layer))
     swapped.check(*inputs, tolerance=0.0, **options)
@@ -76,8 +73,9 @@ def test_a_call_that_is_not_covered_runs_the_original_and_the_table_says_so(reas
     assert reason in swapped.note
 
 
+Case = tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, Any]]
 TAKEN: dict[str, Case] = {
-    "causal attention": (attention, (X, X, X), masked(attn_mask=CAUSAL, is_causal=True)),
+    "causal attention": (attention, (X, X, X), masked(**CAUSAL_MASK)),
     "padded attention": (attention, (X, X, X), masked(HOLES)),
     "padded memory": (attention, (X[:, :5], X, X), masked(HOLES)),
     "no key": (attention, (X, X, X), masked(UNSEEN)),

@@ -91,9 +91,9 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_adapter_of_any_other_layer_acts_and_trains(name: str, attach: Callable[..., None]) -> None:
     make, inputs, parts = OTHERS[name]
-    for part in parts:
+    for part in parts:  # torch reads the weight of `out_proj`
         swapped = Swapped(make())
-        attach(swapped, part, "pruning" if part.endswith("out_proj") else "lora")  # whose weight torch reads
+        attach(swapped, part, "pruning" if part.endswith("out_proj") else "lora")
         swapped.check(*[X] * inputs, tolerance=1e-4, **{"need_weights": False} if inputs == 3 else {})
 
 
