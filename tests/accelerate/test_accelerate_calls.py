@@ -198,14 +198,8 @@ LAYERS: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype"),
-    [
-        ("cpu", torch.float32),
-        pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
-        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
 def test_results_under_autocast_have_the_type_they_had(name: str, device: str, dtype: torch.dtype) -> None:
     """In both modes."""
@@ -215,3 +209,4 @@ def test_results_under_autocast_have_the_type_they_had(name: str, device: str, d
         swapped.both(lambda layer, mode=training: layer.train(mode))
         with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(training):
             swapped.check(*[x] * len(inputs), tolerance=0.05, **options)
+        assert not (training and swapped.note)
