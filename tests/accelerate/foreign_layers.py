@@ -22,9 +22,9 @@ class CastingNorm(nn.LayerNorm):
 
 
 class MlpBlock(nn.Sequential):
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, act: type[nn.Module] = nn.GELU) -> None:
         first, second = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        super().__init__(first, nn.GELU(), nn.Dropout(drop), second, nn.Dropout(drop))
+        super().__init__(first, act(), nn.Dropout(drop), second, nn.Dropout(drop))
 
 
 class SelfAttention(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate_models import FAMILIES, HEADS, WIDTH, X, attention, block, decoder_layer, encoder_layer
 from before_and_after import Swapped, accelerated
-from foreign_layers import BertSelfAttention, CastingNorm, LMIMDecoder, ViTLayer
+from foreign_layers import BertSelfAttention, CastingNorm, LMIMDecoder, MlpBlock, ViTLayer
 from timm_like import Attention, Block, LayerScale, Mlp
 from torch import Tensor, nn
 
@@ -92,6 +92,7 @@ TAKEN: dict[str, Case] = {
     "tanh GELU": (lambda: Mlp(WIDTH, 40, act_layer=lambda: nn.GELU("tanh")), (X,), {}),
     "tanh GELU in a block": (lambda: block(act_layer=lambda: nn.GELU("tanh")), (X,), {}),
     "another activation": (lambda: encoder_layer(activation=torch.tanh), (X,), {}),
+    "ReLU in torchvision's": (lambda: MlpBlock(WIDTH, 40, act=nn.ReLU), (X,), {}),
     "names of the original": (lambda: nn.LayerNorm(WIDTH), (), {"input": X}),
     "rows": (lambda: Mlp(WIDTH, 40), (X[0, 0],), {}),
     "frozen": (lambda: block().requires_grad_(False), (X,), {}),

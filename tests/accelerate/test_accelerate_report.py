@@ -109,9 +109,9 @@ def with_own_forward() -> nn.Module:
     return layer
 
 
-def with_attention_of_the_users() -> nn.Module:
+def vit_with(**changes: object) -> nn.Module:
     layer = ViTLayer(WIDTH, HEADS)
-    layer.attention.config = SimpleNamespace(_attn_implementation="mine")
+    vars(layer.attention).update(changes)
     return layer
 
 
@@ -121,7 +121,9 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
     "mlp: has gate beside": lambda: block_with("mlp", "gate", nn.Identity()),
     "mlp: norm is a torch.nn.modules.activation.Tanh": lambda: block_with("mlp", "norm", nn.Tanh()),
     f"attn: qkv is a {__name__}.Linear": lambda: block_with("attn", "qkv", Linear(WIDTH, 3 * WIDTH)),
-    "attention: attn_implementation is mine": with_attention_of_the_users,
+    "attn_implementation is mine": lambda: vit_with(config=SimpleNamespace(_attn_implementation="mine")),
+    "attention: its scaling is 1.0": lambda: vit_with(scaling=1.0),
+    "attention: it is causal": lambda: vit_with(is_causal=True),
     "has a patched forward": with_own_forward,
     "kdim or vdim differs": lambda: attention(kdim=4),
     "add_bias_kv or add_zero_attn is set": lambda: attention(add_bias_kv=True),
