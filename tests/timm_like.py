@@ -1,10 +1,35 @@
-"""timm's Attention, Mlp and Block: what they compute, with timm's names of arguments and parameters."""
+"""timm's Attention, Mlp and Block, and what a Block may hold: timm's mathematics and names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+
+
+class LayerScale(nn.Module):
+    """timm's, at a scale that shows."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """timm's stochastic depth."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_prob) / (1 - self.drop_prob)
 
 
 class Attention(nn.Module):

@@ -2,310 +2,212 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from accelerate_models import FAMILIES, FEATURES, HEADS, WIDTH, accelerated, attention, encoder_layer
-from foreign_layers import BertSelfAttention, HuggingFaceViT, LayerScale
-from timm_like import Attention, Block, Mlp
+from accelerate_models import FAMILIES, HEADS, WIDTH, X, attention, block, decoder_layer, encoder_layer
+from before_and_after import Swapped, accelerated
+from foreign_layers import BertSelfAttention, CastingNorm, LMIMDecoder, MlpBlock, ViTLayer
+from timm_like import Attention, Block, LayerScale, Mlp
 from torch import Tensor, nn
 
-from lmim_fast import accelerate
 from lmim_fast.ops import dispatch
 
-X = torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(9)
 PADDING = torch.arange(9)[None] >= torch.tensor([[6], [9]])
 UNSEEN = torch.tensor([[True] * 9, [False] * 9])  # a sequence without a key
 HOLES = torch.arange(9)[None] % torch.tensor([[3], [4]]) == 1  # padding that is not at the end
-UNWEIGHTED = {"need_weights": False}
+CAUSAL_MASK = {"attn_mask": CAUSAL.isinf(), "is_causal": True}
+LONG = torch.ones(1, 70, WIDTH)
 
 
-def block() -> nn.Module:
-    return Block(WIDTH, HEADS)
-
-
-def decoder_layer(**options: object) -> nn.Module:
-    return nn.TransformerDecoderLayer(WIDTH, HEADS, 48, 0.0, batch_first=True, **options)
-
-
-def scaled_block() -> nn.Module:
+def scaled_block() -> Block:
     layer = block()
     layer.ls1 = LayerScale(WIDTH)
     return layer
 
 
-def both(layer: nn.Module, *arguments: object, **options: object) -> tuple[Tensor, Tensor, str]:
-    """Results of a call after and before, and what the report says of it."""
-    original = copy.deepcopy(layer)
-    report = accelerated(layer, only=type(layer))
-    found, expected = layer(*arguments, **options), original(*arguments, **options)
-    if isinstance(found, tuple):
-        assert len(found) == len(expected)
-        found, expected = found[0], expected[0]
-    return found, expected, report.swapped[0].note
+def masked(mask: Tensor | None = None, **options: object) -> dict[str, object]:
+    """Options of an nn.MultiheadAttention."""
+    return ({} if mask is None else {"key_padding_mask": mask}) | options | {"need_weights": False}
 
 
-Case = tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, object], str]
-LEFT: dict[str, Case] = {
-    "weights": (attention, (X, X, X), {}, "need_weights is True, the default"),
-    "mask": (attention, (X, X, X), {"attn_mask": CAUSAL} | UNWEIGHTED, "attn_mask is given"),
-    "one sequence": (attention, (X[0], X[0], X[0]), UNWEIGHTED, "2 dimensions"),
-    "both masks": (
-        attention,
-        (X, X, X),
-        dict(key_padding_mask=PADDING, attn_mask=CAUSAL.isinf(), is_causal=True) | UNWEIGHTED,
-        "a causal mask and key_padding_mask are given",
-    ),
-    "many padded keys": (
-        attention,
-        (torch.ones(1, 70, WIDTH),) * 3,
-        {"key_padding_mask": torch.arange(70)[None] > 60} | UNWEIGHTED,
-        "more than 64 keys",
-    ),
-    "src_mask": (encoder_layer, (X,), {"src_mask": CAUSAL}, "src_mask is given"),
-    "tgt_mask": (decoder_layer, (X, X), {"tgt_mask": CAUSAL}, "tgt_mask is given"),
-    "memory_mask": (decoder_layer, (X, X), {"memory_mask": CAUSAL}, "memory_mask is given"),
-    "attn_mask of timm": (block, (X, CAUSAL), {}, "a mask or an option is given"),
-    "its name": (block, (X,), {"attn_mask": CAUSAL}, "a mask or an option is given"),
-    "attention_mask of transformers": (
-        lambda: HuggingFaceViT(WIDTH, HEADS),
-        (X,),
-        {"attention_mask": CAUSAL},
-        "a mask or an option is given",
-    ),
-    "LayerScale in float16": (
-        lambda: scaled_block().half(),
-        (X.half(),),
-        {},
-        "LayerScale in float16, in which weights times it vanish",
-    ),
-    "attention_mask of BERT": (
-        lambda: BertSelfAttention(WIDTH, HEADS),
-        (X, CAUSAL),
-        {},
-        "a mask or an option is given",
-    ),
-    "no rows": (lambda: nn.LayerNorm(WIDTH), (X[:0],), {}, f"shape (0, 9, {WIDTH})"),
-    "wide rows": (lambda: nn.LayerNorm(2049), (torch.randn(1, 2049),), {}, "2049 values, more than 2048"),
-}
+def vit_layer(**changes: object) -> ViTLayer:
+    layer = ViTLayer(WIDTH, HEADS)
+    vars(layer).update(changes)
+    return layer
 
 
-@pytest.mark.parametrize("case", LEFT)
-def test_a_call_that_is_not_covered_runs_the_original_and_the_table_says_so(case: str) -> None:
-    make, arguments, options, expected_note = LEFT[case]
-    found, expected, note = both(make(), *arguments, **options)
-    assert torch.equal(found, expected)
-    assert note.startswith("runs its own forward: ")
-    assert note.endswith(expected_note)
+LEFT = [
+    ("need_weights is True", attention, (X, X, X), {}),
+    ("attn_mask is given", attention, (X, X, X), masked(attn_mask=CAUSAL)),
+    ("2 dimensions", attention, (X[0], X[0], X[0]), masked()),
+    ("a causal mask and key_padding_mask", attention, (X, X, X), masked(PADDING, **CAUSAL_MASK)),
+    ("key_padding_mask is no bool tensor", attention, (X, X, X), masked(PADDING * 0.5)),
+    ("more than 64 keys", attention, (LONG, LONG, LONG), masked(torch.arange(70)[None] > 60)),
+    ("src_mask is given", encoder_layer, (X,), {"src_mask": CAUSAL}),
+    ("tgt_mask is given", decoder_layer, (X, X), {"tgt_mask": CAUSAL}),
+    ("memory_mask is given", decoder_layer, (X, X), {"memory_mask": CAUSAL}),
+    ("a mask or an option is given", block, (X, CAUSAL), {}),
+    ("a mask or an option is given", block, (X,), {"attn_mask": CAUSAL}),
+    ("a mask or an option is given", vit_layer, (X,), {"attention_mask": CAUSAL}),
+    ("a mask or an option is given", lambda: BertSelfAttention(WIDTH, HEADS), (X, CAUSAL), {}),
+    ("output_attentions is given", vit_layer, (X,), {"output_attentions": True}),
+    ("gradient checkpointing", lambda: vit_layer(gradient_checkpointing=True), (X,), {}),
+    ("LayerScale in float16", lambda: scaled_block().half(), (X.half(),), {}),
+    (f"shape (0, 9, {WIDTH})", lambda: nn.LayerNorm(WIDTH), (X[:0],), {}),
+    ("2049 values", lambda: nn.LayerNorm(2049), (torch.randn(1, 2049),), {}),
+]
 
 
+@pytest.mark.parametrize(("reason", "make", "inputs", "options"), LEFT)
+def test_a_call_that_is_not_covered_runs_the_original_and_the_table_says_so(
+    reason: str, make: Callable[[], nn.Module], inputs: tuple[object, ...], options: dict[str, Any]
+) -> None:
+    layer = make()
+    swapped = Swapped(layer, only=type(layer))
+    swapped.check(*inputs, tolerance=0.0, **options)
+    assert swapped.note.startswith("runs its own forward: ")
+    assert reason in swapped.note
+
+
+Case = tuple[Callable[[], nn.Module], tuple[object, ...], dict[str, Any]]
 TAKEN: dict[str, Case] = {
-    "causal attention": (attention, (X, X, X), dict(attn_mask=CAUSAL, is_causal=True) | UNWEIGHTED, ""),
-    "padded attention": (attention, (X, X, X), {"key_padding_mask": HOLES} | UNWEIGHTED, ""),
-    "padded memory": (attention, (X[:, :5], X, X), {"key_padding_mask": HOLES} | UNWEIGHTED, ""),
-    "no key": (attention, (X, X, X), {"key_padding_mask": UNSEEN} | UNWEIGHTED, ""),
-    "values of their own": (attention, (X, X, 2 * X), UNWEIGHTED, ""),
-    "sequence first": (
-        lambda: attention(batch_first=False),
-        (X.transpose(0, 1),) * 3,
-        {"key_padding_mask": HOLES} | UNWEIGHTED,
-        "",
-    ),
-    "causal layer": (encoder_layer, (X,), dict(src_mask=CAUSAL, is_causal=True), ""),
-    "padded layer": (encoder_layer, (X,), dict(src_key_padding_mask=PADDING), ""),
+    "causal attention": (attention, (X, X, X), masked(**CAUSAL_MASK)),
+    "padded attention": (attention, (X, X, X), masked(HOLES)),
+    "padded memory": (attention, (X[:, :5], X, X), masked(HOLES)),
+    "no key": (attention, (X, X, X), masked(UNSEEN)),
+    "values of their own": (attention, (X, X, 2 * X), masked()),
+    "sequence first": (lambda: attention(batch_first=False), (X.transpose(0, 1),) * 3, masked(HOLES)),
+    "causal layer": (encoder_layer, (X,), {"src_mask": CAUSAL, "is_causal": True}),
+    "causal stack": (lambda: nn.TransformerDecoder(decoder_layer(), 2), (X, X), {"tgt_mask": CAUSAL}),
+    "padded layer": (encoder_layer, (X,), {"src_key_padding_mask": PADDING}),
     "causal decoder over padding": (
         lambda: decoder_layer(norm_first=True),
         (X, X),
-        dict(tgt_mask=CAUSAL, tgt_is_causal=True, memory_key_padding_mask=HOLES),
-        "",
+        {"tgt_mask": CAUSAL, "tgt_is_causal": True, "memory_key_padding_mask": HOLES},
     ),
-    "tanh GELU": (lambda: Mlp(WIDTH, 40, act_layer=lambda: nn.GELU("tanh")), (X,), {}, ""),
-    "tanh GELU in a block": (lambda: Block(WIDTH, HEADS, act_layer=lambda: nn.GELU("tanh")), (X,), {}, ""),
-    "another activation": (lambda: encoder_layer(activation=torch.tanh), (X,), {}, ""),
-    "names of the original": (lambda: nn.LayerNorm(WIDTH), (), {"input": X}, ""),
-    "rows": (lambda: Mlp(WIDTH, 40), (X[0, 0],), {}, ""),
-    "hidden states": (lambda: HuggingFaceViT(WIDTH, HEADS), (X,), {"output_hidden_states": True}, ""),
+    "tanh GELU": (lambda: Mlp(WIDTH, 40, act_layer=lambda: nn.GELU("tanh")), (X,), {}),
+    "tanh GELU in a block": (lambda: block(act_layer=lambda: nn.GELU("tanh")), (X,), {}),
+    "another activation": (lambda: encoder_layer(activation=torch.tanh), (X,), {}),
+    "ReLU in torchvision's": (lambda: MlpBlock(WIDTH, 40, act=nn.ReLU), (X,), {}),
+    "names of the original": (lambda: nn.LayerNorm(WIDTH), (), {"input": X}),
+    "rows": (lambda: Mlp(WIDTH, 40), (X[0, 0],), {}),
+    "frozen": (lambda: block().requires_grad_(False), (X,), {}),
+    "another layout": (decoder_layer, (X.transpose(0, 2).contiguous().transpose(0, 2), X), {}),
+    "hidden states": (vit_layer, (X,), {"output_hidden_states": True}),
 }
 
 
 @pytest.mark.parametrize("case", TAKEN)
 def test_masks_that_the_op_has_and_any_activation_are_taken(case: str) -> None:
-    make, arguments, options, _ = TAKEN[case]
-    found, expected, note = both(make(), *arguments, **options)
-    assert note == ""
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    make, inputs, options = TAKEN[case]
+    swapped = Swapped(make())
+    swapped.check(*inputs, **options)
+    assert not swapped.notes
 
 
-def test_stacks_of_torch_tell_their_layers_that_a_mask_is_causal() -> None:
-    stack = nn.TransformerDecoder(decoder_layer(), 2)
-    expected = stack(X, X, tgt_mask=CAUSAL)
-    report = accelerated(stack)
-    torch.testing.assert_close(stack(X, X, tgt_mask=CAUSAL), expected, rtol=1e-5, atol=1e-5)
-    assert not [row for row in report.swapped if row.note]
+def test_a_casting_norm_takes_another_type_than_that_of_its_weights() -> None:
+    swapped = Swapped(CastingNorm(WIDTH))
+    swapped.check(X.bfloat16(), tolerance=1e-2)
+    assert not swapped.note
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_padded_batches_through_torchs_encoder_are_as_before(training: bool) -> None:
     """In evaluation the stack turns them into nested tensors and reads the weights of its first layer."""
-    model = nn.TransformerEncoder(encoder_layer(), 2).train(training)
     with torch.set_grad_enabled(training):
-        expected = model(X, src_key_padding_mask=PADDING)
-        accelerated(model)
-        torch.testing.assert_close(model(X, src_key_padding_mask=PADDING), expected, rtol=1e-5, atol=1e-5)
+        swapped = Swapped(nn.TransformerEncoder(encoder_layer(), 2).train(training))
+        swapped.check(X, src_key_padding_mask=PADDING)
 
 
-@pytest.mark.parametrize("layer", [encoder_layer, attention])
-def test_torchs_own_inference_path_stays(layer: Callable[[], nn.Module]) -> None:
-    arguments = ((X, X, X), UNWEIGHTED) if layer is attention else ((X,), {})
-    with torch.no_grad():
-        found, expected, note = both(layer().eval(), *arguments[0], **arguments[1])
-    assert torch.equal(found, expected)
-    assert note.endswith("torch's own inference path")
+@torch.no_grad()
+def test_torchs_own_inference_path_stays_for_self_attention() -> None:
+    for layer, inputs, options in ((encoder_layer(), [X], {}), (attention(), [X, X, X], masked())):
+        swapped = Swapped(layer.eval())
+        swapped.check(*inputs, tolerance=0.0, **options)
+        assert swapped.note.endswith("torch's own inference path")
+    swapped = Swapped(attention().eval())
+    swapped.check(X, X[:, :5], X[:, :5], **masked())
+    assert not swapped.note
 
 
-def test_attention_over_another_sequence_has_no_path_of_torchs_own() -> None:
-    with torch.no_grad():
-        found, expected, note = both(attention().eval(), X, X[:, :5], X[:, :5], **UNWEIGHTED)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert not note
+class Scaling(Attention):
+    """The name of the last argument is that of a form's first."""
 
-
-def test_an_attention_function_of_the_users_that_transformers_is_told_to_call_is_called() -> None:
-    layer = HuggingFaceViT(WIDTH, HEADS)
-    report = accelerated(layer)
-    layer.attention.config = SimpleNamespace(_attn_implementation="mine")
-    layer(X)
-    assert report.rows[0].note.endswith("attention: attn_implementation is mine")
+    def forward(self, tokens: Tensor, attn_mask: Tensor | None = None, x: float = 1.0) -> Tensor:
+        return x * super().forward(tokens)
 
 
 def test_arguments_of_a_class_of_the_users_keep_their_meaning() -> None:
-    class Scaling(Attention):
-        def forward(self, tokens: Tensor, attn_mask: Tensor | None = None, x: float = 1.0) -> Tensor:
-            return x * super().forward(tokens)
-
-    layer = Scaling(WIDTH, HEADS)
-    original = copy.deepcopy(layer)
-    report = accelerate(layer, like={Scaling: "timm.Attention"})
-    for call in (lambda each: each(X, None, 2.0), lambda each: each(tokens=X, x=3.0)):
-        assert torch.equal(call(layer), call(original))
-    assert report.rows[0].note == "runs its own forward: is_causal is 2.0; runs its own forward: x is given"
+    swapped = Swapped(Scaling(WIDTH, HEADS), like={Scaling: "timm.Attention"})
+    swapped.check(X, None, 2.0, tolerance=0.0)
+    swapped.check(tokens=X, x=3.0, tolerance=0.0)
+    assert "is_causal is 2.0" in swapped.note
+    assert "x is given" in swapped.note
 
 
-def test_an_argument_that_a_form_does_not_know_is_left_to_the_original() -> None:
-    class Spatial(Mlp):
-        def forward(self, x: Tensor, height: int, width: int = 1) -> Tensor:
-            return height * width * super().forward(x)
-
-    layer = Spatial(WIDTH, 40)
-    original = copy.deepcopy(layer)
-    report = accelerate(layer, like={Spatial: "timm.Mlp"})
-    assert torch.equal(layer(X, 3, width=2), original(X, 3, width=2))
-    assert report.rows[0].note.endswith("a mask or an option is given")
+def test_the_released_decoder_layer_ignores_norm_first_as_before() -> None:
+    swapped = Swapped(LMIMDecoder(WIDTH, HEADS, 48))
+    swapped.both(lambda layer: setattr(layer, "norm_first", True)).check(X, X)
+    assert "norm_first is set" in swapped.note
 
 
 def test_on_a_cpu_the_original_runs_bit_by_bit_unless_a_backend_is_asked_for() -> None:
     if torch.cuda.is_available():
         pytest.skip("about machines without a device")
     for family in FAMILIES.values():
-        model = family.model()
-        outputs = []
-        for _ in range(2):
-            with dispatch.backend("auto"):
-                torch.manual_seed(0)
-                outputs.append(model(family.input()))
-            report = accelerated(model)  # bound, as a backend is asked for
-        assert torch.equal(*outputs)
-        assert not [row for row in report.rows if row.note.startswith("runs")]
+        swapped = Swapped(family.model())  # bound, as a backend is asked for
+        with dispatch.backend("auto"):
+            swapped.check(*family.inputs(), tolerance=0.0)
+        assert not swapped.notes
 
 
-def test_wrong_inputs_raise_what_the_original_raises() -> None:
-    layer = block()
-    accelerated(layer)
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        layer(torch.randn(2, 5, WIDTH + 1))
-    with pytest.raises(RuntimeError):
-        layer(X.double())
-    with pytest.raises(TypeError, match="multiple values"):
-        layer(X, x=X)
-    with pytest.raises(TypeError, match="missing"):
-        layer()
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        layer(X, other=1)
-
-
-def test_tensors_without_memory_and_other_types_take_the_original_forward() -> None:
-    layer = nn.LayerNorm(WIDTH)
-    report = accelerated(layer)
-    assert layer.to("meta")(X.to("meta")).shape == X.shape
-    assert report.rows[0].note.endswith("input on meta")
-
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "LayerNorm": lambda: nn.LayerNorm(WIDTH),
-    "attention": attention,
-    "post-norm layer": encoder_layer,
-    "pre-norm layer": lambda: encoder_layer(norm_first=True, activation="gelu"),
-    "decoder layer": decoder_layer,
-    "block": block,
+WRONG = {
+    "normalized_shape": lambda layer: layer(torch.randn(2, 5, WIDTH + 1)),
+    "dtype": lambda layer: layer(X.double()),
+    "multiple values": lambda layer: layer(X, x=X),
+    "missing": lambda layer: layer(),
+    "unexpected keyword": lambda layer: layer(X, other=1),
 }
 
 
-def arguments_of(layer: nn.Module, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
-    """What a layer of any kind is called with."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return (x, x, x), {"need_weights": False}
-    return ((x, x) if isinstance(layer, nn.TransformerDecoderLayer) else (x,)), {}
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_inputs_raise_what_the_original_raises(message: str) -> None:
+    layer = Swapped(block()).layer
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        WRONG[message](layer)
 
 
-def autocast_types(layer: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """The dtype of a result under autocast is the one that torch gives, in both modes."""
-    layer, x = layer.to(device), X.to(device, dtype)
-    arguments, options = arguments_of(layer, x)
-    for training in (True, False):
-        layer.train(training)
-        with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(training):
-            expected = layer(*arguments, **options)
-            with accelerated(layer):
-                found = layer(*arguments, **options)
-        found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
-        assert found.dtype == expected.dtype, f"training {training}"
-        torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
+def test_tensors_without_memory_take_the_original_forward() -> None:
+    norm = nn.LayerNorm(WIDTH)
+    report = accelerated(norm)
+    assert norm.to("meta")(X.to("meta")).shape == X.shape
+    assert report.rows[0].note.endswith("input on meta")
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_results_under_autocast_have_the_type_they_had(name: str) -> None:
-    autocast_types(LAYERS[name](), "cpu", torch.float32)
+LAYERS: dict[str, Case] = {
+    "LayerNorm": (lambda: nn.LayerNorm(WIDTH), (X,), {}),
+    "attention": (attention, (X, X, X), masked()),
+    "post-norm layer": (encoder_layer, (X,), {}),
+    "pre-norm layer": (lambda: encoder_layer(norm_first=True, activation="gelu"), (X,), {}),
+    "decoder layer": (decoder_layer, (X, X), {}),
+    "block": (block, (X,), {}),
+}
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_results_under_autocast_on_a_device_have_the_type_they_had(name: str, dtype: torch.dtype) -> None:
-    autocast_types(LAYERS[name](), "cuda", dtype)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_inputs_of_any_layout_and_frozen_weights_are_taken(name: str) -> None:
-    """Frozen layers are swapped like the others."""
-    layer = LAYERS[name]()
-    for number, parameter in enumerate(layer.parameters()):
-        parameter.requires_grad_(number % 2 == 0)
-    strided = X.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
-    for frozen in (False, True):
-        layer.requires_grad_(False) if frozen else None
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        found = []
-        for _ in range(2):
-            arguments, options = arguments_of(layer, strided)
-            output = layer(*arguments, **options)
-            output = output[0] if isinstance(output, tuple) else output
-            found.append([output, *torch.autograd.grad(output.sum(), [strided, *trained])])
-            report = accelerated(layer)
-        report.undo()
-        for mine, expected in zip(*found, strict=True):
-            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+def test_results_under_autocast_have_the_type_they_had(name: str, device: str, dtype: torch.dtype) -> None:
+    """In both modes."""
+    make, inputs, options = LAYERS[name]
+    swapped, x = Swapped(make().to(device)), X.to(device, dtype)
+    for training in (True, False):
+        swapped.both(lambda layer, mode=training: layer.train(mode))
+        with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(training):
+            swapped.check(*[x] * len(inputs), tolerance=0.05, **options)
+        assert not (training and swapped.note)
