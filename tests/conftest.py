@@ -10,12 +10,19 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from hypothesis import HealthCheck, settings
 
 # Kernels run in Triton's interpreter, which is chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # workers of pytest-xdist are a process a core
+
+# Examples are the same in every run, and a busy machine is no failure.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
