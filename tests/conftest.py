@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 # Kernels run in Triton's interpreter, which is chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton_interpreter import patch_once
+
+    patch_once()
 
 torch.set_num_threads(1)  # workers of pytest-xdist are a process a core
 
