@@ -177,7 +177,9 @@ def test_data_without_labels_and_a_validation_set_without_labels_are_refused(dat
     more = ["--val", str(bare)]
     error = error_of(capsys, ["finetune", *options(data, tmp_path / "run", *more)])
     assert f"--val {bare}: no record has a label" in error
-    assert "--val gone" in error_of(capsys, ["finetune", *options(data, tmp_path / "run", "--val", "gone")])
+    gone = str(tmp_path / "gone")
+    error = error_of(capsys, ["finetune", *options(data, tmp_path / "run", "--val", gone)])
+    assert f"--val {gone}: cannot be opened" in error
 
 
 def test_another_character_set_in_the_same_folder_is_another_run(finished, data, capsys):
