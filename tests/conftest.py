@@ -1,5 +1,6 @@
 """Shared fixtures: the recorded tensors of the released code, and seeds."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from hypothesis import HealthCheck, settings
 
 # Kernels run in Triton's interpreter, which is chosen before Triton is imported.
 if not torch.cuda.is_available():
@@ -21,11 +21,13 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # workers of pytest-xdist are a process a core
 
-# Examples are the same in every run, and a busy machine is no failure.
-settings.register_profile(
-    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("tests")
+if importlib.util.find_spec("hypothesis"):  # the tests of kernels on a device run without it
+    from hypothesis import HealthCheck, settings
+
+    # Examples are the same in every run, and a busy machine is no failure.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=slow)
+    settings.load_profile("tests")
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
