@@ -1,5 +1,6 @@
 """Shared fixtures: the recorded tensors of the released code, and seeds."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,8 +15,19 @@ import torch
 # Kernels run in Triton's interpreter, which is chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton_interpreter import patch_once
+
+    patch_once()
 
 torch.set_num_threads(1)  # workers of pytest-xdist are a process a core
+
+if importlib.util.find_spec("hypothesis"):  # the tests of kernels on a device run without it
+    from hypothesis import HealthCheck, settings
+
+    # Examples are the same in every run, and a busy machine is no failure.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=slow)
+    settings.load_profile("tests")
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from lmim_fast.train import world as worlds
 
@@ -26,13 +26,12 @@ def run_ranks(
 ) -> list[Any]:
     """What `function(world, *arguments)` returns in `size` processes of one thread, rank 0 first."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As under torchrun, the store is its parent's: a port that was only found free may be taken meanwhile.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, ends = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
-        place = rank, size, port, grouped
+        place = rank, size, store.port, grouped
         process = context.Process(target=_work, args=(place, theirs, function, arguments))
         process.start()
         theirs.close()
@@ -63,6 +62,7 @@ def _work(
     rank, size, port, grouped = place
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     answer: Any
     try:

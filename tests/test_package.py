@@ -75,7 +75,7 @@ print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
 
 def test_import_takes_under_two_seconds_beyond_torch() -> None:
     code = "import torch, time; t = time.perf_counter(); import lmim_fast; print(time.perf_counter() - t)"
-    assert min(float(run_python(code)) for _ in range(3)) < 2.0
+    assert any(float(run_python(code)) < 2.0 for _ in range(3))
 
 
 def test_public_names_exist() -> None:

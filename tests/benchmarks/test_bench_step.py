@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from stopped_clock import StoppedClock
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
@@ -25,11 +26,14 @@ FIRST = [Candidate("default", "default")]
 @pytest.mark.parametrize("variant", ["released", "sdpa", "ours"])
 def test_parts_add_up_to_the_step_and_come_in_its_order(variant: str) -> None:
     trainee = Trainee(variant, ON_CPU)
-    step_parts.step_parts(variant, trainee)
-    start = time.perf_counter()
-    parts = step_parts.step_parts(variant, trainee)
-    whole = (time.perf_counter() - start) * 1e3
-    assert 0.9 * whole < sum(parts.values()) <= whole
+    shares = []
+    for _ in range(10):  # a busy machine may interrupt a step at its end
+        start = time.perf_counter()
+        parts = step_parts.step_parts(variant, trainee)
+        shares.append(sum(parts.values()) / (time.perf_counter() - start) / 1e3)
+        if len(shares) > 1 and shares[-1] > 0.9:
+            break
+    assert 0.9 < shares[-1] <= max(shares) <= 1
     both = [step_parts.STUDENT] if variant == "ours" else ["guidance", "masked"]
     backward = ["loss", "decoder", *both]
     assert [name for name, direction in parts if direction == "backward"] == backward
@@ -40,26 +44,27 @@ def test_parts_add_up_to_the_step_and_come_in_its_order(variant: str) -> None:
 
 
 def test_a_slow_part_is_found_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = StoppedClock()
+
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            time.sleep(0.3)
+            clock.sleep(0.25)
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
-            time.sleep(0.6)
+            clock.sleep(0.5)
             return grad
 
     decode = ReferenceLMIM.decode
     monkeypatch.setattr(
         ReferenceLMIM, "decode", lambda self, latent, *others: decode(self, Slow.apply(latent), *others)
     )
-    trainee = Trainee("released", ON_CPU)
-    parts = step_parts.step_parts("released", trainee)
-    quick = {part: milliseconds for part, milliseconds in parts.items() if part[0] != "decoder"}
-    assert 300 < parts["decoder", "forward"] < 600 < parts["decoder", "backward"]
-    assert max(quick.values()) < 300
+    monkeypatch.setattr(step_parts, "time", clock)
+    parts = step_parts.step_parts("released", Trainee("released", ON_CPU))
+    slow = {part: milliseconds for part, milliseconds in parts.items() if milliseconds}
+    assert slow == {("decoder", "forward"): 250, ("decoder", "backward"): 500}
 
 
 def test_rows_of_parts_name_the_floor_of_both_branches_for_ours() -> None:
@@ -85,8 +90,10 @@ def test_every_step_of_a_variant_sees_the_next_batch_and_trains() -> None:
     assert all(parameter.grad is None for parameter in trainee.model.parameters())
 
 
-def fake_compiler(costs: dict[str, float]) -> Any:
+def fake_compiler(costs: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for `torch.compile`: the mode decides how long a call takes; an unknown one fails."""
+    clock = StoppedClock()
+    monkeypatch.setattr(step_variants, "time", clock)
 
     def compile(function: Any, mode: str, **options: Any) -> Any:
         assert options == dict(fullgraph=True, dynamic=False)
@@ -94,7 +101,7 @@ def fake_compiler(costs: dict[str, float]) -> Any:
         def run(*inputs: Tensor) -> Tensor:
             if mode not in costs:
                 raise RuntimeError(f"no {mode} here\nand more")
-            time.sleep(costs[mode])
+            clock.sleep(costs[mode])
             loss: Tensor = function(*inputs)
             return loss
 
@@ -107,7 +114,7 @@ def fake_compiler(costs: dict[str, float]) -> Any:
 def test_the_compiled_variant_takes_the_first_that_runs_or_searches_the_fastest(
     seconds: float | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.4, fast=0.0)))
+    monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.5, fast=0.0), monkeypatch))
     tries = [Candidate(mode, "default") for mode in ("refused", "slow", "fast")]
     prepared = step_variants.prepare("compiled", ON_CPU, Search(tries, seconds=seconds))
     assert prepared.chosen == Candidate(chosen, "default")
@@ -117,7 +124,7 @@ def test_the_compiled_variant_takes_the_first_that_runs_or_searches_the_fastest(
     tried = ["refused", "slow", "fast"] if seconds else ["refused", "slow"]
     assert [row["mode"] for row in prepared.searched] == tried
     if seconds:
-        assert min(prepared.searched[1]["milliseconds"]) > 400
+        assert set(prepared.searched[1]["milliseconds"]) == {500}
     with pytest.raises(RuntimeError, match="no way to compile runs"):
         step_variants.prepare("compiled", ON_CPU, Search(tries[:1], seconds=seconds))
 
@@ -126,7 +133,7 @@ def test_further_modes_are_tried_with_the_fastest_attention_and_each_candidate_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiled: list[str] = []
-    fake = fake_compiler(dict(first=0.2, second=0.3, third=0.0))
+    fake = fake_compiler(dict(first=0.2, second=0.3, third=0.0), monkeypatch)
     monkeypatch.setattr(
         torch, "compile", lambda f, mode, **options: compiled.append(mode) or fake(f, mode, **options)
     )
@@ -146,7 +153,7 @@ def test_further_modes_are_tried_with_the_fastest_attention_and_each_candidate_i
 
 
 def test_a_search_that_has_spent_its_time_says_what_it_has_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.2, fast=0.0)))
+    monkeypatch.setattr(torch, "compile", fake_compiler(dict(slow=0.2, fast=0.0), monkeypatch))
     tries = [Candidate(mode, "default") for mode in ("refused", "slow", "fast")]
     prepared = step_variants.prepare("compiled", ON_CPU, Search(tries, seconds=0.1))
     assert prepared.chosen == Candidate("slow", "default")

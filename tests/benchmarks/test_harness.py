@@ -7,13 +7,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stopped_clock import StoppedClock
 from torch import Tensor
 
 from benchmarks import bench_attention, compare, floors, harness, tables
@@ -22,13 +22,15 @@ from benchmarks.operation import Operation
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+LEFT_OUT = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+NO_PLUGINS = "-p no:hypothesispytest -p no:typeguard"  # which take a second to import
 SHORT_GELU = "bias_gelu and ViT-S and N52"
 
 
 def plain_environment() -> dict[str, str]:
     """Without the interpreter, and without what keeps pytest-benchmark from measuring under xdist."""
-    left_out = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
-    return {name: value for name, value in os.environ.items() if name not in left_out}
+    kept = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+    return kept | {"PYTEST_ADDOPTS": NO_PLUGINS}
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -68,8 +70,9 @@ def test_an_operation_is_compared_with_the_saved_run_which_only_saving_replaces(
 ) -> None:
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "STORAGE", tmp_path / ".benchmarks")
-    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
+    for name in LEFT_OUT:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTEST_ADDOPTS", NO_PLUGINS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
     for name in ("benchmarks", "lmim_fast", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -81,12 +84,21 @@ def test_an_operation_is_compared_with_the_saved_run_which_only_saving_replaces(
     assert compare.main([*options, "-p", "slower"]) == 1
     assert "Performance has regressed" in capfd.readouterr().err
     assert last.read_text() == saved
-    assert compare.main([*options, "--save", "-p", "slower"]) == 0
-    slow = last.read_text()
-    assert slow != saved
+    found = json.loads(saved)
+    found["benchmarks"][0]["stats"]["median"] *= 100
+    last.write_text(slow := json.dumps(found))
     assert compare.main(options) == 0
     assert "which stays" in capfd.readouterr().out
     assert last.read_text() == slow
+
+    def another_run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert not [word for word in command if word.startswith("--benchmark-compare")]
+        last.with_name("new.json").write_text("another run")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", another_run)
+    assert compare.main([*options, "--save"]) == 0
+    assert last.read_text() == "another run"
 
 
 def make_inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -232,17 +244,19 @@ def test_a_device_that_does_not_answer_ends_the_session(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CUDA device rounds are graphs")
-@pytest.mark.parametrize(("seconds", "least", "most"), [(0.02, 1, 1), (0.0005, 2, 10), (0.0, 200, 200)])
-def test_a_round_has_the_calls_that_fit_into_it(seconds: float, least: int, most: int) -> None:
-    counts: list[int] = []
+@pytest.mark.parametrize(("seconds", "expected"), [(2**-6, 1), (2**-10, 6), (2**-20, 200)])
+def test_a_round_has_the_calls_that_fit_into_it(
+    seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, counts = StoppedClock(), list[int]()
+    monkeypatch.setattr(harness, "time", clock)
 
     def call(count: int) -> None:
         counts.append(count)
-        if seconds:
-            time.sleep(seconds * count)
+        clock.sleep(seconds * count)
 
     calls, repetitions = harness._prepare(call, 1)
-    assert least <= repetitions <= most
+    assert repetitions == expected
     calls()
     assert counts == [1, 1, 1, repetitions]
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ from benchmarks.static_build import ARCHES, Limits
 from lmim_fast.kernels import runtime
 
 ROOT = Path(__file__).parents[2]
+Small = dict[str, tuple[int, str, str]]  # exit code, output and errors of each call
 
 
 def run_static(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -26,19 +26,47 @@ def run_static(*arguments: str, code: str | None = None) -> subprocess.Completed
     )
 
 
-def small(only: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_static("--cases", "small_kernels", "--jobs", "1", "--only", only, *arguments)
+# Several calls of the program in one process: name, what is compiled, limits of other devices.
+_SMALL = """
+import contextlib, io, json
+from unittest import mock
+from benchmarks import static, static_build
+Limits = static_build.Limits
+calls = {
+    "good": (["--only", "pointwise|product", "--json"], {}),
+    "none": (["--only", "nothing like that"], {}),
+    "spilling": (["--only", "spilling"], {}),
+    "old": (["--only", "product", "--arch", "sm_75"], {"sm_75": Limits()}),  # too old for Triton's MMA
+    "limits": (["--only", "product"], {"sm_90": Limits(block_shared=16000, block_threads=64)}),
+}
+found = {}
+for name, (arguments, arches) in calls.items():
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(static_build.ARCHES, arches),
+    ):
+        try:
+            code = static.main(["--cases", "small_kernels", "--jobs", "1", *arguments])
+        except SystemExit as error:  # Python prints the reason, and ends with 1
+            code, _ = 1, err.write(str(error.code))
+    found[name] = code, out.getvalue(), err.getvalue()
+print(json.dumps(found))
+"""
 
 
-def rows(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    assert result.returncode in (0, 1), result.stderr
-    return [row for arch in json.loads(result.stdout) for row in arch["rows"]]
-
-
-def test_good_kernels_pass_and_their_resources_are_told() -> None:
-    result = small("pointwise|product", "--json")
+@pytest.fixture(scope="module")
+def small() -> Small:
+    result = run_static(code=_SMALL)
     assert result.returncode == 0, result.stderr
-    first, second, product = rows(result)
+    return {name: (code, out, err) for name, (code, out, err) in json.loads(result.stdout).items()}
+
+
+def test_good_kernels_pass_and_their_resources_are_told(small: Small) -> None:
+    code, out, err = small["good"]
+    assert code == 0, err
+    first, second, product = (row for arch in json.loads(out) for row in arch["rows"])
     assert first["cases"] == second["cases"] == ["pointwise"]  # 1000 and 1008 elements, both scales alike
     assert first["configuration"] == second["configuration"] == "bf16; offset=1, BLOCK=128"
     assert (first["products"], first["mma"], first["spilled"], first["threads"]) == (0, {}, 0, 128)
@@ -47,46 +75,32 @@ def test_good_kernels_pass_and_their_resources_are_told() -> None:
     assert product["products"] == 1
     assert list(product["mma"]) == ["wgmma"]
     assert product["shared"] == 2 * 64 * 64 * 2
-    assert "3 configurations of 2 kernels for sm_90: all pass" in result.stderr.splitlines()[-1]
+    assert "3 configurations of 2 kernels for sm_90: all pass" in err.splitlines()[-1]
 
 
-def test_no_case_is_not_a_success() -> None:
-    result = small("nothing like that")
-    assert result.returncode == 1
-    assert "static: no case matches 'nothing like that'" in result.stderr
+def test_no_case_is_not_a_success(small: Small) -> None:
+    code, _, err = small["none"]
+    assert (code, err) == (1, "static: no case matches 'nothing like that'")
 
 
-def test_a_spilling_kernel_is_named_and_fails() -> None:
-    result = small("spilling")
-    assert result.returncode == 1
-    assert "small_kernels:keep_too_much for spilling: spills" in result.stderr
-    assert "1 FAILED" in result.stdout.splitlines()[-1]
+def test_a_spilling_kernel_is_named_and_fails(small: Small) -> None:
+    code, out, err = small["spilling"]
+    assert code == 1
+    assert "small_kernels:keep_too_much for spilling: spills" in err
+    assert "1 FAILED" in out.splitlines()[-1]
 
 
-def test_a_16_bit_product_without_mma_instructions_fails() -> None:
-    code = """
-import sys
-from benchmarks import static, static_build
-static_build.ARCHES["sm_75"] = static_build.Limits()  # too old a GPU for Triton's MMA
-cases = ["--cases", "small_kernels", "--only", "product", "--jobs", "1"]
-sys.exit(static.main(["--arch", "sm_75", *cases]))
-"""
-    result = run_static(code=code)
-    assert result.returncode == 1
-    assert "for 16-bit product: does 1 products of 16-bit values without MMA instructions" in result.stderr
+def test_a_16_bit_product_without_mma_instructions_fails(small: Small) -> None:
+    code, _, err = small["old"]
+    assert code == 1
+    assert "for 16-bit product: does 1 products of 16-bit values without MMA instructions" in err
 
 
-def test_limits_of_a_block_are_told_with_their_numbers() -> None:
-    code = """
-import sys
-from benchmarks import static, static_build
-static_build.ARCHES["sm_90"] = static_build.Limits(block_shared=16000, block_threads=64)
-sys.exit(static.main(["--cases", "small_kernels", "--only", "product", "--jobs", "1"]))
-"""
-    result = run_static(code=code)
-    assert result.returncode == 1
-    assert "takes 16384 bytes of shared memory, a block may have 16000" in result.stderr
-    assert "runs 128 threads, a block may have 64" in result.stderr
+def test_limits_of_a_block_are_told_with_their_numbers(small: Small) -> None:
+    code, _, err = small["limits"]
+    assert code == 1
+    assert "takes 16384 bytes of shared memory, a block may have 16000" in err
+    assert "runs 128 threads, a block may have 64" in err
 
 
 @pytest.mark.parametrize(

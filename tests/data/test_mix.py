@@ -43,7 +43,7 @@ def group_of(groups, index):
     return next(n for n, (first, count) in enumerate(groups) if first <= index < first + count)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     mixture=mixtures(),
     size=st.integers(1, 6),
@@ -71,7 +71,7 @@ def test_r03_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_o
     assert seen == stream(MixedOrder(*mixture, 1, seed), steps * batch_size)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(mixture=mixtures(), batch_size=st.integers(1, 70), seed=seeds)
 def test_every_group_has_its_share_of_every_epoch_and_is_walked_without_repetition(mixture, batch_size, seed):
     groups, weights = mixture
@@ -99,7 +99,7 @@ def test_every_group_has_its_share_of_every_epoch_and_is_walked_without_repetiti
             assert all(first <= index < first + count for _, index in part)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     mixture=mixtures(),
     batch_size=st.integers(1, 50),
@@ -178,7 +178,7 @@ def test_groups_may_be_named_in_any_order():
     assert all(order.substitute(0, index, 0) >= 6 for index in (6, 9))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), mixtures(), seeds, st.integers(0, 2**32 - 1), st.integers(0, 20))
 def test_a_substitute_is_of_the_same_group_and_the_same_one_every_time(data, mixture, seed, epoch, attempt):
     groups, _ = mixture

@@ -121,7 +121,7 @@ def warped(image, map_x, map_y, kernels=IDENTITY):
     return view[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     height=st.integers(1, 20),

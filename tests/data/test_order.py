@@ -31,7 +31,7 @@ def pairs_of(epochs, indices):
     return list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_samples=counts,
     size=st.integers(1, 6),
@@ -59,7 +59,7 @@ def test_r03_a_run_stopped_anywhere_and_resumed_at_another_world_size_sees_the_o
     assert seen == stream(num_samples, seed, steps * batch_size)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_samples=counts, batch_size=st.integers(1, 130), seed=seeds, steps=st.integers(1, 6))
 def test_r03_each_epoch_holds_each_sample_once_and_batches_run_over_its_edge(
     num_samples, batch_size, seed, steps
@@ -74,7 +74,7 @@ def test_r03_each_epoch_holds_each_sample_once_and_batches_run_over_its_edge(
     assert len(set(tail)) == len(tail) < num_samples
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     num_samples=st.integers(5, 60),
     batch_size=st.integers(1, 50),
@@ -162,7 +162,7 @@ def test_sizes_out_of_range_are_errors(num_samples, batch_size):
         SampleOrder(num_samples, batch_size, 0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data(), st.integers(2, 2**32 - 1), seeds, st.integers(0, 2**32 - 1), st.integers(0, 20))
 def test_a_substitute_is_another_sample_and_the_same_one_every_time(data, num_samples, seed, epoch, attempt):
     index = data.draw(st.integers(0, num_samples - 1))

@@ -240,7 +240,7 @@ def test_the_background_works_ahead_no_further_than_its_depth():
     ahead = Background(source(), 3, "lmim-test")
     assert next(ahead) == 0
     for _ in range(5):  # one consumed, three waiting, one in hand
-        assert release.acquire(timeout=5)
+        assert release.acquire(timeout=60)
     assert not release.acquire(timeout=0.2)
     assert taken == [0, 1, 2, 3, 4]
     ahead.close()

@@ -45,7 +45,7 @@ def passes(folder, batch_size, seed, world_size, accumulation, start, end):
     return pairs
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     count=st.integers(1, 7),
     size=st.integers(1, 3),

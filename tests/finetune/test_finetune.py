@@ -172,10 +172,14 @@ def test_a_finished_run_converts_to_the_released_layout(finished, tmp_path):
 
 def test_data_without_labels_and_a_validation_set_without_labels_are_refused(data, tmp_path, capsys):
     bare = write_lmdb(tmp_path / "bare", 5)
-    assert "label" in error_of(capsys, ["finetune", *options(bare, tmp_path / "run")], code=1)
+    error = error_of(capsys, ["finetune", *options(bare, tmp_path / "run")], code=1)
+    assert f"none of 5 records has a label ({bare})" in error
     more = ["--val", str(bare)]
-    assert "label" in error_of(capsys, ["finetune", *options(data, tmp_path / "run", *more)])
-    assert "--val" in error_of(capsys, ["finetune", *options(data, tmp_path / "run", "--val", "gone")])
+    error = error_of(capsys, ["finetune", *options(data, tmp_path / "run", *more)])
+    assert f"--val {bare}: no record has a label" in error
+    gone = str(tmp_path / "gone")
+    error = error_of(capsys, ["finetune", *options(data, tmp_path / "run", "--val", gone)])
+    assert f"--val {gone}: cannot be opened" in error
 
 
 def test_another_character_set_in_the_same_folder_is_another_run(finished, data, capsys):

@@ -58,7 +58,7 @@ GELU = {
 def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
     oracle, fast = ReferenceLMIM(CASES[name]), LMIM(CASES[name])
     twins(oracle, fast)
-    batch = batch_of(CASES[name], 3)
+    batch = batch_of(CASES[name], 2)
     expected = oracle(*batch).loss
     with dispatch.backend("triton"), launches() as names:
         loss = fast(*batch).loss
@@ -104,7 +104,7 @@ def test_every_mlp_at_the_released_sizes_has_its_gelu_in_the_epilogue() -> None:
 def test_compiled_loss_and_every_gradient_equal_the_eager_ones() -> None:
     oracle, fast = ReferenceLMIM(CASES["one layer"]), LMIM(CASES["one layer"])
     twins(oracle, fast)
-    batch = batch_of(CASES["one layer"], 3)
+    batch = batch_of(CASES["one layer"], 2)
     graphs: list[torch.fx.GraphModule] = []
 
     def forward(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
@@ -136,7 +136,7 @@ def test_mae_loss_and_every_gradient_equal_the_oracle(setting: Literal["on", "of
     config = dataclasses.replace(MICRO, gelu_epilogue=setting)
     oracle, fast = ReferenceMAE(config), MAE(config)
     twins(oracle, fast)
-    images, _, noise = batch_of(MICRO, 3)
+    images, _, noise = batch_of(MICRO, 2)
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     expected = oracle(pixels, noise).loss
     with dispatch.backend("triton"), launches() as names:
@@ -212,7 +212,7 @@ def test_with_dropout_loss_and_every_gradient_equal_the_oracle_under_the_exporte
     config = dataclasses.replace(MICRO, decoder_dropout=0.25)
     oracle, fast = ReferenceLMIM(config).train(), LMIM(config).train()
     twins(oracle, fast)
-    images, guidance, noise = batch_of(config, 3)
+    images, guidance, noise = batch_of(config, 2)
     seeds: list[Tensor] = []
     draw = dropout.draw_seed
 

@@ -136,11 +136,11 @@ def test_operators_keep_the_contract_of_pytorch(tokens: int, bias: bool, p: floa
     skip_where_too_long(tokens)
     ops, dtype = torch.ops.lmim_fast, DTYPES[0]
     drawn = seed() if p else None
-    _, (qkv, qkv_bias) = packed(2, 32, [(1, 5), (1, tokens)], dtype, bias)
+    _, (qkv, qkv_bias) = packed(1, 32, [(1, 5), (1, tokens)], dtype, bias)
     for tensor in (qkv, qkv_bias):
         if tensor is not None:
             tensor.requires_grad_()
-    rest = (2, [1, 5, 1, tokens], p)
+    rest = (1, [1, 5, 1, tokens], p)
     torch.library.opcheck(ops.self_attention.default, (qkv, qkv_bias, drawn, *rest))
     qkv, qkv_bias = qkv.detach(), None if qkv_bias is None else qkv_bias.detach()
     out, normaliser = ops.self_attention(qkv, qkv_bias, drawn, *rest)
@@ -153,11 +153,11 @@ def test_cross_operators_keep_the_contract_of_pytorch(tokens: int, bias: bool, p
     skip_where_too_long(tokens)
     ops, dtype = torch.ops.lmim_fast, DTYPES[0]
     drawn = seed() if p else None
-    _, inputs = crossed(2, 32, (1, 9, tokens), dtype, bias)
+    _, inputs = crossed(1, 32, (1, 9, tokens), dtype, bias)
     leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs]
-    torch.library.opcheck(ops.cross_attention.default, (*leaves, drawn, 2, p))
-    out, normaliser = ops.cross_attention(*inputs, drawn, 2, p)
-    given = (draw(*out.shape, dtype=dtype), *inputs, drawn, out, normaliser, 2, p, bias)
+    torch.library.opcheck(ops.cross_attention.default, (*leaves, drawn, 1, p))
+    out, normaliser = ops.cross_attention(*inputs, drawn, 1, p)
+    given = (draw(*out.shape, dtype=dtype), *inputs, drawn, out, normaliser, 1, p, bias)
     torch.library.opcheck(ops.cross_attention_backward.default, given)
 
 

@@ -50,7 +50,7 @@ def test_counter_zero_and_key_zero_give_the_known_answer():
     assert philox.uint32(0, 0, torch.tensor([0]), 4, stream=0).tolist() == [KNOWN_ANSWERS[0][2]]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**64 - 1), epoch=words32, index=words32, count=st.integers(1, 33), stream=words32)
 def test_words_are_those_of_counter_block_index_epoch_stream_and_key_seed(seed, epoch, index, count, stream):
     expected = []
@@ -64,7 +64,7 @@ def test_the_largest_counter_and_key_are_exact():
     assert philox.uint32(2**64 - 1, ONES, torch.tensor([ONES]), 4, ONES).tolist() == [expected]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(words32, min_size=1, max_size=20), st.randoms(use_true_random=False))
 def test_a_sample_draws_the_same_numbers_at_any_place_of_any_batch(indices, random):
     shuffled = random.sample(indices, len(indices))

@@ -2,22 +2,19 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import socket
 import threading
 
 import finetune_runs
 import pretrain_runs
 import pytest
 import torch
+from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 
 from lmim_fast import faults
 from lmim_fast.config import AugmentConfig, FinetuneConfig, ModelConfig, PretrainConfig, RecognizerConfig
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.errors import LmimError, UsageError
-from lmim_fast.train import world as worlds
 from lmim_fast.train.held_out import HeldOut
 from lmim_fast.train.tasks import make_task
 from lmim_fast.train.world import World
@@ -178,41 +175,25 @@ def _halve(parameters):
             parameter.mul_(0.5)
 
 
-def _rank(rank, port, data, run, results):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def _rank(world, data, run):
     found = {}
-    with worlds.join("cpu") as world:
-        for objective in OBJECTIVES:
-            for images in (1, CROPS):
-                task, model = built(config_of(data, run, objective, eval_images=images))
-                found[objective, images] = HeldOut(task, world)(model, images)
-        found["sharded"] = _sharded(data, run, world)
-        held_out = HeldOut(task, world)
-        with faults.injected(faults.Fault("evaluation", "raise", rank=1)):
-            try:
-                held_out(model, 20)
-            except (RuntimeError, LmimError) as error:
-                found["fault"] = str(error)
-    results.put((rank, found))
+    for objective in OBJECTIVES:
+        for images in (1, CROPS):
+            task, model = built(config_of(data, run, objective, eval_images=images))
+            found[objective, images] = HeldOut(task, world)(model, images)
+    found["sharded"] = _sharded(data, run, world)
+    held_out = HeldOut(task, world)
+    with faults.injected(faults.Fault("evaluation", "raise", rank=1)):
+        try:
+            held_out(model, 20)
+        except (RuntimeError, LmimError) as error:
+            found["fault"] = str(error)
+    return found
 
 
 def test_two_processes_measure_what_one_does_and_fail_together(data, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results, run = context.SimpleQueue(), tmp_path / "two"
-    arguments = (port, data, run, results)
-    processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    ranks = dict(results.get() for _ in processes)
+    run = tmp_path / "two"
+    ranks = run_ranks(_rank, data, run)
     assert "injected at evaluation" in ranks[1].pop("fault")
     assert ranks[0].pop("fault").endswith("(rank 1)")
     assert ranks[0] == ranks[1]

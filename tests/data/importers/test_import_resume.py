@@ -90,11 +90,15 @@ def test_an_import_killed_again_and_again_at_any_moment_ends_with_every_record_o
     """Kills come from outside, while each commit takes half a second."""
     source = write("tar", tmp_path / "source")
     imported(capsys, source, "--output", tmp_path / "whole")
-    rng = random.Random(3)
+    rng, partial = random.Random(3), tmp_path / "out.partial" / "records.partial"
     for _ in range(3):
         process = start(source, tmp_path / "out", fault="records=slow")
         assert process.stdout.readline()  # the sources are opened
-        time.sleep(rng.uniform(0.6, 1.6))
+        # 8 KiB are the two meta pages of an empty database.
+        while not partial.exists() or partial.stat().st_size <= 8192:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.1, 1.1))
         process.kill()
         process.communicate(timeout=60)
         assert not (tmp_path / "out").exists()

@@ -84,7 +84,7 @@ def test_a_resumed_render_says_where_it_goes_on_and_renders_the_rest_only(tmp_pa
     monkeypatch.setattr(database, "_WORTH_A_SPEED", 30)
     render(config, said.append)
     assert said[0] == "goes on with the unfinished render: 30 of 60 crops are there"
-    assert re.fullmatch(r"30 crops in \d+ s: \d+ crops/s with 1 process", said[1])
+    assert re.fullmatch(r"30 crops in \d+ s: [\d,]+ crops/s with 1 process", said[1])
     assert len(made) == 30
 
 

@@ -7,7 +7,6 @@ import pickle
 import random
 import sys
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from encoded_images import mutations, variants
 from lmdb_folders import image, write_database
+from other_threads import other_threads_run_during
 
 from lmim_fast.config import LabelConfig
 from lmim_fast.data.charset import Charset
@@ -248,22 +248,8 @@ def test_gathering_lets_other_threads_run(tmp_path):
     extra = [(b"image-000000001", endless)]
     store = RecordStore([write_database(tmp_path / "crops", 3, extra=extra)])
     store.gather([0], MAX_PIXELS)
-    ticks, done = [], threading.Event()
-
-    def tick():
-        while not done.is_set():
-            ticks.append(time.perf_counter())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    start = time.perf_counter()
     assert set(store.gather([0] * 16, MAX_PIXELS).status) == {Status.TRUNCATED}
-    stop = time.perf_counter()
-    done.set()
-    thread.join()
-    assert stop - start > 0.03, "too short to tell"
-    assert sum(start < at < stop for at in ticks) >= 5
+    assert other_threads_run_during(lambda: store.gather([0] * 16, MAX_PIXELS))
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the shared word crops are not here")

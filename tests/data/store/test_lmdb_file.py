@@ -58,7 +58,7 @@ SIZES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 400),
     sizes=st.lists(SIZES, min_size=1, max_size=8),
