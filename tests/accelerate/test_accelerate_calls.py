@@ -56,7 +56,6 @@ LEFT = [
     ("a mask or an option is given", lambda: BertSelfAttention(WIDTH, HEADS), (X, CAUSAL), {}),
     ("output_attentions is given", vit_layer, (X,), {"output_attentions": True}),
     ("gradient checkpointing", lambda: vit_layer(gradient_checkpointing=True), (X,), {}),
-    ("LayerScale in float16", lambda: scaled_block().half(), (X.half(),), {}),
     (f"shape (0, 9, {WIDTH})", lambda: nn.LayerNorm(WIDTH), (X[:0],), {}),
     ("2049 values", lambda: nn.LayerNorm(2049), (torch.randn(1, 2049),), {}),
 ]
@@ -113,6 +112,12 @@ def test_a_casting_norm_takes_another_type_than_that_of_its_weights() -> None:
     swapped = Swapped(CastingNorm(WIDTH))
     swapped.check(X.bfloat16(), tolerance=1e-2)
     assert not swapped.note
+
+
+def test_a_layer_scale_is_not_multiplied_into_weights_of_float16() -> None:
+    swapped = Swapped(scaled_block(), only=Block).both(lambda block: block.half())
+    swapped.check(X.half(), tolerance=0.0)
+    assert "LayerScale in float16" in swapped.note
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")

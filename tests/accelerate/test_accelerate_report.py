@@ -122,7 +122,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
     "mlp: norm is a torch.nn.modules.activation.Tanh": lambda: block_with("mlp", "norm", nn.Tanh()),
     f"attn: qkv is a {__name__}.Linear": lambda: block_with("attn", "qkv", Linear(WIDTH, 3 * WIDTH)),
     "attn_implementation is mine": lambda: vit_with(config=SimpleNamespace(_attn_implementation="mine")),
-    "attention: its scaling is 1.0": lambda: vit_with(scaling=1.0),
+    "attention: its scale is 1.0": lambda: vit_with(scaling=1.0),
     "attention: it is causal": lambda: vit_with(is_causal=True),
     "has a patched forward": with_own_forward,
     "kdim or vdim differs": lambda: attention(kdim=4),
