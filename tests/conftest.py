@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():
     from triton_interpreter import patch_once
 
     patch_once()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # workers of pytest-xdist are a process a core
 
