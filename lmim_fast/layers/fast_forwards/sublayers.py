@@ -197,14 +197,16 @@ class Block(NamedTuple):
         else:
             rows, residual = fused_add_norm(residual, None, None, self.norm1, compute_dtype(qkv.weight))
             context = attention.context(rows.view(shape), causal=causal).flatten(0, 1)
-        projected = linear(context, attention.proj.weight)
-        branch = _along(self.path1, Branch(projected, attention.proj.bias, attention.drop), shape)
-        inputs, p = (residual, branch.product, branch.bias, self.norm2), branch.p
+        branch = Branch(linear(context, attention.proj.weight), attention.proj.bias, attention.drop)
+        product, bias, p = _along(self.path1, branch, shape)
         if parts.act is None:
-            product, residual = norm_mlp(*inputs, parts.first, parts.second, p=p, drop=parts.p)
+            product, residual = norm_mlp(
+                residual, product, bias, self.norm2, parts.first, parts.second, p=p, drop=parts.p
+            )
             branch = Branch(product, parts.second.bias, parts.drop)
         else:
-            rows, residual = fused_add_norm(*inputs, compute_dtype(parts.first.weight), p=p)
+            dtype = compute_dtype(parts.first.weight)
+            rows, residual = fused_add_norm(residual, product, bias, self.norm2, dtype, p=p)
             branch = parts.branch(rows.view(shape))
         branch = _along(self.path2, branch, shape)
         return add_branch(residual.view(shape), branch._replace(product=branch.product.view(shape)))
