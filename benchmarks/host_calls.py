@@ -6,8 +6,8 @@ mode without gradients, where PyTorch's attention has a fast path; "both" is for
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.turns import cpu_microseconds, in_turn
 from lmim_fast import layers
 
 SHAPE = (1, 8, 64)
@@ -85,14 +86,11 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
     rows = []
     for name, pair in pairs().items():
         for direction in DIRECTIONS:
-            forms = {"ours": pair.ours, "plain": pair.plain}
-            runs = {form: _runner(layer, pair.call, direction) for form, layer in forms.items()}
-            times: dict[str, list[float]] = {form: [] for form in forms}
-            for number in range(rounds + 1):
-                for form in list(forms)[:: 1 if number % 2 else -1]:
-                    spent = _microseconds(runs[form], calls)
-                    if number:  # the first is a warm-up
-                        times[form].append(spent)
+            runs = {
+                form: functools.partial(cpu_microseconds, _runner(layer, pair.call, direction), calls)
+                for form, layer in (("ours", pair.ours), ("plain", pair.plain))
+            }
+            times = in_turn(runs, rounds)
             difference = statistics.median(
                 ours - plain for ours, plain in zip(times["ours"], times["plain"], strict=True)
             )
@@ -113,10 +111,3 @@ def _runner(layer: nn.Module, call: Callable[[Any, Tensor], Tensor], direction: 
     layer.train(direction == "both")
     x.requires_grad_(direction == "both")
     return both if direction == "both" else forward
-
-
-def _microseconds(run: Callable[[], None], calls: int) -> float:
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return 1e6 * (time.process_time() - start) / calls

@@ -8,7 +8,7 @@ function and CUDA's own launch, comes on top of both times alike.
 from __future__ import annotations
 
 import contextlib
-import time
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.operation import kernel_name
+from benchmarks.turns import cpu_microseconds, in_turn
 from lmim_fast.kernels import attention, direct, linear_gelu, norm, runtime
 
 _WARMUP = 2
@@ -125,15 +126,12 @@ def measure(rounds: int, calls: int = _CALLS) -> list[dict[str, Any]]:
     with without_device(lambda launched: None):
         for launch in map(clone, launches()):
             call = launch.kernel, launch.grid, launch.arguments, launch.options, launch.constants
-            times: dict[str, list[float]] = {path: [] for path in runtime.LAUNCHES}
             paths = dict(zip(runtime.LAUNCHES, (runtime._through_triton, direct.launch), strict=True))
-            for number in range(_WARMUP + rounds):
-                for path in runtime.LAUNCHES[:: 1 if number % 2 else -1]:
-                    start = time.process_time()
-                    for _ in range(calls):
-                        paths[path](*call)
-                    if number >= _WARMUP:
-                        times[path].append(1e6 * (time.process_time() - start) / calls)
+            runs = {
+                path: functools.partial(cpu_microseconds, functools.partial(run, *call), calls)
+                for path, run in paths.items()
+            }
+            times = in_turn(runs, rounds, warmup=_WARMUP)
             count = len(launch.arguments) + len(launch.constants)
             rows.append(dict(kernel=kernel_name(launch.kernel), arguments=count, microseconds=times))
     return rows

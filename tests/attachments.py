@@ -12,23 +12,6 @@ from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from lmim_fast.config import ModelConfig
-
-MICRO = ModelConfig(
-    image_size=(8, 16),
-    width=64,
-    depth=2,
-    heads=2,
-    mlp_ratio=2.0,
-    decoder_width=32,
-    decoder_depth=2,
-    decoder_heads=2,
-    decoder_ffn=48,
-    decoder_dropout=0.0,
-    mae_decoder_depth=1,
-    mask_ratio=0.6,
-    pos_grid="true",
-)
 Undo = Callable[[], object]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import statistics
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.accelerated.models import SIZES, Subject, subject
+from benchmarks.accelerated.times import ratio, runner
+from benchmarks.turns import in_turn
 from lmim_fast import accelerate
 
 FORMS = ("before", "after", "compiled", "accelerated, compiled")
@@ -37,39 +39,19 @@ def measure(name: str, rounds: int, size: str = "device", device: str = "cuda") 
     models = {form: copy.deepcopy(model) for form in FORMS}
     accelerate(models["after"])
     accelerate(models["accelerated, compiled"])
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16)
     rows = []
     for direction in ("forward", "both"):
         runs = {}
         for form, each in models.items():
             each.train(direction == "both")
             called: Any = torch.compile(each) if "compiled" in form else each
-            runs[form] = _runner(Subject(called, inputs, made.options), direction, device)
-        times: dict[str, list[float]] = {form: [] for form in runs}
-        for number in range(rounds + 1):
-            for form in list(runs)[:: 1 if number % 2 else -1]:
-                spent = _milliseconds(runs[form], device)
-                if number:  # the first compiles and warms up
-                    times[form].append(spent)
-        ratios = {
-            form: statistics.median(a / b for a, b in zip(times["before"], spent, strict=True))
-            for form, spent in times.items()
-        }
+            runs[form] = runner(Subject(called, inputs, made.options), direction, autocast)
+        timed = {form: functools.partial(_milliseconds, run, device) for form, run in runs.items()}
+        times = in_turn(timed, rounds)  # the round that does not count compiles
+        ratios = {form: ratio(times["before"], spent) for form, spent in times.items()}
         rows.append(dict(size=size, direction=direction, milliseconds=times, ratio=ratios))
     return rows
-
-
-def _runner(each: Subject, direction: str, device: str) -> Callable[[], None]:
-    def forward() -> None:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-            each()
-
-    def both() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            trained = [out for out in each() if out.requires_grad]
-        torch.autograd.backward(trained, [torch.ones_like(out) for out in trained])
-        each.model.zero_grad()
-
-    return both if direction == "both" else forward
 
 
 def _milliseconds(run: Callable[[], None], device: str) -> float:

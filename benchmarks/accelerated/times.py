@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.accelerated.models import SIZES, Subject, subject
+from benchmarks.turns import cpu_microseconds, in_turn
 from lmim_fast import accelerate
 
 LIMIT = 0.98  # least time of the model before to that after
 DIRECTIONS = ("forward", "both")
-_SECONDS = 0.02  # of a form in a round
+_MICROSECONDS = 20_000  # of a form in a round
 _RETRY = 4  # times as many rounds, if a ratio is below the limit
 
 
@@ -43,7 +45,7 @@ def measure(name: str, size_name: str, rounds: int) -> list[dict[str, Any]]:
         for model in models.values():
             model.train(direction == "both")
         runs = {
-            form: _runner(Subject(model, made.inputs, made.options), direction)
+            form: runner(Subject(model, made.inputs, made.options), direction)
             for form, model in models.items()
         }
         row = _rounds(runs, rounds)
@@ -54,38 +56,41 @@ def measure(name: str, size_name: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def _rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
-    calls = max(1, round(_SECONDS / min(_seconds(runs["before"], 1) for _ in range(3))))
-    times: dict[str, list[float]] = {form: [] for form in runs}
-    for number in range(rounds + 1):
-        for form in list(runs)[:: 1 if number % 2 else -1]:
-            spent = _seconds(runs[form], calls)
-            if number:  # the first is a warm-up
-                times[form].append(spent)
-    ratios = {
-        form: statistics.median(a / b for a, b in zip(times["before"], times[form], strict=True))
-        for form in ("after", "same")
-    }
-    microseconds = {form: [round(1e6 * spent, 1) for spent in found] for form, found in times.items()}
+    calls = max(1, round(_MICROSECONDS / min(_warm(runs["before"], 1) for _ in range(3))))
+    times = in_turn({form: functools.partial(_warm, run, calls) for form, run in runs.items()}, rounds)
+    ratios = {form: ratio(times["before"], times[form]) for form in ("after", "same")}
+    microseconds = {form: [round(spent, 1) for spent in found] for form, found in times.items()}
     return {"microseconds": microseconds, "ratio": ratios["after"], "noise": ratios["same"]}
 
 
-def _runner(each: Subject, direction: str) -> Callable[[], None]:
+def ratio(before: list[float], after: list[float]) -> float:
+    """The median of the rounds' before / after."""
+    return statistics.median(a / b for a, b in zip(before, after, strict=True))
+
+
+def runner(
+    each: Subject, direction: str, context: Callable[[], Any] = contextlib.nullcontext
+) -> Callable[[], None]:
+    """A call of the model ("forward", without gradients), or a forward and a backward pass ("both").
+
+    Args:
+        context: what the model is called in.
+    """
+
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), context():
             each()
 
     def both() -> None:
-        trained = [out for out in each() if out.requires_grad]
+        with context():
+            trained = [out for out in each() if out.requires_grad]
         torch.autograd.backward(trained, [torch.ones_like(out) for out in trained])
         each.model.zero_grad()
 
     return both if direction == "both" else forward
 
 
-def _seconds(run: Callable[[], None], calls: int) -> float:
-    """Of a call, after one that is not timed: who ran before leaves the caches warm."""
+def _warm(run: Callable[[], None], calls: int) -> float:
+    """Microseconds of a call, after one that is not timed: who ran before leaves the caches warm."""
     run()
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - start) / calls
+    return cpu_microseconds(run, calls)

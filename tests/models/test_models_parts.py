@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from attachments import MICRO, OF_LINEARS, lora
+from attachments import OF_LINEARS, lora
+from micro import MICRO
 from recognizers import ODD
 from recognizers import batch_of as words_of
 from torch import Tensor, nn

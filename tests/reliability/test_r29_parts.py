@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from attachments import MICRO, Lora
+from attachments import Lora
+from micro import MICRO
 from recognizers import ODD
 from torch import Tensor, nn
 
