@@ -86,8 +86,8 @@ def _warn(device: int, path: Path, what: str, reason: str) -> None:
         return
     _told.add(device)
     warnings.warn(
-        f"the file system of {os.path.abspath(path)} cannot flush ({reason}): {what} may be lost in a power cut "
-        "or a crash of the server; all else works, and a kill of the process loses nothing",
+        f"the file system of {os.path.abspath(path)} cannot flush ({reason}): {what} may be lost in a power "
+        "cut or a crash of the server; all else works, and a kill of the process loses nothing",
         stacklevel=1,
     )
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-# DISK_FOLDER_FSYNC, DISK_FILE_FSYNC: the errno of every fsync and fdatasync of a folder, of a file;
-# DISK_FOLDER_OPEN: of opening a folder as a file; DISK_READ="ERRNO PART": of reads of files with PART in their path.
+# The environment names an errno for each kind of call; it is read at every call, so it may change.
+# DISK_FOLDER_FSYNC, DISK_FILE_FSYNC: fsync and fdatasync of a folder, of a file; DISK_FOLDER_OPEN: opening a
+# folder as a file; DISK_READ="ERRNO PART": reading a file that has PART in its path.
 _SOURCE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -78,11 +78,3 @@ def build(folder: Path) -> Path:
     source.write_text(_SOURCE)
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     return library
-
-
-def environment(library: Path, **refused: int | str) -> dict[str, str]:
-    """What a process must have in its environment, beside the rest: `folder_fsync=errno.EINVAL`."""
-    loaded = {"LD_PRELOAD": str(library)} | {
-        f"DISK_{name.upper()}": str(value) for name, value in refused.items()
-    }
-    return {**os.environ, **loaded}

@@ -223,7 +223,7 @@ def state_of(path: Path) -> dict[str, Any]:
         right = f"step-{step:08d}" if isinstance(step, int) else "what it was"
         raise MisnamedError(
             f"{path} holds the checkpoint of step {step}, not of the step in its name: rename it to {right}, "
-            "or move it out of that folder"
+            f"or move it out of {path.parent}"
         )
     return state
 

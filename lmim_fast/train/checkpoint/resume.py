@@ -87,8 +87,8 @@ def find(
 def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpoint | None:
     if names := folders.misnamed(run):
         say(
-            f"warning: {run / 'checkpoints'} holds {', '.join(map(repr, names))}: checkpoints are called like "
-            "step-00000300, so it is not read"
+            f"warning: {run / 'checkpoints'} holds {', '.join(map(repr, names))}: checkpoints are called "
+            "like step-00000300, other names are not read"
         )
     if not folders.steps(run):
         return None

@@ -58,8 +58,8 @@ class ShardWriter(DefaultSavePlanner):
     def __init__(self, folder: Path, live: Mapping[str, Tensor], host: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._live, self._host, self._folder = dict(live), host, folder
-        # No copies ahead: they are for tensors on a device, and wait for its current stream. Files are flushed
-        # in `write`: DCP fails on a file system that cannot flush.
+        # No copies ahead: they are for tensors on a device, and wait for its current stream. Files are
+        # flushed in `write`: DCP fails on a file system that cannot flush.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0, sync_files=False)
 
     def propose(self) -> SavePlan:

@@ -83,6 +83,28 @@ def test_r06_one_that_is_half_deleted_has_no_finished_name(write, tmp_path, monk
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_a_renamed_checkpoint_is_neither_counted_nor_deleted_and_real_ones_stay(write, tmp_path):
+    for step in (1, 2, 3):
+        write(step)
+    folders.folder_of(tmp_path, 1).rename(folders.folder_of(tmp_path, 99999999))
+    assert steps_after(tmp_path, keep=2) == [2, 3, 99999999]
+    assert steps_after(tmp_path, keep=1) == [3, 99999999]
+
+
+def test_one_that_cannot_be_read_now_takes_no_ones_place(write, tmp_path, monkeypatch):
+    for step in (1, 2, 3, 4):
+        write(step)
+    read_state = folders.read_state
+
+    def refuse(path):
+        if "step-00000003" in str(path):
+            raise LmimError("cannot read it")
+        return read_state(path)
+
+    monkeypatch.setattr(folders, "read_state", refuse)
+    assert steps_after(tmp_path, keep=2) == [2, 3, 4]
+
+
 def test_damaged_folders_that_were_set_aside_are_not_counted(write, tmp_path):
     for step in (1, 2, 3, 4):
         write(step)
