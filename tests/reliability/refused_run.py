@@ -44,9 +44,6 @@ def main(data: Path, folder: Path) -> dict[str, dict[str, object]]:
         for number in numbers:
             name = errno.errorcode[number]
             done[f"{layout} {name}"] = run(*train, read=f"{number} {newest}")
-        done[f"{layout} convert"] = run(
-            "convert", str(folder / layout), "x.pth", read=f"{errno.EIO} {newest}"
-        )
         where = str(folder / layout)
         done[f"{layout} convert"] = run("convert", where, "x.pth", read=f"{errno.EIO} {newest}")
         done[f"{layout} again"] = run(*train)

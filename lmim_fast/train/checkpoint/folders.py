@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train.checkpoint import shards
 from lmim_fast.train.checkpoint.files import (
     check_file,
-    explain,
     explained,
     read_checked,
     reading,
@@ -157,7 +155,7 @@ def finished(run: Path) -> list[Path]:
     Raises:
         LmimError: their folder cannot be read, which does not mean that there are none.
     """
-    finished = [path for path in _entries(run) if is_finished_name(path.name)]
+    finished = [path for path in entries(run) if is_finished_name(path.name)]
     return sorted(finished, key=step_of, reverse=True)
 
 
@@ -167,12 +165,17 @@ def misnamed(run: Path) -> list[str]:
     Raises:
         LmimError: as of `finished`.
     """
-    paths = [path for path in _entries(run) if not is_finished_name(path.name)]
+    paths = [path for path in entries(run) if not is_finished_name(path.name)]
     kept = [path for path in paths if path.suffix != ".tmp" and ".damaged" not in path.suffixes]
     return sorted(path.name for path in kept if os.path.isfile(path / STATE_FILE))
 
 
-def _entries(run: Path) -> list[Path]:
+def entries(run: Path) -> list[Path]:
+    """All that lies beside the finished checkpoints of a run, and they.
+
+    Raises:
+        LmimError: as of `finished`.
+    """
     folder = run / "checkpoints"
     try:
         with reading(folder):
@@ -332,45 +335,3 @@ def weights_file(path: Path) -> Path:
             f"{path} is sharded: write its weights to a file with `lmim convert`, and name that file"
         )
     return path / MODEL_FILE
-
-
-def remove_unfinished(run: Path) -> None:
-    """Delete what an interrupted save left behind."""
-    for path in _entries(run):
-        if path.name.startswith("step-") and path.suffix == ".tmp":
-            delete(path)
-
-
-def delete(folder: Path) -> None:
-    """Delete a folder that nobody needs; where that fails the run is still healthy."""
-    doomed = folder if folder.suffix == ".tmp" else unfinished(folder)
-    try:
-        if doomed != folder:
-            discard(folder)
-            folder.rename(doomed)  # half deleted it must not look finished
-        durable.remove(doomed)
-    except OSError as error:
-        # The same text for every folder, so that Python shows it once.
-        reason = error.strerror or error
-        warnings.warn(
-            f"old folders in {folder.parent} cannot be deleted ({reason}); delete them by hand",
-            stacklevel=1,
-        )
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that neither resume nor retention counts it; what it is called now.
-
-    One of the same step that was set aside before stays: people may want to look into it.
-
-    Raises:
-        LmimError: it cannot be renamed.
-    """
-    aside, number = path.with_name(path.name + ".damaged"), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged.{number}")
-    try:
-        return path.rename(aside)
-    except OSError as error:
-        raise explain(error, aside) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmim_fast import faults
 from lmim_fast.errors import CheckpointError, LmimError
-from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint import folders, removal
 
 
 def retain(run: Path, *, keep: int, keep_every: int = 0) -> None:
@@ -26,8 +26,8 @@ def retain(run: Path, *, keep: int, keep_every: int = 0) -> None:
     folders.verify(kept[0])
     for path in old:
         faults.point("retention")
-        folders.delete(path)
-    folders.remove_unfinished(run)  # what could not be deleted before
+        removal.delete(path)
+    removal.remove_unfinished(run)  # what could not be deleted before
 
 
 def _sort(paths: list[Path], keep: int, keep_every: int) -> tuple[list[Path], list[Path]]:

@@ -14,7 +14,7 @@ from lmim_fast.config import ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config.io import to_dict
 from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train import optim
-from lmim_fast.train.checkpoint import content, folders
+from lmim_fast.train.checkpoint import content, folders, removal
 from lmim_fast.train.checkpoint.saver import Saver
 from lmim_fast.train.export import load_model
 from lmim_fast.train.tasks import make_task
@@ -131,7 +131,7 @@ def test_r06_unfinished_and_foreign_folders_are_no_checkpoints(save, tmp_path):
     for name in ("step-00000009.tmp", "step-00000008.damaged", "step-9", "notes"):
         (tmp_path / "checkpoints" / name).mkdir()
     assert folders.latest(tmp_path) == good
-    folders.remove_unfinished(tmp_path)
+    removal.remove_unfinished(tmp_path)
     assert "step-00000009.tmp" not in names(tmp_path)
     assert "step-00000008.damaged" in names(tmp_path)
 
@@ -213,14 +213,14 @@ def test_a_link_that_was_planted_where_a_checkpoint_is_written_leads_nothing_ast
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / f"step-0000000{step}.tmp").symlink_to(victim)
         if step == 1:
-            folders.remove_unfinished(tmp_path)
+            removal.remove_unfinished(tmp_path)
             assert names(tmp_path) == []
     path = save(2)
     assert not path.is_symlink()
     assert folders.latest(tmp_path) == path
     assert os.listdir(victim) == ["precious"]
     (tmp_path / "checkpoints" / "step-00000002.tmp").symlink_to(victim)
-    folders.delete(path)
+    removal.delete(path)
     assert (names(tmp_path), os.listdir(victim)) == ([], ["precious"])
 
 
@@ -234,7 +234,7 @@ def test_a_folder_of_checkpoints_may_be_a_link_to_another_disk(save, tmp_path):
 
 def test_what_was_set_aside_before_stays(save, tmp_path):
     for expected in ("damaged", "damaged.2", "damaged.3"):
-        assert folders.set_aside(save(1)).name == f"step-00000001.{expected}"
+        assert removal.set_aside(save(1)).name == f"step-00000001.{expected}"
     assert len(names(tmp_path)) == 3
 
 
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_deleted_is_warned_of_once_and_the_run_goes_on(s
         for step in (2, 3, 4):
             save(step, keep=1)
         (tmp_path / "checkpoints" / "step-00000005.tmp").mkdir()
-        folders.remove_unfinished(tmp_path)
+        removal.remove_unfinished(tmp_path)
     (only,) = told
     assert f"{tmp_path / 'checkpoints'} cannot be deleted (Permission denied)" in str(only.message)
     assert save(5, keep=1) == folders.latest(tmp_path)  # into the folder that was left

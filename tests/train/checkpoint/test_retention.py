@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmim_fast.errors import CheckpointError, LmimError
-from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint import folders, removal
 from lmim_fast.train.checkpoint.retention import retain
 
 
@@ -79,7 +79,7 @@ def test_r06_one_that_is_half_deleted_has_no_finished_name(write, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             retain(tmp_path, keep=1)
     assert folders.steps(tmp_path) == [2]
-    folders.remove_unfinished(tmp_path)
+    removal.remove_unfinished(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -108,6 +108,6 @@ def test_one_that_cannot_be_read_now_takes_no_ones_place(write, tmp_path, monkey
 def test_damaged_folders_that_were_set_aside_are_not_counted(write, tmp_path):
     for step in (1, 2, 3, 4):
         write(step)
-    folders.set_aside(folders.folder_of(tmp_path, 4))
+    removal.set_aside(folders.folder_of(tmp_path, 4))
     assert steps_after(tmp_path, keep=2) == [2, 3]
     assert (tmp_path / "checkpoints" / "step-00000004.damaged").is_dir()
