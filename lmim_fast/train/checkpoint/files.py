@@ -137,9 +137,13 @@ def reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise _no_memory(path) from error
+        files = error.errno in (errno.EMFILE, errno.ENFILE)
+        mend = "raise the limit of open files (ulimit -n)" if files else "mend the disk or the permissions"
         raise LmimError(
             f"cannot read {path}: {error.strerror or error}; it may be whole, so it stays as it is: "
-            "mend the disk or the permissions and run the same command again"
+            f"{mend} and run the same command again"
         ) from error
 
 
