@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import lmim_fast
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _shorten_spinning()
+    warnings.formatwarning = _format_warning
     try:
         code = _run_and_complain(arguments)
     except BaseException:
@@ -109,6 +111,18 @@ def _shorten_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of the package for its user, in one line without the place in the code."""
+    if category is UserWarning and filename.startswith(os.path.dirname(lmim_fast.__file__) + os.sep):
+        return f"warning: {visible(str(message))}\n"
+    return _FULL_WARNING(message, category, filename, lineno, line)
+
+
+_FULL_WARNING = warnings.formatwarning
 
 
 def _complain(error: Exception, message: str) -> None:

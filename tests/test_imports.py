@@ -21,12 +21,25 @@ ROOT = Path(__file__).parents[1]
 # ops.norm above.
 FILES_ARE_ROOMS = ("lmim_fast", "lmim_fast.train", "lmim_fast.layers", "lmim_fast.ops", "benchmarks")
 
-_TRAIN = ("evaluation", "data", "models", "layers", "ops", "native", "config", "errors", "faults", "")
+_TRAIN = (
+    "evaluation",
+    "data",
+    "models",
+    "layers",
+    "ops",
+    "native",
+    "config",
+    "errors",
+    "durable",
+    "faults",
+    "",
+)
 # What each place in lmim_fast may import beside itself; "" is lmim_fast/__init__.py (version, public names).
 # The longest place that contains a module applies to it. A new file or package at the top needs a line here.
 MAY_IMPORT = {
     "errors": (),
     "faults": (),
+    "durable": (),
     "config": (),
     "native": (),
     "kernels": (),
@@ -35,18 +48,18 @@ MAY_IMPORT = {
     "ops": ("kernels", "native"),
     "layers": ("ops",),
     "": ("config", "layers"),
-    "models": ("layers", "ops", "config", "errors"),
-    "data": ("ops", "native", "config", "errors", "faults"),
-    "data.store": ("native", "config", "errors", "faults"),
+    "models": ("layers", "ops", "config", "errors", "durable"),
+    "data": ("ops", "native", "config", "errors", "durable", "faults"),
+    "data.store": ("native", "config", "errors", "durable", "faults"),
     "data.guidance": ("ops", "native", "config", "errors"),
     "data.augment": ("data.guidance", "ops", "config", "errors"),
     "data.render": ("data", "data.store", "config", "errors"),
-    "data.importers": ("data", "data.store", "config", "errors", "faults"),
-    "data.tools": ("data", "data.store", "config", "errors"),
+    "data.importers": ("data", "data.store", "config", "errors", "durable", "faults"),
+    "data.tools": ("data", "data.store", "config", "errors", "durable"),
     "train": _TRAIN,
     "train.world": ("config", "errors"),
     "evaluation": ("train.world", "data", "models", "ops", "config", "errors"),
-    "train.checkpoint": ("train.world", "models", "config", "errors", "faults"),
+    "train.checkpoint": ("train.world", "models", "config", "errors", "durable", "faults"),
     "report": ("train", *_TRAIN),
     "cli_options": ("config", "errors"),
     "doctor": ("train", "native", *_TRAIN),
@@ -63,6 +76,7 @@ OUTSIDE = {
     "config": set[str](),
     "errors": {"torch"},
     "faults": {"torch"},
+    "durable": set[str](),
 }
 
 

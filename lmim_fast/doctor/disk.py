@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
+from lmim_fast import durable
 from lmim_fast.config import RunConfig
 from lmim_fast.doctor.findings import Findings
 from lmim_fast.doctor.machine import amount
@@ -28,10 +28,19 @@ def check_disk(plan: Plan, findings: Findings) -> None:
             findings.error(
                 "disk", f"no permission to write in {place}", "change it, or name another --output"
             )
+        _check_flush(place, findings)
         if plan.model is None:
             return
         needed, words = _needed(plan)
-        free = shutil.disk_usage(place).free + _held(folder)
+        free = durable.free_bytes(place)
+        if free is None:
+            findings.warning(
+                "disk",
+                f"{folder} needs {amount(needed)} ({words}); its file system does not say how much is free",
+                "look yourself",
+            )
+            return
+        free += _held(folder)
         findings.figures |= {"disk_needed_bytes": needed, "disk_free_bytes": free}
         text = f"{folder} needs {amount(needed)} ({words}), {amount(free)} are free"
         if free < needed:
@@ -40,6 +49,25 @@ def check_disk(plan: Plan, findings: Findings) -> None:
             findings.warning("disk", text, "free some: little is left for logs and other runs")
         else:
             findings.ok("disk", text)
+
+
+def _check_flush(place: Path, findings: Findings) -> None:
+    try:
+        reason = durable.refusal(place)
+    except OSError as error:
+        findings.error(
+            "disk",
+            f"{place} cannot be flushed: {error.strerror}",
+            "have the disk checked, or name another --output",
+        )
+        return
+    if reason is not None:
+        findings.warning(
+            "disk",
+            f"the file system of {place} cannot flush folders ({reason}): "
+            "a power cut may lose the newest checkpoint",
+            "name an --output on a local disk or on NFS, or accept that",
+        )
 
 
 def _needed(plan: Plan) -> tuple[int, str]:

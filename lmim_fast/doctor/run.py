@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from lmim_fast import durable
 from lmim_fast.config import DoctorConfig, DoctorFinetuneConfig, DoctorPretrainConfig, RunConfig
 from lmim_fast.config.io import run_from_dict, to_dict
 from lmim_fast.data.visible import visible
@@ -112,7 +113,7 @@ def _write(path: Path, findings: Findings) -> None:
         "figures": findings.figures,
     }
     try:
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        durable.write_file(path, (json.dumps(document, indent=1) + "\n").encode())
     except OSError as error:
         raise UsageError(f"--json {path}: cannot be written ({error.strerror})") from error
 

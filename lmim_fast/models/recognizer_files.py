@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lmim_fast import durable
 from lmim_fast.config import ModelConfig, RecognizerConfig
 from lmim_fast.config.io import from_dict, to_dict
 from lmim_fast.config.recognizer import SPECIAL_CLASSES
@@ -53,9 +54,7 @@ def save_recognizer(model: Recognizer, path: str | os.PathLike[str]) -> Path:
         OSError: the file cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(recognizer_bytes(model))
-    os.replace(temporary, target)
+    durable.write_file(target, recognizer_bytes(model))
     return target
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lmim_fast import durable
 from lmim_fast.errors import WeightsError
 
 STUDENT, TEACHER, RECOGNIZER = "model_maeenc.", "model_maeenc_momentum.", "encoder."
@@ -186,9 +187,7 @@ def save_encoder(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         OSError: the file cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(encoder_safetensors(to_released(model)))
-    os.replace(temporary, target)
+    durable.write_file(target, encoder_safetensors(to_released(model)))
     return target
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import os
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
+from lmim_fast import durable
 from lmim_fast.config import FinetuneConfig, ReportConfig
 from lmim_fast.errors import DataError, LmimError, UsageError
 from lmim_fast.report.charts import COLOURS, SMOOTH_FROM, Chart, Points, Series, chart_html, short
@@ -225,13 +225,8 @@ def _write(target: Path, text: str) -> None:
     """Write beside the target, then rename."""
     if target.is_dir():
         raise UsageError(f"the report's output {target} is a folder; name a file")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        durable.write_file(target, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write the report to {target}: {error.strerror}") from error

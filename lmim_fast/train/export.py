@@ -64,10 +64,12 @@ def convert(
 
 def _state_of_run(source: Path, step: int | None) -> dict[str, Tensor]:
     if source.parent.name == "checkpoints" and source.name.startswith("step-"):
-        number = source.name.removeprefix("step-")
-        if step is not None or not number.isdigit():
-            raise UsageError(f"{source}: name the run folder and --step, or a finished checkpoint folder")
-        source, step = source.parent.parent, int(number)
+        if step is not None or not folders.is_finished_name(source.name):
+            raise UsageError(
+                f"{source}: name the run folder and --step, or a finished checkpoint folder, which is called "
+                "like step-00000300"
+            )
+        source, step = source.parent.parent, folders.step_of(source)
     steps = folders.steps(source)
     if not steps:
         raise UsageError(f"{source} has no checkpoint: it is not the folder of a run")
@@ -98,7 +100,7 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Modu
     if step is None:
         checkpoint = folders.newest(run, lambda _, error: problems.append(str(error)))
     else:
-        checkpoint = folders.read(run / "checkpoints" / f"step-{step:08d}")
+        checkpoint = folders.read(folders.folder_of(run, step))
     if checkpoint is None:
         raise CheckpointError("; ".join([f"{run} has no usable checkpoint", *problems]))
     config = run_from_dict(checkpoint.state["config"])

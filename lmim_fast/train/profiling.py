@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -77,13 +78,12 @@ class Trace:
         if steps < 1 or self._written:
             return
         self._written = True  # or said that it cannot be
-        partial = self._path.with_name(f".partial-{self._path.name}")
         try:
-            profiler.export_chrome_trace(str(partial))
-            partial.replace(self._path)
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self._path.parent) as folder:
+                partial = Path(folder) / self._path.name  # its ending says how it is packed
+                profiler.export_chrome_trace(str(partial))
+                partial.replace(self._path)
         except (OSError, RuntimeError) as error:  # the second is what the recorder in C++ raises
             self._say(f"warning: no trace in {self._path}: {error}")
         else:
             self._say(f"trace of {steps} steps in {self._path}")
-        finally:
-            partial.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from lmim_fast.config.io import config_hash, differences, to_dict
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.train import optim, parallel
-from lmim_fast.train.checkpoint import content, folders, resume
+from lmim_fast.train.checkpoint import content, removal, resume
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
 from lmim_fast.train.checkpoint.saver import Saver
@@ -239,7 +239,7 @@ def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
             raise UsageError(f"--output {run}: {folder} is in the way, it should be a folder")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"--output {run}: no permission to write in {folder}")
-    folders.remove_unfinished(run)
+    removal.remove_unfinished(run)
     description = {name: identity[name] for name in ("config", "versions", "data")}
     write_file(run / "config.json", json.dumps(description, indent=1).encode())
 

@@ -4,15 +4,18 @@ import json
 import shutil
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import finetune_runs
 import pytest
 import torch
 from pretrain_runs import options, write_lmdb
 
-from lmim_fast import cli
+from lmim_fast import cli, durable
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.doctor import dry_run, step
+from lmim_fast.doctor.disk import check_disk
+from lmim_fast.doctor.findings import Findings
 from lmim_fast.models.mae import MAE
 from lmim_fast.train.step import TrainStep
 
@@ -138,6 +141,16 @@ def test_records_on_the_skip_list_are_not_broken_ones_and_a_wrong_list_is_an_err
     code, found, _ = doctor("pretrain", *arguments)
     assert code == 1
     assert "line 1: 'nonsense' is not NAME@HASH" in found["skip list"][0][1]
+
+
+def test_a_disk_that_cannot_flush_is_a_warning_that_says_what_may_be_lost(tmp_path, monkeypatch):
+    plan = SimpleNamespace(config=SimpleNamespace(output=str(tmp_path / "run")), model=None)
+    findings = Findings()
+    monkeypatch.setattr(durable, "refusal", lambda _: "Invalid argument")
+    check_disk(plan, findings)
+    (found,) = findings.entries
+    assert (found.level, found.what) == ("warning", "disk")
+    assert f"the file system of {tmp_path} cannot flush folders (Invalid argument)" in found.text
 
 
 def test_a_full_disk_is_an_error_before_the_run_and_its_own_checkpoints_count(tmp_path, doctor, monkeypatch):

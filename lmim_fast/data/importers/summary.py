@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from lmim_fast import durable
 from lmim_fast.data.importers.prepare import Outcome
 from lmim_fast.data.visible import visible
 
@@ -109,6 +110,7 @@ class RejectList:
     """
 
     def __init__(self, path: Path, listed: int) -> None:
+        self._path = path
         self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115 - closed by `close`
         self._file.truncate(listed)
         if not listed:
@@ -123,7 +125,7 @@ class RejectList:
     def sync(self) -> int:
         """Bring it onto the disk; its size in bytes."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        durable.flush_file(self._file.fileno(), self._path)
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
@@ -142,7 +144,4 @@ def write_summary(path: Path, identity: dict[str, Any], summary: Summary) -> Non
     """`import.json`: what the database was made of, and the counts."""
     state = summary.state()
     text = json.dumps({**identity, **{name: state[name] for name in _TOLD}}, indent=1, ensure_ascii=False)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    durable.write_file(path, (text + "\n").encode())

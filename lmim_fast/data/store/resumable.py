@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lmim_fast import faults
+from lmim_fast import durable, faults
 from lmim_fast.data.store.databases import COUNT_KEY, lmdb
-from lmim_fast.data.store.writer import PARTIAL_FILE, LmdbWriter, sync_folder
+from lmim_fast.data.store.writer import PARTIAL_FILE, LmdbWriter
 from lmim_fast.errors import UsageError
 
 # A commit waits for the disk. It is due when one of these is pending:
@@ -105,7 +105,8 @@ class ResumableWriter(LmdbWriter):
                 (self.output / _IDENTITY_FILE).unlink()
 
     def _files(self) -> tuple[str, ...]:
-        return (*super()._files(), _IDENTITY_FILE, _IDENTITY_FILE + ".new", *self._side_files)
+        named = (_IDENTITY_FILE, *self._side_files)
+        return (*super()._files(), *named, *(durable.temporary_name(Path(name)).name for name in named))
 
     def _remove_leftovers(self) -> None:
         """Keep what can be resumed, after a check that it is of the same command."""
@@ -117,13 +118,7 @@ class ResumableWriter(LmdbWriter):
             self._ours = True
             return
         self._delete_files()
-        new = self.folder / (_IDENTITY_FILE + ".new")
-        with open(new, "w", encoding="utf-8") as file:
-            json.dump(self._identity, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.folder / _IDENTITY_FILE)
-        sync_folder(self.folder)
+        durable.write_file(self.folder / _IDENTITY_FILE, json.dumps(self._identity, indent=1).encode())
 
     def _earlier_identity(self) -> dict[str, Any] | None:
         try:

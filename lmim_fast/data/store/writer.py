@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lmim_fast import durable
 from lmim_fast.data.store.databases import COUNT_KEY, image_key, label_key, lmdb
 from lmim_fast.errors import LmimError, UsageError
 
@@ -51,6 +52,8 @@ class LmdbWriter:
             raise UsageError(f"{self.output} is a link; name the folder that it leads to")
         if self.output.is_mount():
             raise UsageError(f"{self.output} is a mount point; name a folder in it, {self.output / 'crops'}")
+        if self.folder.is_symlink():
+            raise UsageError(f"{self.folder} is needed for the unfinished LMDB but is a link; remove it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_folder()
@@ -133,7 +136,8 @@ class LmdbWriter:
         self._delete_files()
 
     def _refuse_foreign_files(self) -> None:
-        foreign = [path.name for path in self.folder.iterdir() if path.name not in self._files()]
+        ours = self._files()
+        foreign = [path.name for path in self.folder.iterdir() if path.name not in ours or path.is_symlink()]
         if foreign:
             self._ours = False
             raise UsageError(
@@ -177,11 +181,11 @@ class LmdbWriter:
         try:
             self._environment.close()
             os.rename(self.folder / PARTIAL_FILE, self.folder / "data.mdb")
-            sync_folder(self.folder)
+            durable.flush_folder(self.folder)
             os.rename(self.folder, self.output)
+            durable.flush_folder(self.output.parent)
         except (OSError, lmdb.Error) as error:
             raise LmimError(self._failure(error)) from error
-        sync_folder(self.output.parent)
 
     def _abandon(self) -> None:
         if hasattr(self, "_environment"):
@@ -191,8 +195,9 @@ class LmdbWriter:
         self._cleanup.close()
 
     def _failure(self, error: Exception) -> str:
-        free = shutil.disk_usage(self.folder).free
-        reason = f"the disk is full ({free} bytes free)" if free < _DISK_IS_FULL_BELOW else _reason(error)
+        free = durable.free_bytes(self.folder)
+        full = free is not None and free < _DISK_IS_FULL_BELOW
+        reason = f"the disk is full ({free} bytes free)" if full else _reason(error)
         return f"writing the LMDB {self.output} failed at record {self.written}: {reason}; {self.kept()}"
 
     def kept(self) -> str:
@@ -221,13 +226,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return str(error)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut; file systems that cannot do that for folders say EINVAL."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

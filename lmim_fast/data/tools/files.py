@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
+from lmim_fast import durable
 from lmim_fast.errors import UsageError
 
 
@@ -15,14 +15,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        durable.write_file(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UsageError(f"{path} cannot be written ({error.strerror})") from error
 
 

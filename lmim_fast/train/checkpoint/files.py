@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmim_fast import durable
 from lmim_fast.errors import CheckpointError, LmimError
 
 # The types of tensors that are written, in the order in which the safetensors format stores them.
@@ -36,7 +37,10 @@ def explain(error: OSError, path: Path) -> LmimError:
     """What a failed write means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LmimError(f"disk full while writing {path}: free some space and run the same command again")
-    return LmimError(f"cannot write {path}: {error.strerror or error}")
+    reason = error.strerror or str(error)
+    if error.filename and Path(error.filename) not in (path, path.parent):
+        reason += f" ({error.filename})"  # what is in the way may be a temporary name
+    return LmimError(f"cannot write {path}: {reason}; mend that and run the same command again")
 
 
 def explained(failure: Exception, path: Path) -> Exception:
@@ -49,7 +53,7 @@ def explained(failure: Exception, path: Path) -> Exception:
 
 def _write_parts(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with durable.create(path) as file:
         for part in parts:
             for start in range(0, len(part), _CHUNK):
                 chunk = part[start : start + _CHUNK]
@@ -57,7 +61,7 @@ def _write_parts(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
                 digest.update(chunk)
             size += len(part)
         file.flush()
-        os.fsync(file.fileno())
+        durable.flush_file(file.fileno(), path)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -101,35 +105,17 @@ def describe(path: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": checksum}
 
 
-def flush_folder(path: Path) -> None:
-    """Make the names in a folder (new files, renames) last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_file(path: Path, content: bytes) -> dict[str, Any]:
     """Write a file so that it is whole or absent; its line of a manifest.
 
     Raises:
         LmimError: the disk is full or the path cannot be written; an older file of that name is untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        line = write_flushed(temporary, content)
-        temporary.rename(path)
-        flush_folder(path.parent)
+        durable.write_file(path, content)
     except OSError as error:
-        _discard(temporary)
         raise explain(error, path) from error
-    return line
-
-
-def _discard(path: Path) -> None:
-    if path.is_file():
-        path.unlink()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @contextlib.contextmanager
@@ -142,13 +128,29 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError as error:
+        raise _no_memory(path) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it of host memory
+            raise
+        raise _no_memory(path) from error
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise _no_memory(path) from error
+        files = error.errno in (errno.EMFILE, errno.ENFILE)
+        mend = "raise the limit of open files (ulimit -n)" if files else "mend the disk or the permissions"
         raise LmimError(
             f"cannot read {path}: {error.strerror or error}; it may be whole, so it stays as it is: "
-            "mend the disk or the permissions and run the same command again"
+            f"{mend} and run the same command again"
         ) from error
+
+
+def _no_memory(path: Path) -> LmimError:
+    return LmimError(
+        f"not enough host memory to read {path}, which stays as it is: free some, or run where there is more"
+    )
 
 
 def check_file(path: Path, line: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ RUN/
       state.json              step, meter, config, data, versions; size and checksum of each file
     step-00000300.tmp/        being written: flushed to disk, then renamed; or being deleted
     step-00000200.damaged/    set aside: neither resume nor retention counts it
+
+A folder counts by its name, which must be that of the step inside: reading a renamed one is an error.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
-import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,12 @@ from typing import Any, TypeVar
 import safetensors.torch
 from torch import Tensor
 
-from lmim_fast import faults
-from lmim_fast.errors import CheckpointError
+from lmim_fast import durable, faults
+from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train.checkpoint import shards
 from lmim_fast.train.checkpoint.files import (
     check_file,
     explained,
-    flush_folder,
     read_checked,
     reading,
     write_flushed,
@@ -44,7 +44,7 @@ from lmim_fast.train.checkpoint.files import (
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 SHARDS = "shards"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."  # of names where both kinds of tensors are together
-_FOLDER = re.compile(r"step-\d{8}")
+_FOLDER = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 Value = TypeVar("Value")
 
 
@@ -63,6 +63,10 @@ class Checkpoint:
         return self.path / SHARDS if is_sharded(self.state) and not self.model else None
 
 
+class MisnamedError(LmimError):
+    """A checkpoint folder with the name of another step: it is whole, so it is not set aside."""
+
+
 def is_sharded(state: dict[str, Any]) -> bool:
     """Whether state.json is of a checkpoint that several processes wrote."""
     return state.get("layout") == "sharded"
@@ -75,22 +79,23 @@ def folder_of(run: Path, step: int) -> Path:
 
 def unfinished(final: Path) -> Path:
     """Where a checkpoint is written before it gets the name `final`."""
-    return final.with_name(final.name + ".tmp")
+    return durable.temporary_name(final)
 
 
 def begin(final: Path) -> Path:
-    """Make the folder that a checkpoint is written in; this folder."""
+    """Make the folder that a checkpoint is written in, new and no link; this folder."""
     discard(final)
     temporary = unfinished(final)
-    temporary.mkdir(parents=True, exist_ok=True)  # there, if it could not be removed
+    if os.path.lexists(temporary):  # NFS keeps the files that another process has open
+        temporary.rename(temporary.with_name(f"{final.name}.{os.getpid()}.tmp"))
+    temporary.mkdir(parents=True)
     return temporary
 
 
 def discard(final: Path) -> None:
     """Delete what a failed or killed save of the checkpoint `final` has left."""
-    temporary = unfinished(final)
-    if temporary.exists():
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        durable.remove(unfinished(final))
 
 
 @contextlib.contextmanager
@@ -128,10 +133,10 @@ def commit(final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]])
     text = json.dumps({**body, "checksum": _checksum(body)}, indent=1)
     write_flushed(temporary / STATE_FILE, text.encode())
     faults.point("save")
-    flush_folder(temporary)
+    durable.flush_folder(temporary)
     faults.point("commit")
     temporary.rename(final)
-    flush_folder(final.parent)
+    durable.flush_folder(final.parent)
     return final
 
 
@@ -139,10 +144,44 @@ def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def is_finished_name(name: str) -> bool:
+    """Whether a finished checkpoint folder can be called so."""
+    return _FOLDER.fullmatch(name) is not None
+
+
 def finished(run: Path) -> list[Path]:
-    """A run's finished checkpoint folders, newest first."""
-    finished = [path for path in run.glob("checkpoints/step-*") if _FOLDER.fullmatch(path.name)]
-    return sorted(finished, key=lambda path: path.name, reverse=True)
+    """A run's finished checkpoint folders, by their names, newest first.
+
+    Raises:
+        LmimError: their folder cannot be read, which does not mean that there are none.
+    """
+    finished = [path for path in entries(run) if is_finished_name(path.name)]
+    return sorted(finished, key=step_of, reverse=True)
+
+
+def misnamed(run: Path) -> list[str]:
+    """Names beside them under which checkpoints are not found, such as `step-300` or `step-00000300 (copy)`.
+
+    Raises:
+        LmimError: as of `finished`.
+    """
+    paths = [path for path in entries(run) if not is_finished_name(path.name)]
+    kept = [path for path in paths if path.suffix != ".tmp" and ".damaged" not in path.suffixes]
+    return sorted(path.name for path in kept if os.path.isfile(path / STATE_FILE))
+
+
+def entries(run: Path) -> list[Path]:
+    """All that lies beside the finished checkpoints of a run, and they.
+
+    Raises:
+        LmimError: as of `finished`.
+    """
+    folder = run / "checkpoints"
+    try:
+        with reading(folder):
+            return [folder / name for name in os.listdir(folder)]
+    except CheckpointError:
+        return []  # there is no such folder
 
 
 def step_of(path: Path) -> int:
@@ -173,14 +212,33 @@ def read_state(path: Path) -> dict[str, Any]:
     return body
 
 
+def state_of(path: Path) -> dict[str, Any]:
+    """The state in a finished checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or altered.
+        MisnamedError: the folder has the name of another step.
+        LmimError: it cannot be read.
+    """
+    state = read_state(path / STATE_FILE)
+    step = state.get("step")
+    if is_finished_name(path.name) and step != step_of(path):
+        right = f"step-{step:08d}" if isinstance(step, int) else "what it was"
+        raise MisnamedError(
+            f"{path} holds the checkpoint of step {step}, not of the step in its name: rename it to {right}, "
+            f"or move it out of {path.parent}"
+        )
+    return state
+
+
 def verify(path: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint folder against its manifest; its state.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the message names it.
-        LmimError: a file cannot be read.
+        LmimError: a file cannot be read, or the folder has the name of another step.
     """
-    state = read_state(path / STATE_FILE)
+    state = state_of(path)
     for name, line in state["files"].items():
         check_file(path / name, line)
     return state
@@ -191,16 +249,17 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; the message names it.
-        LmimError: a file cannot be read.
+        LmimError: a file cannot be read, or the folder has the name of another step.
     """
-    state = read_state(path / STATE_FILE)
-    if is_sharded(state):
-        verify(path)
-        return Checkpoint(path, state, *split(shards.read(path / SHARDS)))
-    model, optimizer = (
-        safetensors.torch.load(read_checked(path / name, state["files"][name]))
-        for name in (MODEL_FILE, OPTIMIZER_FILE)
-    )
+    state = state_of(path)
+    with reading(path):
+        if is_sharded(state):
+            verify(path)
+            return Checkpoint(path, state, *split(shards.read(path / SHARDS)))
+        model, optimizer = (
+            safetensors.torch.load(read_checked(path / name, state["files"][name]))
+            for name in (MODEL_FILE, OPTIMIZER_FILE)
+        )
     return Checkpoint(path, state, model, optimizer)
 
 
@@ -219,14 +278,14 @@ def open_verified(path: Path) -> Checkpoint:
     Raises:
         CheckpointError, LmimError: as of `read`.
     """
-    if is_sharded(read_state(path / STATE_FILE)):
+    if is_sharded(state_of(path)):
         return Checkpoint(path, verify(path), {}, {})
     return read(path)
 
 
 def open_trusted(path: Path) -> Checkpoint:
     """As `open_verified`, of a checkpoint whose shards another process has just verified."""
-    state = read_state(path / STATE_FILE)
+    state = state_of(path)
     return Checkpoint(path, state, {}, {}) if is_sharded(state) else read(path)
 
 
@@ -241,7 +300,7 @@ def newest(
     Args:
         in_memory: False leaves the tensors of a sharded one in its files.
     Raises:
-        LmimError: a file cannot be read.
+        LmimError: a file cannot be read, or a folder has the name of another step.
     """
     for path in finished(run):
         try:
@@ -253,7 +312,11 @@ def newest(
 
 
 def latest(run_folder: str | Path) -> Path | None:
-    """Folder of a run's newest whole checkpoint, or None."""
+    """Folder of a run's newest whole checkpoint, or None.
+
+    Raises:
+        LmimError: as of `newest`.
+    """
     for path in finished(Path(run_folder)):
         with contextlib.suppress(CheckpointError):
             verify(path)
@@ -272,32 +335,3 @@ def weights_file(path: Path) -> Path:
             f"{path} is sharded: write its weights to a file with `lmim convert`, and name that file"
         )
     return path / MODEL_FILE
-
-
-def remove_unfinished(run: Path) -> None:
-    """Delete what an interrupted save left behind."""
-    for path in run.glob("checkpoints/step-*.tmp"):
-        delete(path)
-
-
-def delete(folder: Path) -> None:
-    """Delete a folder that nobody needs; where that fails the run is still healthy."""
-    doomed = folder if folder.suffix == ".tmp" else unfinished(folder)
-    try:
-        folder.rename(doomed)  # half deleted it must not look finished
-        shutil.rmtree(doomed)
-    except OSError as error:
-        # The same text for every folder, so that Python shows it once.
-        reason = error.strerror or error
-        warnings.warn(
-            f"old folders in {folder.parent} cannot be deleted ({reason}); delete them by hand",
-            stacklevel=1,
-        )
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that neither resume nor retention counts it."""
-    aside = path.with_name(path.name + ".damaged")
-    if aside.exists():
-        shutil.rmtree(aside)
-    return path.rename(aside)

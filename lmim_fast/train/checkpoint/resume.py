@@ -9,7 +9,7 @@ from typing import Any
 from lmim_fast.config import RunConfig
 from lmim_fast.config.io import differences, run_from_dict, to_dict
 from lmim_fast.errors import CheckpointError, UsageError
-from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint import folders, removal
 from lmim_fast.train.checkpoint.folders import Checkpoint
 from lmim_fast.train.world import World
 
@@ -85,6 +85,11 @@ def find(
 
 
 def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpoint | None:
+    if names := folders.misnamed(run):
+        say(
+            f"warning: {run / 'checkpoints'} holds {', '.join(map(repr, names))}: checkpoints are called "
+            "like step-00000300, other names are not read"
+        )
     if not folders.steps(run):
         return None
     if not config.resume:
@@ -95,7 +100,7 @@ def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpo
         reasons = "; ".join(str(error) for _, error in damaged)
         raise CheckpointError(f"no checkpoint in {run} is whole ({reasons}); choose another --output")
     for path, error in damaged:
-        aside = folders.set_aside(path)
+        aside = removal.set_aside(path)
         say(f"warning: {error}; set aside as {aside.name}, continuing from {saved.path.name}")
     return saved
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmim_fast import faults
 from lmim_fast.errors import CheckpointError, LmimError
-from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint import folders, removal
 
 
 def retain(run: Path, *, keep: int, keep_every: int = 0) -> None:
@@ -20,33 +20,35 @@ def retain(run: Path, *, keep: int, keep_every: int = 0) -> None:
         CheckpointError: it is not whole.
         LmimError: it cannot be read.
     """
-    paths = folders.finished(run)
-    kept = _kept(paths, keep, keep_every)
-    old = [path for path in paths if path not in kept]
+    kept, old = _sort(folders.finished(run), keep, keep_every)
     if not old:
         return
-    folders.verify(paths[0])
+    folders.verify(kept[0])
     for path in old:
         faults.point("retention")
-        folders.delete(path)
-    folders.remove_unfinished(run)  # what could not be deleted before
+        removal.delete(path)
+    removal.remove_unfinished(run)  # what could not be deleted before
 
 
-def _kept(paths: list[Path], keep: int, keep_every: int) -> set[Path]:
-    """Those of `paths`, newest first, that stay."""
-    kept, scores = set(paths[:keep]), {}
+def _sort(paths: list[Path], keep: int, keep_every: int) -> tuple[list[Path], list[Path]]:
+    """Those of `paths`, newest first, that stay, and those that go; of misnamed ones neither."""
+    readable, unreadable, scores = [], set(), {}
     for path in paths:
-        if keep_every and folders.step_of(path) % keep_every == 0:
-            kept.add(path)
         try:
-            score = folders.read_state(path / folders.STATE_FILE).get("score")
-        except CheckpointError:
-            continue  # a damaged one is not the best
-        except LmimError:
-            kept.add(path)  # it cannot be read now, and may be the best
+            score = folders.state_of(path).get("score")
+        except folders.MisnamedError:
             continue
+        except CheckpointError:
+            score = None  # a damaged one is not the best
+        except LmimError:
+            unreadable.add(path)  # now; it may be the best
+            continue
+        readable.append(path)
         if isinstance(score, int | float) and math.isfinite(score):
             scores[path] = score
+    stay = unreadable | set(readable[:keep])
+    stay |= {path for path in readable if keep_every and folders.step_of(path) % keep_every == 0}
     if scores:
-        kept.add(min(scores, key=lambda path: scores[path]))  # of equals the newest
-    return kept
+        stay.add(min(scores, key=lambda path: scores[path]))  # of equals the newest
+    kept = [path for path in paths if path in stay]
+    return kept, [path for path in readable if path not in stay]

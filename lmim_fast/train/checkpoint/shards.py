@@ -24,8 +24,9 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from lmim_fast import durable
 from lmim_fast.errors import CheckpointError
-from lmim_fast.train.checkpoint.files import flush_folder, reading
+from lmim_fast.train.checkpoint.files import reading
 
 INDEX = ".metadata"
 # All that the index, a pickle, is made of. Nothing else is unpickled, so a foreign one runs no code.
@@ -57,8 +58,9 @@ class ShardWriter(DefaultSavePlanner):
     def __init__(self, folder: Path, live: Mapping[str, Tensor], host: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._live, self._host, self._folder = dict(live), host, folder
-        # No copies ahead: they are for tensors on a device, and wait for its current stream.
-        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        # No copies ahead: they are for tensors on a device, and wait for its current stream. Files are
+        # flushed in `write`: DCP fails on a file system that cannot flush.
+        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0, sync_files=False)
 
     def propose(self) -> SavePlan:
         """What this process could write."""
@@ -76,12 +78,16 @@ class ShardWriter(DefaultSavePlanner):
         chosen, metadata = self.create_global_plan(plans)  # the same on every rank
         mine = self.finish_plan(self._writer.prepare_global_plan(chosen)[rank])
         results = self._writer.write_data(mine, self).wait()
-        return results, metadata, sorted(self._folder.glob(f"__{rank}_*"))
+        paths = sorted(self._folder.glob(f"__{rank}_*"))
+        for path in paths:
+            durable.flush_named(path)
+        return results, metadata, paths
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> Path:
         """Write the index, from the `results` of all processes; its file."""
         self._writer.finish(metadata, results)
-        flush_folder(self._folder)
+        durable.flush_named(self._folder / INDEX)
+        durable.flush_folder(self._folder)
         return self._folder / INDEX
 
     def lookup_object(self, index: MetadataIndex) -> Any:

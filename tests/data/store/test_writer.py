@@ -126,6 +126,19 @@ def test_what_a_killed_writer_left_is_replaced_but_foreign_files_stay(tmp_path):
     assert (left / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("planted", ["words.partial", "words.partial/records.partial"])
+def test_a_link_that_was_planted_where_the_records_are_written_is_refused_and_not_followed(tmp_path, planted):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / planted).parent.mkdir(exist_ok=True)
+    (tmp_path / planted).symlink_to(victim)
+    with pytest.raises(
+        UsageError, match=r"words\.partial is needed for the unfinished LMDB but .*; remove it"
+    ):
+        write(tmp_path / "words")
+    assert (os.listdir(victim), (tmp_path / planted).is_symlink()) == ([], True)
+
+
 def test_a_folder_without_write_permission_is_a_clear_error(tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)

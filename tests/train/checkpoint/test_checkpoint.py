@@ -14,7 +14,7 @@ from lmim_fast.config import ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config.io import to_dict
 from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.train import optim
-from lmim_fast.train.checkpoint import content, folders
+from lmim_fast.train.checkpoint import content, folders, removal
 from lmim_fast.train.checkpoint.saver import Saver
 from lmim_fast.train.export import load_model
 from lmim_fast.train.tasks import make_task
@@ -131,9 +131,111 @@ def test_r06_unfinished_and_foreign_folders_are_no_checkpoints(save, tmp_path):
     for name in ("step-00000009.tmp", "step-00000008.damaged", "step-9", "notes"):
         (tmp_path / "checkpoints" / name).mkdir()
     assert folders.latest(tmp_path) == good
-    folders.remove_unfinished(tmp_path)
+    removal.remove_unfinished(tmp_path)
     assert "step-00000009.tmp" not in names(tmp_path)
     assert "step-00000008.damaged" in names(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_an_error_that_says_both_steps_and_what_to_do(save, tmp_path):
+    save(3)
+    renamed = save(4).rename(folders.folder_of(tmp_path, 99999999))
+    message = (
+        f"{renamed} holds the checkpoint of step 4, not of the step in its name: "
+        f"rename it to step-00000004, or move it out of {tmp_path / 'checkpoints'}"
+    )
+    damaged = []
+    for read in (
+        lambda: folders.read(renamed),
+        lambda: folders.open_trusted(renamed),
+        lambda: folders.latest(tmp_path),
+        lambda: folders.newest(tmp_path, lambda *found: damaged.append(found), in_memory=False),
+    ):
+        with pytest.raises(folders.MisnamedError) as caught:
+            read()
+        assert str(caught.value) == message
+    assert damaged == []
+    assert names(tmp_path) == ["step-00000003", "step-99999999"]
+
+
+def test_checkpoints_under_names_that_are_not_looked_for_are_told(save, tmp_path):
+    save(3)
+    checkpoints = tmp_path / "checkpoints"
+    odd = [
+        "step-000000003",
+        "step-00000003 (copy)",
+        "step-3",
+        "step-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0663",
+    ]
+    for name in (*odd, "step-00000004.tmp", "step-00000005.damaged.2"):
+        shutil.copytree(checkpoints / "step-00000003", checkpoints / name)
+    assert folders.steps(tmp_path) == [3]
+    assert folders.misnamed(tmp_path) == odd
+    assert folders.is_finished_name("step-123456789")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_r25_a_folder_of_checkpoints_that_cannot_be_listed_is_not_one_without_any(
+    save, tmp_path, monkeypatch, number
+):
+    save(3)
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for read in (folders.steps, folders.newest, folders.latest, folders.misnamed):
+        with pytest.raises(LmimError, match=f"cannot read {tmp_path}/checkpoints: {os.strerror(number)}"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")]
+)
+def test_r25_too_little_memory_to_read_a_checkpoint_does_not_make_it_damaged(
+    save, tmp_path, monkeypatch, error
+):
+    path = save(3)
+
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "load", refuse)
+    with pytest.raises(LmimError, match=f"not enough host memory to read {path}") as caught:
+        folders.newest(tmp_path, lambda *_: pytest.fail("called damaged"))
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def test_a_link_that_was_planted_where_a_checkpoint_is_written_leads_nothing_astray(save, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").touch()
+    for step in (1, 2):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"step-0000000{step}.tmp").symlink_to(victim)
+        if step == 1:
+            removal.remove_unfinished(tmp_path)
+            assert names(tmp_path) == []
+    path = save(2)
+    assert not path.is_symlink()
+    assert folders.latest(tmp_path) == path
+    assert os.listdir(victim) == ["precious"]
+    (tmp_path / "checkpoints" / "step-00000002.tmp").symlink_to(victim)
+    removal.delete(path)
+    assert (names(tmp_path), os.listdir(victim)) == ([], ["precious"])
+
+
+def test_a_folder_of_checkpoints_may_be_a_link_to_another_disk(save, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    path = save(1)
+    assert folders.latest(tmp_path) == path
+    assert os.listdir(tmp_path / "elsewhere") == ["step-00000001"]
+
+
+def test_what_was_set_aside_before_stays(save, tmp_path):
+    for expected in ("damaged", "damaged.2", "damaged.3"):
+        assert removal.set_aside(save(1)).name == f"step-00000001.{expected}"
+    assert len(names(tmp_path)) == 3
 
 
 def test_retention_keeps_the_newest_and_at_least_one(save, tmp_path):
@@ -155,7 +257,7 @@ def test_a_folder_that_cannot_be_deleted_is_warned_of_once_and_the_run_goes_on(s
         for step in (2, 3, 4):
             save(step, keep=1)
         (tmp_path / "checkpoints" / "step-00000005.tmp").mkdir()
-        folders.remove_unfinished(tmp_path)
+        removal.remove_unfinished(tmp_path)
     (only,) = told
     assert f"{tmp_path / 'checkpoints'} cannot be deleted (Permission denied)" in str(only.message)
     assert save(5, keep=1) == folders.latest(tmp_path)  # into the folder that was left

@@ -44,6 +44,8 @@ def test_a_large_file_is_written_and_hashed_in_pieces(tmp_path, monkeypatch):
     [
         (errno.EIO, LmimError, "cannot read .*x.*may be whole"),
         (errno.EACCES, LmimError, "cannot read .*x.*may be whole"),
+        (errno.EMFILE, LmimError, "cannot read .*x.*may be whole.*ulimit -n"),
+        (errno.ENOMEM, LmimError, "not enough host memory to read .*x, which stays as it is"),
         (errno.ENOENT, CheckpointError, "x: No such file"),
     ],
 )

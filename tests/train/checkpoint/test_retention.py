@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmim_fast.errors import CheckpointError, LmimError
-from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.checkpoint import folders, removal
 from lmim_fast.train.checkpoint.retention import retain
 
 
@@ -79,13 +79,35 @@ def test_r06_one_that_is_half_deleted_has_no_finished_name(write, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             retain(tmp_path, keep=1)
     assert folders.steps(tmp_path) == [2]
-    folders.remove_unfinished(tmp_path)
+    removal.remove_unfinished(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_renamed_checkpoint_is_neither_counted_nor_deleted_and_real_ones_stay(write, tmp_path):
+    for step in (1, 2, 3):
+        write(step)
+    folders.folder_of(tmp_path, 1).rename(folders.folder_of(tmp_path, 99999999))
+    assert steps_after(tmp_path, keep=2) == [2, 3, 99999999]
+    assert steps_after(tmp_path, keep=1) == [3, 99999999]
+
+
+def test_one_that_cannot_be_read_now_takes_no_ones_place(write, tmp_path, monkeypatch):
+    for step in (1, 2, 3, 4):
+        write(step)
+    read_state = folders.read_state
+
+    def refuse(path):
+        if "step-00000003" in str(path):
+            raise LmimError("cannot read it")
+        return read_state(path)
+
+    monkeypatch.setattr(folders, "read_state", refuse)
+    assert steps_after(tmp_path, keep=2) == [2, 3, 4]
 
 
 def test_damaged_folders_that_were_set_aside_are_not_counted(write, tmp_path):
     for step in (1, 2, 3, 4):
         write(step)
-    folders.set_aside(folders.folder_of(tmp_path, 4))
+    removal.set_aside(folders.folder_of(tmp_path, 4))
     assert steps_after(tmp_path, keep=2) == [2, 3]
     assert (tmp_path / "checkpoints" / "step-00000004.damaged").is_dir()

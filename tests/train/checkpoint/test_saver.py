@@ -16,7 +16,7 @@ from small_model import ALONE, assert_same, make, step, whole_tensors
 
 from lmim_fast.errors import LmimError
 from lmim_fast.faults import VARIABLE, Fault, injected
-from lmim_fast.train.checkpoint import content, folders, saver
+from lmim_fast.train.checkpoint import content, folders, removal, saver
 from lmim_fast.train.checkpoint.saver import Saver
 
 
@@ -233,7 +233,7 @@ def test_r06_kill_9_leaves_whole_checkpoints_and_no_half_one_with_a_finished_nam
     assert names(tmp_path) == left
     for path in folders.finished(tmp_path):
         folders.read(path)
-    folders.remove_unfinished(tmp_path)
+    removal.remove_unfinished(tmp_path)
     assert names(tmp_path) == [name for name in left if not name.endswith(".tmp")]
 
 
