@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from lmim_fast.errors import LmimError, UsageError, shared
 from lmim_fast.models import weights
 from lmim_fast.train.export import load_model
 from lmim_fast.train.parallel import resolve
+from lmim_fast.train.start import load_teacher
 from lmim_fast.train.world import World
 
 
@@ -282,6 +284,38 @@ def test_r22_an_encoder_comes_out_of_a_run_a_checkpoint_folder_and_a_pth_alike(r
     assert cli.main(["convert", str(run), str(tmp_path / "first.safetensors"), "--step", "1"]) == 0
     first = load_file(tmp_path / "first.safetensors")
     assert not all(torch.equal(value, made[key]) for key, value in first.items())
+
+
+def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    made = copy / "encoder.safetensors"
+    newest = copy / "checkpoints" / "step-00000002"
+    encoder = load_model(copy)[0].get_submodule("model_maeenc")
+
+    def said(name):
+        lines = []
+        load_teacher(str(name), encoder, lines.append)
+        return lines
+
+    assert said(copy) == [f"teacher {made}"]
+    os.utime(made, ns=(0, 0))
+    assert said(copy) == [f"teacher {newest} ({newest} is newer than {made})"]
+    first = copy / "checkpoints" / "step-00000001"
+    assert said(first) == [f"teacher {first}"]
+    wanted = load_file(first / "model.safetensors")
+    assert all(torch.equal(t, wanted["model_maeenc." + name]) for name, t in encoder.state_dict().items())
+    with pytest.raises(UsageError, match="::ema is for files"):
+        said(f"{copy}::ema")
+
+
+def test_a_file_that_the_released_class_cannot_load_is_said_when_it_is_written(run, tmp_path, capsys):
+    assert cli.main(["convert", str(run), str(tmp_path / "released.pth")]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "its decoder's feed-forward is 2048 wide, here it is 64 (decoder_blocks.0.linear1.weight [64, 32])"
+        in told
+    )
 
 
 def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):

@@ -19,9 +19,10 @@ class PretrainConfig(RunConfig):
     objective: Literal["lmim", "mae"] = "lmim"
     """mae: the stage that makes a teacher; lmim: guided masked feature modelling."""
     init: str | None = None
-    """Encoder file that the student starts from (same kinds as teacher)."""
+    """Weights that the student starts from (same kinds as teacher)."""
     teacher: str | None = None
-    """Encoder file for the LMIM teacher (released, MAERec or ours), or "random" for an ablation."""
+    """Weights of the LMIM teacher: a file (released, MAERec, timm or ours; FILE::KEY chooses one of several
+    models in it), a run or checkpoint folder, or "random" for an ablation."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model sizes and ablations."""
     view: GuidanceConfig = field(default_factory=GuidanceConfig)

@@ -153,7 +153,7 @@ class ConvertConfig:
     """What `lmim convert` reads and writes."""
 
     source: str
-    """Run folder, or a released or MAERec .pth, or an encoder .safetensors."""
+    """Run or checkpoint folder, or a file of weights; FILE::KEY chooses one of several models in it."""
     target: str
     """File to write."""
     to: Literal["released", "encoder"] | None = None

@@ -72,7 +72,7 @@ def _check_flush(place: Path, findings: Findings) -> None:
 
 def _needed(plan: Plan) -> tuple[int, str]:
     """Bytes of all that the run will hold at once, and how they come about."""
-    from lmim_fast.models.weights import TEACHER
+    from lmim_fast.models.weight_names import TEACHER
 
     assert plan.model is not None
     config = plan.config

@@ -18,8 +18,10 @@ from lmim_fast.config.recognizer import SPECIAL_CLASSES
 from lmim_fast.errors import WeightsError
 from lmim_fast.models import weights
 from lmim_fast.models.recognizer import Recognizer
+from lmim_fast.models.weight_files import is_safetensors
+from lmim_fast.models.weight_names import EMBEDDING, split_key
 
-EMBEDDING, CLASSIFIER = "decoder.trg_word_emb.weight", "decoder.classifier"
+CLASSIFIER = "decoder.classifier"
 _ABOUT = "lmim_fast.recognizer"  # entry of the metadata
 _HEAD = 64  # width of a head in all released recognisers
 _PRINTABLE = 94  # characters of the released English set, the first of `string.printable`
@@ -69,6 +71,7 @@ def load_recognizer(path: str | os.PathLike[str]) -> Recognizer:
     """
     path = Path(path)
     state = weights.read_state_dict(path)
+    weights.check_entering(state, str(path))
     if not is_recognizer(state):
         raise WeightsError(f"{path} is no recogniser: it has no {EMBEDDING}; fine-tune the encoder first")
     described = _described(path)
@@ -112,9 +115,15 @@ def load_state(state: Mapping[str, Tensor], model: Recognizer, source: str) -> N
     weights.load_released(complete, model, source)
 
 
+def describes_itself(path: Path) -> bool:
+    """Whether a file says its characters: ours do, released ones do not."""
+    return _described(path) is not None
+
+
 def _described(path: Path) -> tuple[RecognizerConfig, str] | None:
     """Config and characters in the metadata of one of our files; None for others."""
-    if path.suffix != ".safetensors":
+    path, _ = split_key(path)
+    if not is_safetensors(path):
         return None
     from safetensors import SafetensorError, safe_open
 

@@ -1,80 +1,61 @@
-"""Released weights in and out. Only tensors and argparse.Namespace are ever unpickled.
+"""Weights into models and out of them.
 
 Encoder files may be a released LMIM checkpoint (`model_maeenc.*`), a MAERec or MAE one (names without prefix,
-`decoder*` beside them) or a plain encoder safetensors file as `save_encoder` writes it.
+`decoder*` beside them), a plain encoder file as `save_encoder` writes it, or one of timm's ViT; the names may
+have a prefix. `FILE::KEY` names one of several models in a file. `weight_files` reads files, `weight_names`
+finds a model in them, `weight_checks` says what is refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lmim_fast import durable
 from lmim_fast.errors import WeightsError
+from lmim_fast.models.weight_checks import check_entering, check_finite, check_layout, check_positions
+from lmim_fast.models.weight_files import read_content
+from lmim_fast.models.weight_names import (
+    RECOGNIZER,
+    STUDENT,
+    Weights,
+    find_weights,
+    name_list,
+    prefixes,
+    split_key,
+)
 
-STUDENT, TEACHER, RECOGNIZER = "model_maeenc.", "model_maeenc_momentum.", "encoder."
-MAX_NAMED = 12  # names that an error lists
+_DECODERS = ("decoder", "mask_token")  # of LMIM and MAE
+_HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pre_logits.")  # behind the last norm of a ViT
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The kind of a file, the names of the tensors that were loaded, and of those that were ignored."""
+    """The kind of a file, names of the tensors that were loaded and ignored, and what is to be said of it."""
 
     kind: str
     loaded: tuple[str, ...]
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file: `{"model": ...}`, `{"module": ...}`, a bare state dict, or safetensors.
+def read_weights(source: str | os.PathLike[str]) -> Weights:
+    """The tensors of the model in `FILE` or `FILE::KEY`, without the prefix that they all have there.
 
     Raises:
-        WeightsError: no such file, not a checkpoint, or one with objects other than tensors and a Namespace.
+        WeightsError: no such file, no weights, or none of one model; says what to do.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"no checkpoint file {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's message advises to load it unsafely
-        raise WeightsError(
-            f"{path} was not read: it is no checkpoint, or holds objects other than tensors and "
-            "argparse.Namespace, which could run code"
-        ) from error
-    except Exception as error:  # damaged bytes are opcodes to the unpickler: any error may follow
-        raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
-    for key in ("model", "module", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise WeightsError(
-            f"{path} holds no tensors; its keys are {', '.join(map(str, list(content)[:MAX_NAMED]))}"
-        )
-    return tensors
+    path, key = split_key(os.fspath(source))
+    return find_weights(read_content(path), key, path)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """As `read_weights`; the tensors alone."""
+    return read_weights(source).state
 
 
 def load_released(
@@ -105,32 +86,27 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def check_finite(state: Mapping[str, Tensor]) -> None:
-    """Refuse weights with values that are not finite.
-
-    Raises:
-        WeightsError: a tensor holds a value that is not finite.
-    """
-    broken = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise WeightsError(f"not exported: non-finite values in {_names(broken)}")
-
-
 def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
     """Kind of a state dict, its encoder tensors without prefix, and the names of all others.
 
     Raises:
         WeightsError: the state dict has no encoder.
     """
+    state = dict(state)
     if STUDENT + "cls_token" in state:
         kind, prefix = "LMIM", STUDENT
     elif RECOGNIZER + "cls_token" in state:
         kind, prefix = "recognizer", RECOGNIZER
+        if "pos_embed" in state:  # files with one copy of each tensor have it under its first name
+            state.setdefault(RECOGNIZER + "pos_embed", state["pos_embed"])
     elif "cls_token" in state:
         kind, prefix = ("MAE" if any(name.startswith("decoder") for name in state) else "encoder"), ""
     else:
-        raise WeightsError(f"no encoder (cls_token) among its tensors: {_names(list(state))}")
-    foreign = ("decoder", "mask_token")
+        raise WeightsError(
+            f"no encoder (cls_token beside patch_embed.proj.weight and blocks.0.*, as timm names them) among "
+            f"its {len(state)} tensors: {name_list(list(state))}; they begin with {prefixes(list(state))}"
+        )
+    foreign = _DECODERS + _HEADS
     chosen = {
         name.removeprefix(prefix): value
         for name, value in state.items()
@@ -141,42 +117,61 @@ def encoder_state(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], 
 
 
 def load_encoder(
-    path: str | os.PathLike[str], encoder: nn.Module, *, keep_positions: bool = False
+    source: str | os.PathLike[str] | Weights,
+    encoder: nn.Module,
+    *,
+    keep_positions: bool = False,
+    name: str | None = None,
 ) -> LoadReport:
-    """Load the encoder of a released LMIM, a MAERec/MAE or a plain encoder file.
+    """Load the encoder of a released LMIM, a MAERec/MAE, a recogniser, a timm ViT or a plain encoder file.
 
     Args:
-        path:           checkpoint file; from an LMIM file the student is loaded.
+        source:         `FILE`, `FILE::KEY` or what `read_weights` gave; of an LMIM file the student is taken.
         encoder:        `Encoder` (such as `model.model_maeenc_momentum`) or `MAE`, without its decoder.
-        keep_positions: refuse a file whose position table differs from the encoder's. A teacher keeps the
-                        table it was trained with; a student must have the table of its decoder.
+        keep_positions: refuse the sin-cos table of another grid. A teacher keeps the table that it was
+                        trained with, a student should have its decoder's grid. A learned table is loaded.
+        name:           what messages call the source.
     Raises:
-        WeightsError: unreadable file, or missing, extra or misshaped tensors, with names and shapes.
+        WeightsError: unreadable file; missing, extra or misshaped tensors, with names and shapes; values that
+            are not finite.
     """
-    kind, state, ignored = encoder_state(read_state_dict(path))
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    label = name or ("weights" if isinstance(source, Weights) else os.fspath(source))
+    try:
+        kind, state, ignored = encoder_state(weights.state)
+    except WeightsError as error:
+        raise WeightsError(f"{label}: {error}") from error
+    notes = [*weights.notes, *_left_out(ignored)]
     positions = encoder.state_dict()["pos_embed"]
     if keep_positions and "pos_embed" in state and state["pos_embed"].shape == positions.shape:
-        difference = float((state["pos_embed"].float() - positions.cpu()).abs().max())
-        if difference > 1e-3:
-            raise WeightsError(
-                f"{path} was trained with other positions (its pos_embed differs by {difference:.2g}); "
-                "set --model.pos-grid (--model.encoder.pos-grid) to the file's, released or true"
-            )
-    _load(state, encoder, str(path), only=set(_encoder_names(encoder)))
-    return LoadReport(kind, tuple(state), ignored)
+        check_entering(state, label)
+        notes += check_positions(state["pos_embed"], positions, label)
+    _load(state, encoder, label, only=set(_encoder_names(encoder)))
+    return LoadReport(kind, tuple(state), ignored, tuple(notes))
+
+
+def _left_out(ignored: tuple[str, ...]) -> list[str]:
+    heads = [name for name in ignored if name.startswith(_HEADS)]
+    return [f"left out {name_list(heads)}: no part of the encoder"] if heads else []
 
 
 def encoder_safetensors(state: Mapping[str, Tensor]) -> bytes:
-    """The (student) encoder in a state dict as the bytes of a plain safetensors file.
+    """The (student) encoder in a state dict as the bytes of a safetensors file, which `load_encoder` takes.
 
     Raises:
-        WeightsError: the state dict has no encoder.
+        WeightsError: the state dict has no encoder, or one of another layout.
     """
     from safetensors.torch import save
 
     _, encoder, _ = encoder_state(state)
+    check_layout(encoder)
     content: bytes = save({name: value.contiguous() for name, value in encoder.items()}, {"format": "pt"})
     return content
+
+
+def left_out_of_encoder(state: Mapping[str, Tensor]) -> list[str]:
+    """What is to be said of tensors that `encoder_safetensors` leaves out."""
+    return _left_out(encoder_state(state)[2])
 
 
 def save_encoder(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -192,11 +187,11 @@ def save_encoder(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def _encoder_names(encoder: nn.Module) -> list[str]:
-    return [name for name in encoder.state_dict() if not name.startswith(("decoder", "mask_token"))]
+    return [name for name in encoder.state_dict() if not name.startswith(_DECODERS)]
 
 
 def _load(state: dict[str, Tensor], module: nn.Module, source: str, only: set[str] | None = None) -> None:
-    """Copy `state` into `module`, only if all names and shapes match."""
+    """Copy `state` into `module`, only if all names and shapes match and all values are finite."""
     expected = {name: value for name, value in module.state_dict().items() if only is None or name in only}
     missing = [f"{name} {list(value.shape)}" for name, value in expected.items() if name not in state]
     extra = [f"{name} {list(value.shape)}" for name, value in state.items() if name not in expected]
@@ -206,19 +201,27 @@ def _load(state: dict[str, Tensor], module: nn.Module, source: str, only: set[st
         if name in state and state[name].shape != value.shape
     ]
     problems = [
-        f"{len(names)} {word}: {_names(names)}"
+        f"{len(names)} {word}: {name_list(names)}"
         for word, names in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
         if names
     ]
     if problems:
+        if missing and extra:
+            problems.append(f"its names begin with {prefixes(list(state))}")
+        if sizes := _sizes(state):
+            problems.append(f"its encoder has {sizes}")
         raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+    check_entering(state, source)
     module.load_state_dict(state, strict=only is None)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _names(names: list[str]) -> str:
-    listed = ", ".join(names[:MAX_NAMED])
-    return listed if len(names) <= MAX_NAMED else f"{listed} and {len(names) - MAX_NAMED} more"
+def _sizes(state: Mapping[str, Tensor]) -> str:
+    """Sizes of the encoder in a state dict, as the options name them; empty without one."""
+    try:
+        _, encoder, _ = encoder_state(state)
+        width, _, patch, _ = encoder["patch_embed.proj.weight"].shape
+        patches = encoder["pos_embed"].shape[1] - 1
+    except (WeightsError, KeyError, ValueError, IndexError):
+        return ""
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
+    return f"width {width}, depth {depth}, {patches} patches of size {patch}"

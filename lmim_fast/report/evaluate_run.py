@@ -22,6 +22,7 @@ from lmim_fast.evaluation.layouts import TestSet, find_test_sets
 from lmim_fast.evaluation.published import Published, published_rows
 from lmim_fast.evaluation.results import LABELS_AS_FOUND, Result, averages, document, in_percent
 from lmim_fast.evaluation.scoring import RecognizerLike, evaluate_store
+from lmim_fast.models.weight_names import split_key
 from lmim_fast.report.evaluation import evaluation_html
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.recognizer_start import BEST, LAST, recognizer_file
@@ -67,7 +68,7 @@ def _file(model: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    if not Path(model).exists():
+    if not split_key(model)[0].exists():
         raise UsageError(f"{model}: no such file or run folder; give a recogniser")
     file = recognizer_file(model)
     if file is None:

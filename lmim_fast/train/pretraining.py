@@ -53,8 +53,7 @@ class _Masked(Task):
             WeightsError: a file does not fit; lists names and shapes.
         """
         if self.config.init is not None:
-            load_student(self.config.init, self.encoder(model))
-            say(f"student starts from {self.config.init}")
+            load_student(self.config.init, self.encoder(model), say)
 
     def _view_options(self, store: Records) -> dict[str, Any]:
         return {"guidance": self.config.view if self.guided else None}
@@ -118,8 +117,7 @@ class LmimTask(_Masked):
         if self.config.teacher == RANDOM_TEACHER:
             say("warning: the teacher is random (--teacher random): an ablation, not a recipe")
             return
-        path = load_teacher(str(self.config.teacher), model.get_submodule("model_maeenc_momentum"))
-        say(f"teacher {path}")
+        load_teacher(str(self.config.teacher), model.get_submodule("model_maeenc_momentum"), say)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(3,) loss, loss_recon and loss_align."""

@@ -19,6 +19,7 @@ from lmim_fast.errors import UsageError, shared
 from lmim_fast.models.attention_maps import AttentionMaps, encoder_cls_attention, recognizer_maps
 from lmim_fast.models.recognizer import Recognizer
 from lmim_fast.models.recognizer_files import recognizer_bytes
+from lmim_fast.models.weight_names import split_key
 from lmim_fast.train import optim
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.checkpoint.resume import MAY_CHANGE
@@ -79,7 +80,7 @@ class RecognizerTask(Task):
         Raises:
             UsageError: names the path.
         """
-        if self.config.init is not None and not Path(self.config.init).exists():
+        if self.config.init is not None and not split_key(self.config.init)[0].exists():
             message = f"--init {self.config.init} does not exist; it should be a file or a run folder"
             raise shared(UsageError(message))
 

@@ -12,9 +12,16 @@ from lmim_fast.data.charset import Charset, shared_classes
 from lmim_fast.errors import UsageError
 from lmim_fast.models import weights
 from lmim_fast.models.recognizer import Recognizer
-from lmim_fast.models.recognizer_files import CLASSIFIER, EMBEDDING, characters_of, is_recognizer, load_state
+from lmim_fast.models.recognizer_files import (
+    CLASSIFIER,
+    characters_of,
+    describes_itself,
+    is_recognizer,
+    load_state,
+)
+from lmim_fast.models.weight_names import EMBEDDING, split_key
 from lmim_fast.train.checkpoint import folders
-from lmim_fast.train.start import encoder_file, load_student
+from lmim_fast.train.start import load_student
 
 BEST, LAST = Path("best") / "recognizer.safetensors", Path("recognizer.safetensors")
 _SHOWN = 40  # characters that a message lists
@@ -23,7 +30,7 @@ _SHOWN = 40  # characters that a message lists
 def recognizer_file(name: str) -> Path | None:
     """The recogniser file of a path: the file, or of a run folder its best or its last one; else None."""
     path = Path(name)
-    if path.is_file():
+    if split_key(name)[0].is_file():
         return path
     return next((path / inside for inside in (BEST, LAST) if (path / inside).is_file()), None)
 
@@ -38,22 +45,21 @@ def start_recognizer(name: str, model: Recognizer, say: Callable[[str], None]) -
         UsageError:   there is no such file.
         WeightsError: it does not fit; lists names and shapes.
     """
-    if not Path(name).exists():
+    if not split_key(name)[0].exists():
         raise UsageError(f"--init {name} does not exist; it should be a file or a run folder")
     path = recognizer_file(name)
     if path is None and (Path(name) / "checkpoints").is_dir():
         latest = folders.latest(Path(name))
-        if latest is not None and is_recognizer(weights.read_state_dict(folders.weights_file(latest))):
+        if latest is not None and "characters" in folders.read_state(latest / folders.STATE_FILE)["config"]:
             raise UsageError(
                 f"--init {name}: this fine-tuning has no {LAST} yet; let it finish, or give it --val"
             )
     if path is None or not is_recognizer(weights.read_state_dict(path)):
-        load_student(name if path is None else str(path), model.encoder)
-        say(f"encoder starts from {encoder_file(name)}")
+        load_student(name, model.encoder, say, whom="encoder")
         return
     state = weights.read_state_dict(path)
     same_size = state[CLASSIFIER + ".weight"].shape[0] == model.config.classes
-    undescribed = path.suffix != ".safetensors"  # a released file does not say its characters
+    undescribed = not describes_itself(path)  # a released file does not say its characters
     characters = model.characters if same_size and undescribed else characters_of(path, state)
     if characters == model.characters:
         load_state(state, model, str(path))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmim_fast.errors import CheckpointError
-from lmim_fast.models.weights import TEACHER
+from lmim_fast.models.weight_names import TEACHER
 from lmim_fast.train.checkpoint import folders, shards
 from lmim_fast.train.checkpoint.files import read_checked, write_file
 from lmim_fast.train.checkpoint.folders import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
