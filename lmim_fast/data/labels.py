@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -119,7 +120,15 @@ class LabelTable:
             "max_length": self.max_length,
             **asdict(self.config),
             "kept": len(self.kept),
+            "targets": self._digest(),
         }
+
+    def _digest(self) -> str:
+        """Of every kept record's number and classes, so that one changed label shows."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.kept, self._offsets, self._tokens):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
 
     def _read(self, store: Records) -> None:
         kept, tokens, offsets = array("q"), array("H"), array("q", [0])

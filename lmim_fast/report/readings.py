@@ -18,8 +18,8 @@ from lmim_fast.report.charts import COLOURS, Chart, Series, chart_html
 from lmim_fast.report.images import crop_html
 from lmim_fast.report.page import warning
 from lmim_fast.report.run import Run
+from lmim_fast.train.side_files import VALIDATION_FILE, WRONG_FILE
 from lmim_fast.train.start import open_records
-from lmim_fast.train.validation import VALIDATION_FILE, WRONG_FILE
 
 
 def validation_html(run: Run) -> list[str]:

@@ -17,7 +17,7 @@ from lmim_fast.report.charts import COLOURS, SMOOTH_FROM, Chart, Points, Series,
 from lmim_fast.report.page import definitions, folded, page, warning
 from lmim_fast.report.run import Run, read_metrics, read_run
 from lmim_fast.train.optim import peak_learning_rate
-from lmim_fast.train.telemetry import HELD_OUT_FILE
+from lmim_fast.train.side_files import HELD_OUT_FILE
 
 _TABLE_ROWS = 25
 

@@ -18,8 +18,9 @@ from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import Int64Array, SampleOrder
 from lmim_fast.data.store.databases import find_databases
 from lmim_fast.errors import DataError, UsageError
+from lmim_fast.train.side_files import HELD_OUT_FILE, append, drop_lines_after
 from lmim_fast.train.task import Say, Task
-from lmim_fast.train.telemetry import HELD_OUT_FILE, Value, append, drop_lines_after
+from lmim_fast.train.telemetry import Value
 from lmim_fast.train.world import World
 
 

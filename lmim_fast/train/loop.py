@@ -24,9 +24,10 @@ from lmim_fast.train.checkpoint.saver import SLOWEST, Saver
 from lmim_fast.train.held_out import HeldOut
 from lmim_fast.train.memory import explain_out_of_memory
 from lmim_fast.train.profiling import Trace
+from lmim_fast.train.side_files import BAD_RECORDS_FILE, SKIPPED_FILE, add_new_lines, flush
 from lmim_fast.train.signals import stop_signals
 from lmim_fast.train.step import TrainStep
-from lmim_fast.train.telemetry import Meter, Telemetry, Value, add_new_lines, memory_bytes
+from lmim_fast.train.telemetry import Meter, Telemetry, Value, memory_bytes
 from lmim_fast.train.validation import Validation
 from lmim_fast.train.watchdog import Watchdog
 from lmim_fast.train.world import World, answered
@@ -134,15 +135,37 @@ def train(session: Session, batches: ViewPipeline) -> str | None:
             telemetry.advance(progress.step)
             session.watchdog.beat(f"step {progress.step}")
             session.trace.step()
-            if progress.step % config.log_every == 0 or progress.step == total:
-                _log(session, batches, clock, lr)
+            look = progress.step % config.log_every == 0 or progress.step == total
+            if look or progress.step % MAX_SKIPPED_IN_A_ROW == 0:  # the device is waited for no oftener
+                lost = progress.meter.longest_skipped()
+                if look or lost >= MAX_SKIPPED_IN_A_ROW:
+                    _log(session, batches, clock, lr)
+                _stop_if_lost(session, lost, total)
             _measure(session, total)
             if progress.step % config.checkpoint_every == 0:
                 _save(session, batches, clock)
             for path in session.saver.published():
                 telemetry.say(f"checkpoint {path}")
+        _stop_if_lost(session, progress.meter.longest_skipped(), total)  # it may have been complete before
         _end(session, batches, clock)
     return None
+
+
+def _stop_if_lost(session: Session, lost: int, total: int) -> None:
+    """Stop a run that no longer trains.
+
+    Args:
+        lost: most skipped steps in a row since the last look.
+    Raises:
+        LmimError: they are too many, or the run is over and none of its steps was a good one.
+    """
+    step = session.progress.step
+    if lost >= min(MAX_SKIPPED_IN_A_ROW, total):
+        raise LmimError(
+            f"loss or gradient was not finite in {lost} steps in a row up to step {step}, which trained "
+            "nothing: start again in another --output with a lower --optim.lr, --optim.clip-norm or "
+            f"--precision fp32; the steps are listed in {session.run / SKIPPED_FILE}"
+        )
 
 
 def _end(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
@@ -207,7 +230,7 @@ class _Clock:
 
 
 def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> None:
-    """Read the window's numbers, write their line, and stop a run that no longer trains."""
+    """Read the window's numbers and write their line."""
     config, world, progress = session.config, session.world, session.progress
     means, skipped = progress.meter.close_window()
     steps_per_second, data_wait = clock.close_window()
@@ -227,13 +250,6 @@ def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> N
     with world.together():
         if world.is_main:
             _write(session, line, skipped)
-    in_a_row = progress.meter.skipped_in_a_row
-    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise LmimError(
-            f"loss or gradient was not finite in the last {in_a_row} steps up to {progress.step}: start "
-            "again in another --output with a lower --optim.lr, --optim.clip-norm or --precision fp32; "
-            f"the steps are listed in {session.run / 'skipped.jsonl'}"
-        )
 
 
 def _measure(session: Session, total: int) -> None:
@@ -266,7 +282,7 @@ def _name_bad_records(session: Session, batches: ViewPipeline) -> None:
     with session.world.together():
         if session.world.is_main:
             entries = [entry._asdict() for _, entries in ranks for entry in entries]
-            named = add_new_lines(session.run / "bad_records.jsonl", entries)
+            named = add_new_lines(session.run / BAD_RECORDS_FILE, entries)
             session.bad_records = max(named, *(count for count, _ in ranks))
 
 
@@ -278,7 +294,7 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
         order = session.order
         samples = {step: [array.tolist() for array in order.batch(step - 1)] for step in skipped}
         add_new_lines(
-            session.run / "skipped.jsonl",
+            session.run / SKIPPED_FILE,
             [
                 {"step": step, "seed": order.seed, "epochs": epochs, "indices": indices}
                 for step, (epochs, indices) in samples.items()
@@ -294,6 +310,9 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
 def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
     """Name the broken records known by now, and begin a checkpoint; training waits for a copy only."""
     _name_bad_records(session, batches)
+    with session.world.together():
+        if session.world.is_main:
+            flush(session.run)  # a resume counts on the lines before it
     progress = session.progress
     session.saved_step = progress.step
     state = {

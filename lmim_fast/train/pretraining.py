@@ -112,6 +112,10 @@ class LmimTask(_Masked):
     def start(self, model: nn.Module, say: Say) -> None:
         """As `Task.start`, and the teacher."""
         super().start(model, say)
+        self.start_teacher(model, say)
+
+    def start_teacher(self, model: nn.Module, say: Say) -> None:
+        """Load what `--teacher` names; a random teacher is the one that `build` made."""
         if not self.has_teacher:
             return
         if self.config.teacher == RANDOM_TEACHER:

@@ -9,6 +9,7 @@ import re
 import signal
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lmim_fast.config import RunConfig
 from lmim_fast.config.io import config_hash, differences, to_dict
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import LmimError, UsageError, shared
-from lmim_fast.train import optim, parallel
+from lmim_fast.train import optim, parallel, side_files
 from lmim_fast.train.checkpoint import content, removal, resume
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
@@ -90,13 +91,19 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         task = make_task(config)
         if saved is None:
             task.start(model, say)
-        else:
-            _warn_of_unread_weights(config, saved, say)
-            content.load_teacher(run, saved.state["teacher"], model)
+        elif world.is_main:
+            _mend_teacher(task, model, run, saved, say)
     teacher = saved.state["teacher"] if saved else None
     with world.together():
+        if saved is not None:
+            content.load_teacher(run, saved.state["teacher"], model)
         if world.is_main:
             _prepare_folder(run, identity)
+            if saved is None:
+                restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+                side_files.start_afresh(run, say, restarted=restarted)
+            else:
+                side_files.resume_at(run, saved.state["step"], say)
             teacher = teacher or content.save_teacher(run, model)
     watchdog = outside.enter_context(Watchdog(config.timeout, run, world.rank))
     identity["teacher"] = world.gather(teacher)[0]
@@ -112,7 +119,7 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
             progress = Progress.from_state(saved.state, task.loss_names, world.device)
         saved = None  # frees the host's copy of weights and moments
         resumed = True
-        say(f"continuing {run} from step {progress.step}")
+        say(f"continuing {run} from step {progress.step}{_at_its_end(task, progress, len(store))}")
     _summarise(config, world, model, store, say)
 
     total, start = optim.total_steps(config, len(store)), progress.step
@@ -166,7 +173,8 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         if world.is_main:
             left = task.finish(complete, run)
     if session.bad_records:
-        say(f"{session.bad_records} broken records were replaced by others: {run / 'bad_records.jsonl'}")
+        named = run / side_files.BAD_RECORDS_FILE
+        say(f"{session.bad_records} broken records were replaced by others: {named}")
     if world.is_main:
         say(f"finished: {run}, {left}")
     return run
@@ -220,9 +228,27 @@ def _agree(world: World, identity: dict[str, Any]) -> None:
             raise shared(UsageError(f"rank {rank} differs from rank 0: {'; '.join(changed[:3])}"))
 
 
-def _warn_of_unread_weights(config: RunConfig, saved: Checkpoint, say: Say) -> None:
-    """A saved run brings its own teacher and student."""
-    for option in ("teacher", "init"):
+def _at_its_end(task: Task, progress: Progress, records: int) -> str:
+    """What to know of a run that has no step left."""
+    if progress.step < optim.total_steps(task.config, records):
+        return ""
+    if task.config.optim.schedule != "cosine":
+        return ", its last one: it is finished, and its weights are written again"
+    return ", its last one: it is finished; a larger --steps or --epochs lets it go on"
+
+
+def _mend_teacher(task: Task, model: nn.Module, run: Path, saved: Checkpoint, say: Say) -> None:
+    """A saved run brings its own teacher and student; a damaged teacher is replaced by the same one."""
+    source = str(getattr(task.config, "teacher", None))
+    quiet = partial(task.start_teacher, model, lambda _: None)
+    mended = content.mend_teacher(run, saved.state["teacher"], model, quiet, source)
+    if mended:
+        say(
+            f"warning: the teacher in {run} was damaged; it is written again from --teacher {source}, "
+            "which has the same weights"
+        )
+    config = task.config
+    for option in ("init",) if mended else ("teacher", "init"):
         now = getattr(config, option, None)
         if now is not None and now != saved.state["config"][option]:
             say(f"--{option} {now} is not read: the run keeps the weights that it has")

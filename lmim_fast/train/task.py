@@ -85,6 +85,10 @@ class Task(ABC):
             WeightsError: a file does not fit; lists names and shapes.
         """
 
+    def start_teacher(self, model: nn.Module, say: Say) -> None:
+        """Of `start`, the part that loads the frozen teacher."""
+        return  # most objectives have none
+
     @abstractmethod
     def _model(self) -> nn.Module: ...
 

@@ -20,13 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lmim_fast.train.checkpoint.files import explain, write_file
+from lmim_fast.train.checkpoint.files import explain
+from lmim_fast.train.side_files import METRICS_FILE, append
 from lmim_fast.train.weights_biases import WandbRun
 
 Value = float | int | None
-
-HELD_OUT_FILE = "eval.jsonl"
-"""In the run folder: the losses of held-out crops, a line a measurement."""
 
 
 @dataclass
@@ -56,9 +54,17 @@ class Meter:
         self.rows.append(row)
 
     def read(self) -> list[list[float]]:
-        """The kept rows as host numbers: the one place that waits for the device."""
+        """The kept rows as host numbers: waits for the device."""
         values: list[list[float]] = torch.stack(self.rows).tolist() if self.rows else []
         return values
+
+    def longest_skipped(self) -> int:
+        """Most skipped steps in a row up to one of the window's, or before it; waits for the device."""
+        longest = in_a_row = self.skipped_in_a_row
+        for row in self.read():
+            in_a_row = 0 if all(map(math.isfinite, row)) else in_a_row + 1
+            longest = max(longest, in_a_row)
+        return longest
 
     def close_window(self) -> tuple[dict[str, Value], list[int]]:
         """Means over the window's finite steps, and its skipped steps; starts the next window."""
@@ -106,7 +112,7 @@ class Telemetry:
         run:        run folder, or None to write and show nothing.
         loss_names: names in the lines to log, the total first.
         total:      optimiser steps of the run.
-        start_step: steps done before; metrics past them are dropped, so that the file is one clean curve.
+        start_step: steps done before.
         wandb:      project of Weights & Biases to log to as well; None: none.
         config:     of the run, for that project.
     Raises:
@@ -135,7 +141,6 @@ class Telemetry:
         self._wandb: WandbRun | None = None
         if run is None:
             return
-        drop_lines_after(run / "metrics.jsonl", start_step)
         self._board = self._open_tensorboard(run, start_step)
         if wandb is not None:
             self._wandb = WandbRun(wandb, run, config or {}, self.say)
@@ -174,7 +179,7 @@ class Telemetry:
         """Append one line to metrics.jsonl and TensorBoard, and show it."""
         if self.run is None:
             return
-        append(self.run / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
+        append(self.run / METRICS_FILE, [json.dumps(line, allow_nan=False)])
         step = int(line["step"] or 0)
         self._add_to_boards(line, step)
         if self._bar is not None:
@@ -250,47 +255,6 @@ def describe(line: dict[str, Value], loss_names: Sequence[str]) -> str:
 
 
 _COUNTS = (("bad_records", "bad records"), ("skipped_steps", "skipped steps"))
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of a .jsonl file of `step` or before (a torn last line goes too)."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _is_of(line, step)]
-    if kept != lines:
-        write_file(path, "".join(kept).encode())
-
-
-def _is_of(line: str, step: int) -> bool:
-    if not line.endswith("\n"):
-        return False
-    try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def add_new_lines(path: Path, lines: Sequence[dict[str, Any]]) -> int:
-    """Append the JSON lines that a file does not have yet; how many it has then."""
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-    new = [text for text in dict.fromkeys(json.dumps(line) for line in lines) if text not in known]
-    if new:
-        append(path, new)
-    return len(known) + len(new)
-
-
-def append(path: Path, lines: Sequence[str]) -> None:
-    """Append lines of text to a file.
-
-    Raises:
-        LmimError: the disk is full or the file cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-    except OSError as error:
-        raise explain(error, path) from error
 
 
 def memory_bytes(device: torch.device) -> int:

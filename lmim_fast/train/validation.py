@@ -17,11 +17,10 @@ from lmim_fast.models.recognizer import Recognizer
 from lmim_fast.models.recognizer_files import recognizer_bytes
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.recognizer_start import BEST
+from lmim_fast.train.side_files import VALIDATION_FILE, WRONG_FILE, append, drop_lines_after, read_lines
 from lmim_fast.train.start import open_records
-from lmim_fast.train.telemetry import append, drop_lines_after
 from lmim_fast.train.world import World
 
-VALIDATION_FILE, WRONG_FILE = "validation.jsonl", "wrong_readings.json"
 _WRONG = 48  # readings that are kept for the report
 _AT_ONCE = 256  # images of a batch
 
@@ -89,7 +88,7 @@ class Validation:
     def _keep(self, model: Recognizer, line: dict[str, Any], wrong: list[dict[str, Any]]) -> None:
         path = self._run / VALIDATION_FILE
         drop_lines_after(path, line["step"] - 1)
-        earlier = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+        earlier = read_lines(path)
         append(path, [json.dumps(line)])
         wrong = sorted(wrong, key=lambda reading: -reading["probability"])[:_WRONG]
         write_file(self._run / WRONG_FILE, json.dumps({"step": line["step"], "wrong": wrong}).encode())

@@ -259,7 +259,7 @@ def test_r10_a_step_that_is_not_finite_is_skipped_counted_and_can_be_replayed(da
 def test_r10_steps_that_are_never_finite_stop_the_run_with_a_message(data, tmp_path, poison, capsys):
     poison(set(range(3, 100)))
     assert pretrain(options(data, tmp_path / "run", steps=60)) == 1
-    assert "not finite in the last 20 steps up to 22" in only_error(capsys)
+    assert "not finite in 20 steps in a row up to step 22" in only_error(capsys)
 
 
 def test_r08_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_to_continue_from(

@@ -216,7 +216,7 @@ def test_the_checkpoint_is_not_kept_in_memory_while_the_run_goes_on(data, tmp_pa
     ("change", "message"),
     [
         (["--seed", "3"], "seed was 0, now 3"),
-        (["--steps", "20"], "steps was 14, now 20"),
+        (["--steps", "10"], "has finished its 14 steps, --steps 10 is fewer"),
         (["--no-resume"], "already has checkpoints"),
     ],
 )

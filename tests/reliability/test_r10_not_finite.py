@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from parallel_runs import batch_of, config_of
 from pretrain_runs import lines, options, write_lmdb
@@ -98,3 +99,29 @@ def test_r10_the_line_of_a_skipped_step_names_the_seed_and_the_samples_that_it_w
         samples = zip(line["epochs"], line["indices"], strict=True)
         assert [list(sample) for sample in samples] == trained[line["step"]]
     assert lines(run)[-1]["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize(("steps", "first", "end"), [(50, 6, 40), (6, 0, 6)], ids=["many", "all"])
+def test_r10_too_many_skipped_steps_stop_a_run_however_seldom_it_logs(
+    tmp_path, monkeypatch, capsys, steps, first, end
+):
+    data, run = write_lmdb(tmp_path / "words", 30), tmp_path / "run"
+    forward, calls = MAE.forward, []
+
+    def poisoned(self, *inputs, **named):
+        output = forward(self, *inputs, **named)
+        calls.append(None)
+        if first < len(calls) <= first + 20:
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(MAE, "forward", poisoned)
+    more = ("--log-every", "1000", "--checkpoint-every", "1000")
+    assert cli.main(["pretrain", *options(data, run, *more, steps=steps)]) == 1
+    lost = min(20, steps)
+    told = capsys.readouterr().err
+    assert f"not finite in {lost} steps in a row up to step {end}, which trained nothing" in told
+    skipped = [json.loads(text) for text in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped] == list(range(first + 1, first + 1 + lost))
+    assert not (run / "encoder.safetensors").exists()
+    assert not list(run.glob("checkpoints/*"))

@@ -111,3 +111,49 @@ def test_r14_a_checkpoint_of_the_first_format_continues_bitwise(data, whole, sto
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
     assert curve(run) == curve(whole)
     assert weights_of(run, STEPS) == weights_of(whole, STEPS)
+
+
+def test_a_finished_run_goes_on_to_more_steps_and_may_be_stopped_there(data, whole, tmp_path, capsys):
+    runs = [tmp_path / "once", tmp_path / "stopped"]
+    for run in runs:
+        shutil.copytree(whole, run)
+    longer = ("--steps", str(STEPS + 3))
+    assert cli.main(["pretrain", *arguments_of(data, runs[0]), *longer]) == 0
+    told = capsys.readouterr().out
+    assert f"{runs[0]} was finished after 8 steps and goes on to 11: the learning rate goes from " in told
+    with injected(Fault("step", "term", at=1)):  # after the first of the new steps
+        assert cli.main(["pretrain", *arguments_of(data, runs[1]), *longer]) == 0
+    assert "stopped by SIGTERM after step 9 of 11" in capsys.readouterr().out
+    assert cli.main(["pretrain", *arguments_of(data, runs[1])]) == 2
+    assert "stands at step 9 of 11, --steps 8 would change its learning rate" in capsys.readouterr().err
+    assert cli.main(["pretrain", *arguments_of(data, runs[1]), *longer]) == 0
+    assert curve(runs[0]) == curve(runs[1])
+    assert curve(runs[0])[:STEPS] == curve(whole)
+    assert weights_of(runs[0], STEPS + 3) == weights_of(runs[1], STEPS + 3)
+    assert [line["step"] for line in lines(runs[0])] == list(range(1, STEPS + 4))
+
+
+def test_a_damaged_teacher_is_written_again_from_what_the_option_names(
+    data, whole, stopped, tmp_path, capsys
+):
+    run, backup = tmp_path / "run", tmp_path / "backup.safetensors"
+    shutil.copytree(stopped, run)
+    shutil.copy(run / "teacher.safetensors", backup)
+    before = backup.read_bytes()
+    damaged = before[:-1] + bytes([before[-1] ^ 1])
+    (run / "teacher.safetensors").write_bytes(damaged)
+    other = str(whole / "encoder.safetensors")
+    for named, why in ((other, "has other weights"), ("gone.pth", "gone.pth does not exist")):
+        assert cli.main(["pretrain", *arguments_of(data, run), "--teacher", named]) == 1
+        told = capsys.readouterr().err
+        assert f"{run / 'teacher.safetensors'} was altered" in told
+        assert why in told
+        assert "pass --teacher the file that the run began with" in told
+        assert (run / "teacher.safetensors").read_bytes() == damaged
+    assert cli.main(["pretrain", *arguments_of(data, run), "--teacher", str(backup)]) == 0
+    assert f"it is written again from --teacher {backup}, which has the same" in capsys.readouterr().out
+    assert (run / "teacher.safetensors").read_bytes() == before
+    assert curve(run) == curve(whole)
+    (run / "teacher.safetensors").unlink()
+    assert cli.main(["pretrain", *arguments_of(data, run)]) == 0  # a random one: the seed gives it again
+    assert (run / "teacher.safetensors").read_bytes() == before

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lmim_fast.errors import LmimError, UsageError
-from lmim_fast.train.telemetry import Meter, Telemetry, add_new_lines, append, describe, drop_lines_after
+from lmim_fast.train.side_files import add_new_lines, append, drop_lines_after
+from lmim_fast.train.telemetry import Meter, Telemetry, describe
 from lmim_fast.train.weights_biases import require_wandb
 
 LOSSES = ("loss", "loss_recon", "loss_align")
@@ -80,7 +81,7 @@ def test_lines_past_a_step_and_a_torn_last_line_are_dropped(tmp_path):
 
 
 def test_lines_that_are_there_already_are_not_added_again(tmp_path):
-    path = tmp_path / "bad_records.jsonl"
+    path = tmp_path / "words.jsonl"
     assert add_new_lines(path, []) == 0
     assert add_new_lines(path, [{"key": "a"}, {"key": "b"}, {"key": "a"}]) == 2
     assert add_new_lines(path, [{"key": "b"}, {"key": "c"}]) == 3

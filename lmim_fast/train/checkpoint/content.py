@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lmim_fast.errors import CheckpointError
+from lmim_fast.errors import CheckpointError, LmimError
 from lmim_fast.models.weight_names import TEACHER
 from lmim_fast.train.checkpoint import folders, shards
-from lmim_fast.train.checkpoint.files import read_checked, write_file
+from lmim_fast.train.checkpoint.files import check_file, read_checked, write_file
 from lmim_fast.train.checkpoint.folders import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 
 _TEACHER_FILE = "teacher.safetensors"
@@ -158,9 +159,51 @@ def _restore_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 def save_teacher(run: Path, model: nn.Module) -> dict[str, Any] | None:
     """Store the frozen teacher once for the run; its size and checksum, None where the model has none."""
+    content = _teacher_bytes(model)
+    return write_file(run / _TEACHER_FILE, content) if content else None
+
+
+def _teacher_bytes(model: nn.Module) -> bytes:
     teacher = _own(model, teacher=True)
     tensors = _host({name.removeprefix(TEACHER): tensor for name, tensor in teacher.items()})
-    return write_file(run / _TEACHER_FILE, safetensors.torch.save(tensors)) if tensors else None
+    return safetensors.torch.save(tensors) if tensors else b""
+
+
+def mend_teacher(
+    run: Path, line: dict[str, Any] | None, model: nn.Module, load: Callable[[], None], source: str
+) -> bool:
+    """Write the run's stored teacher again if it is damaged; whether it was.
+
+    Args:
+        line:   the size and checksum it must have; None: the run has no teacher.
+        load:   puts the teacher that the options name into `model`; called only if the file is damaged.
+        source: what the options name, for the messages.
+    Raises:
+        CheckpointError: it is damaged, and what the options name has other weights.
+        LmimError: it cannot be read, or `load` failed.
+    """
+    path = run / _TEACHER_FILE
+    if line is None:
+        return False
+    try:
+        check_file(path, line)
+    except CheckpointError as damage:
+        advice = (
+            f"pass --teacher the file that the run began with, and {path.name} is written again; "
+            "or copy it from a backup of the run folder"
+        )
+        try:
+            load()
+        except LmimError as error:
+            raise CheckpointError(
+                f"{damage}, and --teacher {source} cannot take its place: {error}; {advice}"
+            ) from error
+        content = _teacher_bytes(model)
+        if hashlib.sha256(content).hexdigest() != line["sha256"]:
+            raise CheckpointError(f"{damage}, and --teacher {source} has other weights; {advice}") from damage
+        write_file(path, content)
+        return True
+    return False
 
 
 def load_teacher(run: Path, line: dict[str, Any] | None, model: nn.Module) -> None:
@@ -172,6 +215,12 @@ def load_teacher(run: Path, line: dict[str, Any] | None, model: nn.Module) -> No
     """
     if line is None:
         return
-    tensors = safetensors.torch.load(read_checked(run / _TEACHER_FILE, line))
+    try:
+        stored = read_checked(run / _TEACHER_FILE, line)
+    except CheckpointError as damage:
+        raise CheckpointError(
+            f"{damage}; the training command of the run, with its --teacher, writes the file again"
+        ) from damage
+    tensors = safetensors.torch.load(stored)
     named = {TEACHER + name: tensor for name, tensor in tensors.items()}
     _load(run / _TEACHER_FILE, named, model, teacher=True)

@@ -17,13 +17,13 @@ A folder counts by its name, which must be that of the step inside: reading a re
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -40,6 +40,7 @@ from lmim_fast.train.checkpoint.files import (
     write_flushed,
     write_tensors,
 )
+from lmim_fast.train.checkpoint.state import Fields, check_fields, checksum_of, read_state
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 SHARDS = "shards"
@@ -130,7 +131,7 @@ def commit(final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]])
     """Write state.json beside the written `files` and give the folder its name; this folder."""
     temporary = unfinished(final)
     body = {**state, "files": files}
-    text = json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+    text = json.dumps({**body, "checksum": checksum_of(body)}, indent=1)
     write_flushed(temporary / STATE_FILE, text.encode())
     faults.point("save")
     durable.flush_folder(temporary)
@@ -138,10 +139,6 @@ def commit(final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]])
     temporary.rename(final)
     durable.flush_folder(final.parent)
     return final
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished_name(name: str) -> bool:
@@ -192,24 +189,6 @@ def step_of(path: Path) -> int:
 def steps(run: Path) -> list[int]:
     """Steps of a run's finished checkpoints, good or damaged, newest first."""
     return [step_of(path) for path in finished(run)]
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of a state.json, checked against its own checksum.
-
-    Raises:
-        CheckpointError: it is missing or altered.
-        LmimError: it cannot be read.
-    """
-    try:
-        with reading(path):
-            body: dict[str, Any] = json.loads(path.read_text())
-        checksum = body.pop("checksum")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint's state: {error}") from error
-    if checksum != _checksum(body):
-        raise CheckpointError(f"{path} was altered: its checksum does not fit its content")
-    return body
 
 
 def state_of(path: Path) -> dict[str, Any]:
@@ -294,17 +273,21 @@ def newest(
     damaged: Callable[[Path, CheckpointError], None] | None = None,
     *,
     in_memory: bool = True,
+    fields: Fields = MappingProxyType({}),
 ) -> Checkpoint | None:
     """The newest whole checkpoint of a run; `damaged` is called with every newer one that is not whole.
 
     Args:
         in_memory: False leaves the tensors of a sharded one in its files.
+        fields:    what must be true of its state; one that lacks it is not whole.
     Raises:
         LmimError: a file cannot be read, or a folder has the name of another step.
     """
     for path in finished(run):
         try:
-            return read(path) if in_memory else open_verified(path)
+            checkpoint = read(path) if in_memory else open_verified(path)
+            check_fields(path / STATE_FILE, checkpoint.state, fields)
+            return checkpoint
         except CheckpointError as error:
             if damaged is not None:
                 damaged(path, error)

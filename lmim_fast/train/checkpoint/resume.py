@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lmim_fast.config import RunConfig
 from lmim_fast.config.io import differences, run_from_dict, to_dict
 from lmim_fast.errors import CheckpointError, UsageError
-from lmim_fast.train.checkpoint import folders, removal
+from lmim_fast.train.checkpoint import folders, length, removal
 from lmim_fast.train.checkpoint.folders import Checkpoint
+from lmim_fast.train.checkpoint.state import FIELDS_OF_A_RUN, Fields
 from lmim_fast.train.world import World
 
 # Values that change no weight. `data` is decided by the fingerprint: a database may have moved; `charset` by
@@ -51,6 +54,8 @@ MAY_CHANGE = {
     "config.loader.max_bad_fraction",
     "config.loader.skip",
 }
+_LENGTH = {"config.steps", "config.epochs"}  # for `length.check` to judge
+_HASH = re.compile(r"data\.databases\[(\d+)\]\.(hash|images)")
 
 
 def find(
@@ -74,17 +79,20 @@ def find(
     saved = None
     with world.together():
         if world.is_main:
-            saved = _choose(run, config, say)
+            saved = _choose(run, config, say, FIELDS_OF_A_RUN)
     path = world.gather(saved.path if saved else None)[0]
     if path is None:
         return None
     with world.together():
         saved = saved or folders.open_trusted(path)
         check_same_run(saved, config, fingerprint)
+        length.check(saved, config, fingerprint["count"], say)
     return saved
 
 
-def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpoint | None:
+def _choose(
+    run: Path, config: RunConfig, say: Callable[[str], None], fields: Fields = MappingProxyType({})
+) -> Checkpoint | None:
     if names := folders.misnamed(run):
         say(
             f"warning: {run / 'checkpoints'} holds {', '.join(map(repr, names))}: checkpoints are called "
@@ -95,7 +103,9 @@ def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpo
     if not config.resume:
         raise UsageError(f"{run} already has checkpoints: choose another --output, or drop --no-resume")
     damaged: list[tuple[Path, CheckpointError]] = []
-    saved = folders.newest(run, lambda path, error: damaged.append((path, error)), in_memory=False)
+    saved = folders.newest(
+        run, lambda path, error: damaged.append((path, error)), in_memory=False, fields=fields
+    )
     if saved is None:
         reasons = "; ".join(str(error) for _, error in damaged)
         raise CheckpointError(f"no checkpoint in {run} is whole ({reasons}); choose another --output")
@@ -106,24 +116,33 @@ def _choose(run: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpo
 
 
 def check_same_run(saved: Checkpoint, config: RunConfig, fingerprint: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other settings or other data.
+    """Refuse a checkpoint of other settings, or of other data than what the objective reads of it.
 
     Raises:
         UsageError: names the first fields that differ, with both values.
     """
+    labels = config.objective == "recognizer"
     changed = [
         *differences(_completed(saved.state["config"]), to_dict(config), "config"),
-        *differences(_content(saved.state["data"]), _content(fingerprint), "data"),
+        *differences(*_contents(saved.state["data"], fingerprint, labels=labels), "data"),
     ]
-    changed = [line for line in changed if line[0].partition("[")[0] not in MAY_CHANGE]
+    changed = [line for line in changed if line[0].partition("[")[0] not in MAY_CHANGE | _LENGTH]
     if changed:
-        lines = "; ".join(
-            f"{name.removeprefix('config.')} was {old!r}, now {new!r}" for name, old, new in changed[:3]
-        )
+        told = [_told(*line, fingerprint) for line in changed[:3]]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(
-            f"{saved.path} is of another run: {lines}{more}; use the same values or another --output"
+            f"{saved.path} is of another run: {'; '.join(told)}{more}; "
+            "use the same values or another --output"
         )
+
+
+def _told(name: str, old: Any, new: Any, fingerprint: dict[str, Any]) -> str:
+    """One difference, for the user."""
+    if place := _HASH.fullmatch(name):
+        what = fingerprint["databases"][int(place[1])].get("name", f"database {place[1]}")
+        part = "images" if place[2] == "images" else "records"
+        return f"the {part} of {what} are not those that the run began with ({old}, now {new})"
+    return f"{name.removeprefix('config.')} was {old!r}, now {new!r}"
 
 
 def _completed(saved: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -137,10 +156,23 @@ def _completed(saved: dict[str, Any], defaults: dict[str, Any] | None = None) ->
     return defaults | older
 
 
-def _content(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint of records without the names of their folders."""
-    databases = [
-        {key: value for key, value in database.items() if key != "name"}
-        for database in fingerprint["databases"]
-    ]
-    return {**fingerprint, "databases": databases}
+def _contents(
+    saved: dict[str, Any], now: dict[str, Any], *, labels: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two fingerprints of records, without what does not count: names of folders and, if not read, labels.
+
+    Older checkpoints have one hash of images and labels together, and none of all targets.
+    """
+    older = not all("images" in database for database in saved["databases"])
+    hidden = {"name"}
+    hidden |= {"images"} if labels or older else {"hash", "has_labels"}
+    both = []
+    for fingerprint in (saved, now):
+        databases = [
+            {key: value for key, value in database.items() if key not in hidden}
+            for database in fingerprint["databases"]
+        ]
+        both.append({**fingerprint, "databases": databases})
+    if labels and "labels" in saved and "targets" not in saved["labels"] and "labels" in now:
+        both[1]["labels"] = {key: value for key, value in now["labels"].items() if key != "targets"}
+    return both[0], both[1]

@@ -159,7 +159,9 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
     }
     for number, (change, options) in enumerate(changes.items()):
         changed = write_database(tmp_path / f"changed{number}/crops", **options)
-        assert RecordStore([changed]).fingerprint()["databases"][0]["hash"] != database["hash"], change
+        (now,) = RecordStore([changed]).fingerprint()["databases"]
+        assert now["hash"] != database["hash"], change
+        assert (now["images"] == database["images"]) == (change in ("first label", "no labels")), change
 
 
 def test_the_fingerprint_reads_at_most_64_records_of_a_database(tmp_path, monkeypatch):

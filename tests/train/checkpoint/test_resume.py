@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lmim_fast.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig
+from lmim_fast.config import DataConfig, FinetuneConfig, ModelConfig, OptimConfig, PretrainConfig
 from lmim_fast.config.io import to_dict
 from lmim_fast.errors import UsageError
 from lmim_fast.train.checkpoint.folders import Checkpoint
@@ -22,7 +22,6 @@ def changed(**values):
     ("config", "field"),
     [
         (changed(seed=1), "seed was 0, now 1"),
-        (changed(steps=11), "steps was 10, now 11"),
         (changed(compile=True), "compile was False, now True"),
         (changed(precision="fp32"), "precision was 'auto', now 'fp32'"),
         (changed(model=ModelConfig(gelu_epilogue="on")), r"model\.gelu_epilogue was 'auto', now 'on'"),
@@ -92,3 +91,38 @@ def test_a_checkpoint_older_than_a_field_counts_as_its_default():
 def test_differences_name_the_place_of_added_and_removed_values():
     old, new = {"a": [1, {"b": 2}], "gone": 0}, {"a": [1, {"b": 3}], "new": 4}
     assert list(differences(old, new, "x")) == [("x.a[1].b", 2, 3), ("x.gone", 0, None), ("x.new", None, 4)]
+
+
+def fingerprinted(hash_, images=None, targets=None):
+    """A fingerprint of one database; without `images` and `targets`, as older versions made it."""
+    database = {"name": "words", "count": 5, "has_labels": True, "hash": hash_}
+    data = {"count": 5, "databases": [database | ({"images": images} if images else {})]}
+    return data | {"labels": {"kept": 5, **({"targets": targets} if targets else {})}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "pretrain", "finetune"),
+    [
+        (("h", "i", "t"), ("h", "i", "t"), None, None),
+        (("h", "i", "t"), ("H", "i", "t"), None, "the records of words are not those"),
+        (("h", "i", "t"), ("h", "i", "T"), None, r"data\.labels\.targets was 't', now 'T'"),
+        (("h", "i", "t"), ("H", "I", "t"), "the images of words are not those", "the records of words"),
+        (("h",), ("h", "i", "t"), None, None),
+        (("h",), ("H", "i", "t"), "the records of words are not those", "the records of words"),
+    ],
+)
+def test_r14_a_changed_label_is_other_data_for_fine_tuning_alone_and_older_fingerprints_are_known(
+    saved, now, pretrain, finetune
+):
+    for kind, refused in ((PretrainConfig, pretrain), (FinetuneConfig, finetune)):
+        config = kind(data=("words",), steps=10)
+        was, there = fingerprinted(*saved), fingerprinted(*now)
+        if kind is PretrainConfig:
+            del was["labels"], there["labels"]
+        state = {"config": to_dict(config), "data": was}
+        checkpoint = Checkpoint(Path("run/checkpoints/step-00000004"), state, {}, {})
+        if refused is None:
+            check_same_run(checkpoint, config, there)
+        else:
+            with pytest.raises(UsageError, match=refused):
+                check_same_run(checkpoint, config, there)
