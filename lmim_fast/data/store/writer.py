@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from lmim_fast.data.store.databases import COUNT_KEY, image_key, label_key, lmdb
 from lmim_fast.errors import LmimError, UsageError
+from lmim_fast.owner import Owner
 
 RECORDS_PER_COMMIT = 1000
 BYTES_PER_RECORD = 2**18  # of the map, not of the file: above most crops' size; a full map is doubled
@@ -39,10 +40,10 @@ class LmdbWriter:
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.written = 0
         self._flushed = False
-        self._ours = False  # whether the partial folder is locked by this writer
+        self._ours = False  # whether the files in the partial folder may be removed
+        self._owner = Owner(self.folder, self.output)
         self._map_size = BYTES_AT_LEAST + count * BYTES_PER_RECORD
         self._pending: list[tuple[bytes, bytes]] = []
-        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         check_output_is_free(self.output)
@@ -52,8 +53,10 @@ class LmdbWriter:
         if self.output.is_mount():
             raise UsageError(f"{self.output} is a mount point; name a folder in it, {self.output / 'crops'}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_folder()
+            while not self._owner.acquire(_to_stderr):
+                pass
+            check_output_is_free(self.output)  # another writer may have ended by now
+            self._ours = True
             self._remove_leftovers()
             self._open()
         except (OSError, lmdb.Error) as error:
@@ -103,25 +106,13 @@ class LmdbWriter:
         except BaseException:
             self._abandon()
             raise
-        self._cleanup.close()
+        self._owner.release()
 
     def _append(self, image: bytes, label: str | bytes | None) -> None:
         self._pending.append((image_key(self.written), image))
         if label is not None:
             text = label.encode() if isinstance(label, str) else label
             self._pending.append((label_key(self.written), text))
-
-    def _lock_folder(self) -> None:
-        """Lock the partial folder, so that two writers of one output cannot mix."""
-        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._cleanup.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is writing the LMDB {self.output}") from None
-        if not self.folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(self.folder)):
-            raise UsageError(f"another process has just written the LMDB {self.output}")
-        self._ours = True
 
     def _files(self) -> tuple[str, ...]:
         """Names that a writer may have left in the partial folder."""
@@ -133,7 +124,8 @@ class LmdbWriter:
         self._delete_files()
 
     def _refuse_foreign_files(self) -> None:
-        foreign = [path.name for path in self.folder.iterdir() if path.name not in self._files()]
+        known = {*self._files(), self._owner.name}
+        foreign = [path.name for path in self.folder.iterdir() if path.name not in known]
         if foreign:
             self._ours = False
             raise UsageError(
@@ -178,7 +170,7 @@ class LmdbWriter:
             self._environment.close()
             os.rename(self.folder / PARTIAL_FILE, self.folder / "data.mdb")
             sync_folder(self.folder)
-            os.rename(self.folder, self.output)
+            self._owner.rename(self.output)
         except (OSError, lmdb.Error) as error:
             raise LmimError(self._failure(error)) from error
         sync_folder(self.output.parent)
@@ -187,8 +179,15 @@ class LmdbWriter:
         if hasattr(self, "_environment"):
             self._environment.close()
         if self._ours:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._cleanup.close()
+            with contextlib.suppress(OSError):
+                self._delete_files()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let another writer come; without anything to go on from, the folder goes too."""
+        self._owner.release()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _failure(self, error: Exception) -> str:
         free = shutil.disk_usage(self.folder).free
@@ -215,6 +214,10 @@ def check_output_is_free(output: Path) -> None:
             raise UsageError(f"{output} is a file; the output must be a new folder")
     except OSError as error:
         raise UsageError(f"cannot write the LMDB {output}: {_reason(error)}") from error
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _reason(error: Exception) -> str:
