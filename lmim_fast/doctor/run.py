@@ -35,8 +35,11 @@ def run_doctor(config: DoctorConfig | DoctorPretrainConfig | DoctorFinetuneConfi
         UsageError: a path does not exist, or the findings cannot be written.
         LmimError:  a check found an error; all were made.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("doctor is one process: start it without torchrun, and pass --processes")
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UsageError(
+            "doctor is one process: start it without torchrun and pass --processes; `unset WORLD_SIZE` if it "
+            f"is left over (it is {os.environ['WORLD_SIZE']!r})"
+        )
     if config.json is not None and not Path(config.json).absolute().parent.is_dir():
         raise UsageError(f"--json {config.json}: its folder does not exist; make it first")
     run = _run_of(config)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lmim_fast.evaluation.published import Published, published_rows
 from lmim_fast.evaluation.results import LABELS_AS_FOUND, Result, averages, document, in_percent
 from lmim_fast.evaluation.scoring import RecognizerLike, evaluate_store
 from lmim_fast.models.weight_names import split_key
+from lmim_fast.owner import owned
 from lmim_fast.report.evaluation import evaluation_html
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.recognizer_start import BEST, LAST, recognizer_file
@@ -41,11 +43,13 @@ def run_evaluate(config: EvaluateConfig) -> Path:
         DataError:    a database is damaged.
         LmimError:    the results cannot be written.
     """
-    with join(config.device) as world:
+    with contextlib.ExitStack() as outside, join(config.device) as world:
         with world.together():
             file = _file(config.model)
             test_sets = find_test_sets(config.data, config.layout)
             folder = _prepare_output(config, file, world)
+            if world.is_main:
+                outside.enter_context(owned(folder, _say))
             model = _load(file, world)
             test_sets = [dataclasses.replace(entry, characters=model.characters) for entry in test_sets]
         results: list[Result] = []
@@ -60,6 +64,10 @@ def run_evaluate(config: EvaluateConfig) -> Path:
                 if world.is_main:
                     _write(config, file, folder, results, stores, world)
         return folder
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _file(model: str) -> Path:

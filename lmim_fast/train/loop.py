@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from lmim_fast.data.batch import Batch
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.errors import LmimError
+from lmim_fast.owner import Owner
 from lmim_fast.train import optim, parallel
 from lmim_fast.train.checkpoint.saver import SLOWEST, Saver
 from lmim_fast.train.held_out import HeldOut
 from lmim_fast.train.memory import explain_out_of_memory
 from lmim_fast.train.profiling import Trace
 from lmim_fast.train.side_files import BAD_RECORDS_FILE, SKIPPED_FILE, add_new_lines, flush
-from lmim_fast.train.signals import stop_signals
+from lmim_fast.train.signals import name_of, stop_signals
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.telemetry import Meter, Telemetry, Value, memory_bytes
 from lmim_fast.train.validation import Validation
@@ -83,6 +83,8 @@ class Session:
     """Step of the newest checkpoint."""
     score: float | None = None
     """Held-out loss of the weights as they are; None where it was not measured after the last step."""
+    owner: Owner | None = None
+    """Of the run folder; rank 0 has it."""
 
 
 def train(session: Session, batches: ViewPipeline) -> str | None:
@@ -91,9 +93,10 @@ def train(session: Session, batches: ViewPipeline) -> str | None:
     Args:
         batches: micro batches in training order, from that step on.
     Returns:
-        None when the run is complete, or what stopped it: a signal's name or `MAX_TIME`.
+        None when the run is complete, or what stopped it: a signal's name, `signals.name_of`, or `MAX_TIME`.
     Raises:
-        LmimError: too many steps in a row were not finite, or a part failed on some rank.
+        LmimError: the run folder has another owner now, too many steps in a row were not finite, or a part
+            failed on some rank.
     """
     config, world, progress, telemetry = session.config, session.world, session.progress, session.telemetry
     total = optim.total_steps(config, session.order.num_samples)
@@ -110,14 +113,17 @@ def train(session: Session, batches: ViewPipeline) -> str | None:
         while progress.step < total:
             step = progress.step
             late = config.max_time is not None and clock.sitting() > 3600 * config.max_time
-            own = stop.received, late, session.saver.failed
-            batch, (number, time_is_up, unsaved) = _next_batch(session, batches, *own)
+            taken = session.owner is not None and session.owner.lost
+            own = stop.received, late, session.saver.failed, taken
+            batch, (number, time_is_up, unsaved, taken_anywhere) = _next_batch(session, batches, *own)
+            if taken_anywhere:
+                _check_owner(session)
             if unsaved:
                 with world.together():
                     session.saver.check()
             if number or time_is_up:
                 _end(session, batches, clock)
-                return signal.Signals(number).name if number else MAX_TIME
+                return name_of(number) if number else MAX_TIME
             lr = optim.learning_rate(
                 step, peak=peak, warmup=warmup, total=total, schedule=schedule, final=final
             )
@@ -177,6 +183,13 @@ def _end(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
         session.saver.wait()
     for path in session.saver.published():
         session.telemetry.say(f"checkpoint {path}")
+
+
+def _check_owner(session: Session) -> None:
+    """Nothing is written into a folder that another process has by now."""
+    with session.world.together():
+        if session.owner is not None:
+            session.owner.check()
 
 
 def _next_batch(session: Session, batches: ViewPipeline, *values: int) -> tuple[Batch, list[int]]:
@@ -309,6 +322,7 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
 
 def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
     """Name the broken records known by now, and begin a checkpoint; training waits for a copy only."""
+    _check_owner(session)
     _name_bad_records(session, batches)
     with session.world.together():
         if session.world.is_main:

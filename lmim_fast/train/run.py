@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from lmim_fast.config import RunConfig
 from lmim_fast.config.io import config_hash, differences, to_dict
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import LmimError, UsageError, shared
+from lmim_fast.owner import Owner
 from lmim_fast.train import optim, parallel, side_files
 from lmim_fast.train.checkpoint import content, removal, resume
-from lmim_fast.train.checkpoint.files import write_file
+from lmim_fast.train.checkpoint.files import explain, write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
 from lmim_fast.train.checkpoint.saver import Saver
 from lmim_fast.train.held_out import HeldOut
@@ -83,6 +85,7 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         identity = _identity(config, store)
         skipped = skip_list_digest(config, store, say)
     _agree(world, {**identity, "skip list": skipped})
+    owner = _own_folder(run, world, say, outside)
     saved = resume.find(run, config, identity["data"], world, say)
 
     with world.together():
@@ -159,6 +162,7 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
             *(config, run, world, model, optimizer, run_step, order, progress, telemetry, identity),
             *(saver, watchdog, trace, validation, held_out),
             saved_step=start if resumed else None,
+            owner=owner,
         )
         stopped_by = train(session, batches)
 
@@ -170,7 +174,8 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         return run
     with world.together(), optim.averaged_weights(optimizer):
         complete = parallel.whole(model, task, world)
-        if world.is_main:
+        if owner is not None:
+            owner.check()
             left = task.finish(complete, run)
     if session.bad_records:
         named = run / side_files.BAD_RECORDS_FILE
@@ -254,17 +259,48 @@ def _mend_teacher(task: Task, model: nn.Module, run: Path, saved: Checkpoint, sa
             say(f"--{option} {now} is not read: the run keeps the weights that it has")
 
 
-def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
-    """Make the run folder, clear what an interrupted save left, and write down what the run is."""
+def _own_folder(run: Path, world: World, say: Say, outside: contextlib.ExitStack) -> Owner | None:
+    """Make the run folder this run's alone, before anything in it counts; the owner is a process: rank 0's.
+
+    An owner on another machine may have to be watched for longer than ranks wait for each other, so they talk
+    meanwhile.
+
+    Raises:
+        UsageError: another run has it, or it cannot be made or written.
+    """
+    owner = Owner(run) if world.is_main else None
+    if owner is not None:
+        outside.callback(owner.release)
+    waiting = 1
+    while waiting:
+        with world.together():
+            ours = owner is None or _try_to_own(owner, run, say)
+        (waiting,) = world.largest(not ours)
+    return owner
+
+
+def _try_to_own(owner: Owner, run: Path, say: Say) -> bool:
+    _check_folder(run)
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        return owner.acquire(say)
     except OSError as error:
-        raise UsageError(f"--output {run}: cannot be made ({error.strerror})") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise explain(error, run) from error
+        what = "written" if run.is_dir() else "made"
+        raise UsageError(f"--output {run}: cannot be {what} ({error.strerror})") from error
+
+
+def _check_folder(run: Path) -> None:
+    """Refuse a run folder in which this run could not write, as far as that is seen."""
     for folder in (run, run / "checkpoints", run / "tensorboard"):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--output {run}: {folder} is in the way, it should be a folder")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"--output {run}: no permission to write in {folder}")
+
+
+def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
+    """Clear what an interrupted save left, and write down what the run is."""
     removal.remove_unfinished(run)
     description = {name: identity[name] for name in ("config", "versions", "data")}
     write_file(run / "config.json", json.dumps(description, indent=1).encode())

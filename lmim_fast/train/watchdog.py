@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from lmim_fast.train.world import waits_for_peers
+
 GRACE = 15.0
 """Seconds between the stacks and the end: peers that wait for the same thing write theirs meanwhile, and so
 does NCCL, whose timeout began a little later, with the collective."""
@@ -116,11 +118,12 @@ class Watchdog:
 
     def _report(self, what: str, age: float) -> None:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        does = "waits for another rank, which hangs or has ended" if waits_for_peers() else "hangs"
         threads = "".join(
             f"  0x{thread.ident or 0:016x} is {thread.name}\n" for thread in threading.enumerate()
         )
         head = (
-            f"\n{now} rank {self._rank} (process {os.getpid()}) hangs: nothing for {age:.0f} seconds since "
+            f"\n{now} rank {self._rank} (process {os.getpid()}) {does}: nothing for {age:.0f} seconds since "
             f"{what}. Stacks of its threads, the latest call first:\n{threads}"
         ).encode()
         with contextlib.suppress(OSError):  # nobody reads stderr: the file is the other place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lmim_fast.errors import LmimError, UsageError, shared
+from lmim_fast.process import Process
+from lmim_fast.train.rendezvous import interruptible, meet, place_of_this_process
 
 TIMEOUT = 600.0
 """Seconds: long enough for a slow save or a cold data disk, short enough to notice a hung rank."""
+
+_DEATH_SHOWS_WITHIN = 2.0  # seconds
+_WORDS = {"ended": "ended", "stopped": "been stopped by a signal"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class World:
         if self.device.type == "cuda":
             dist.all_reduce(values, dist.ReduceOp.AVG)
         else:  # gloo knows no mean
-            with answered():
+            with _collective():
                 dist.all_reduce(values)
             values /= self.size
 
@@ -53,7 +59,7 @@ class World:
         if self.control is None:
             return list(values)
         box = torch.tensor(values)
-        with answered():
+        with _collective():
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return [int(value) for value in box]
 
@@ -62,7 +68,7 @@ class World:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
-        with answered():
+        with _collective():
             dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -109,7 +115,7 @@ class World:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """A block with collectives: the error about a silent peer becomes one that says what to look for.
+    """A block with collectives: the error about a silent peer becomes one that names it, as far as is known.
 
     Raises:
         LmimError: a peer has ended or hangs.
@@ -120,9 +126,56 @@ def answered() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = str(error).splitlines()[0]
-        raise LmimError(
-            f"another process of the run has ended or hangs, its output says more: {reason}"
-        ) from error
+        raise LmimError(f"{_missing()}; the same command continues the run ({reason})") from error
+
+
+_peers: list[Process] = []  # of this group, by rank
+_in_collective = 0
+
+
+def waits_for_peers() -> bool:
+    """Whether this process is in a collective of `World`: if it does not get on, a peer is why."""
+    return _in_collective > 0
+
+
+@contextlib.contextmanager
+def _collective() -> Iterator[None]:
+    global _in_collective
+    _in_collective += 1
+    try:
+        with answered():
+            yield
+    finally:
+        _in_collective -= 1
+
+
+def _missing() -> str:
+    """The ranks that have ended or were stopped, as far as this machine can tell."""
+    gone: list[str] = []
+    until = time.monotonic() + _DEATH_SHOWS_WITHIN
+    while not gone and time.monotonic() < until:  # its connections are closed before it has ended
+        states = [(rank, peer, peer.state()) for rank, peer in enumerate(_peers)]
+        gone = [
+            f"rank {rank}, process {peer.pid} on {peer.host}, has {_WORDS[state]}"
+            for rank, peer, state in states
+            if state in _WORDS
+        ]
+        time.sleep(0.02)
+    if gone:
+        return "; ".join(gone) + ": its output says more"
+    places: dict[str, list[int]] = {}
+    for rank, peer in enumerate(_peers):
+        places.setdefault(peer.host, []).append(rank)
+    hosts = "; ".join(f"{host}: ranks {_range(ranks)}" for host, ranks in places.items())
+    return (
+        "another process of the run has ended or hangs, and none of this machine has ended: look for the "
+        f"first error, or for a rank that `hangs` by its own output{f' ({hosts})' if hosts else ''}"
+    )
+
+
+def _range(ranks: list[int]) -> str:
+    consecutive = ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 1
+    return f"{ranks[0]}-{ranks[-1]}" if consecutive else ", ".join(map(str, ranks))
 
 
 def _message(failure: Exception) -> str:
@@ -165,9 +218,7 @@ def join(device: str = "auto", *, timeout: float = TIMEOUT, grouped: bool = Fals
     Raises:
         UsageError: CUDA is asked for and not there, or there are fewer GPUs than local processes.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    rank, size, local_rank, local_size = place_of_this_process()
     try:
         place = _device(device, local_rank, local_size)
     except UsageError as error:
@@ -182,15 +233,27 @@ def join(device: str = "auto", *, timeout: float = TIMEOUT, grouped: bool = Fals
     if rank == 0:
         _warn_about_restarts()
     backend, limit = "nccl" if place.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
-    dist.init_process_group(backend, timeout=limit, device_id=place if place.type == "cuda" else None)
+    with interruptible():
+        store, _peers[:] = meet(rank, size, timeout, backend)
+        where = place if place.type == "cuda" else None
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=where
+            )
+            control = dist.new_group(backend="gloo", timeout=limit)
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise LmimError(f"the ranks cannot reach each other: {str(error).splitlines()[0]}") from error
     try:
-        control = dist.new_group(backend="gloo", timeout=limit)
         yield World(rank, size, place, control, local_size)
     except BaseException:
         # NCCL waits at its end for collectives that the peers will never join: the process ends without it.
         if backend == "gloo":
             dist.destroy_process_group()
         raise
+    finally:
+        _peers.clear()
     dist.destroy_process_group()
 
 

@@ -1,7 +1,10 @@
 """Processes that train together: real ones on gloo."""
 
 import contextlib
+import dataclasses
+import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from ranks import run_ranks
 
 from lmim_fast import cli
 from lmim_fast.errors import DataError, LmimError, UsageError, is_shared
+from lmim_fast.process import Process
 from lmim_fast.train import world as worlds
 
 
@@ -33,33 +37,27 @@ def _fail(world, kind, on):
 def _fail_when_the_peer_is_gone(world):
     if world.rank == 1:
         return None
-    try:
-        with world.together():
-            raise LmimError("disk full")
-    except LmimError as error:
-        return str(error), str(error.__cause__)
-
-
-def _sum_when_the_peer_is_gone(world):
-    if world.rank == 1:
-        return None
+    summed = None
     try:
         with worlds.answered():
             torch.distributed.all_reduce(torch.ones(3))
     except LmimError as error:
-        return str(error)
+        summed = str(error)
+    try:
+        with world.together():
+            raise LmimError("disk full")
+    except LmimError as error:
+        return summed, str(error), str(error.__cause__)
 
 
-def test_a_collective_whose_peer_is_gone_says_what_to_look_for():
-    assert "another process of the run has ended or hangs" in run_ranks(_sum_when_the_peer_is_gone)[0]
+def test_a_collective_whose_peer_is_gone_names_it_and_an_own_failure_is_raised_all_the_same():
+    summed, message, cause = run_ranks(_fail_when_the_peer_is_gone)[0]
+    gone = r"rank 1, process \d+ on \S+, has ended: its output says more; the same command continues the run"
+    assert re.match(gone, summed)
+    assert message == "disk full"
+    assert re.match(gone, cause)
     with pytest.raises(RuntimeError, match="sizes differ"), worlds.answered():
         raise RuntimeError("sizes differ")
-
-
-def test_the_own_failure_is_raised_where_the_peer_is_gone():
-    message, cause = run_ranks(_fail_when_the_peer_is_gone)[0]
-    assert message == "disk full"
-    assert "another process of the run has ended or hangs" in cause
 
 
 def _talk_of_all(world):
@@ -104,8 +102,64 @@ def test_a_block_of_all_ranks_agrees_on_values_by_the_same_message(ranks):
     assert [rank["agreed"] for rank in ranks] == [[1, 5]] * 2
 
 
+def set_environment(monkeypatch, **variables):
+    """What says which process this is, and nothing else that does."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set: start several processes by torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+        ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE 1, so there is no such rank"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', which is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, "RANK is 2 and WORLD_SIZE 2, so there is no such rank"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "but MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "x"}, "MASTER_PORT is 'x', which is no"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number"),
+    ],
+)
+def test_variables_of_another_shell_are_named_with_what_to_unset(monkeypatch, variables, told):
+    set_environment(monkeypatch, **variables)
+    with pytest.raises(UsageError) as raised, worlds.join("cpu"):
+        pass
+    assert told in str(raised.value)
+    assert "unset RANK WORLD_SIZE" in str(raised.value)
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    set_environment(monkeypatch, RANK=0, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(LmimError, match=r"^rank 1, 2 of 3 did not come within 1 seconds"):
+        worlds.join("cpu", timeout=1).__enter__()
+
+
+def test_a_group_of_gpu_and_cpu_ranks_is_refused_before_it_is_made(monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    peer = torch.distributed.PrefixStore("lmim", store)
+    peer.set("process 1", json.dumps(["nccl", *dataclasses.astuple(Process.this())]))
+    with pytest.raises(
+        UsageError, match="rank 1 differs from rank 0: rank 0 the CPU, rank 1 a GPU; give all"
+    ):
+        worlds.join("cpu", timeout=5).__enter__()
+
+
 def test_a_single_process_needs_no_process_group(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    set_environment(monkeypatch)
     with worlds.join("cpu") as world:
         assert not torch.distributed.is_initialized()
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
@@ -128,8 +182,8 @@ def test_too_few_gpus_fail_every_process_alike_and_the_first_of_the_machine_tell
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     # The second machine of two: its ranks are 2 and 3.
-    for name, value in (("RANK", 2 + local_rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2)):
-        monkeypatch.setenv(name, str(value))
+    place = {"RANK": 2 + local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 2}
+    set_environment(monkeypatch, **place, MASTER_ADDR="node0", MASTER_PORT=29500)
     with pytest.raises(UsageError, match="2 processes on this machine, but 1 visible GPUs") as raised:
         worlds.join("auto").__enter__()
     assert is_shared(raised.value) == (local_rank == 1)
@@ -154,8 +208,10 @@ def test_groups_are_left_alone_only_after_a_failure_on_nccl(monkeypatch, device,
         worlds, "_device", lambda *parts: torch.device(device, 0 if device == "cuda" else None)
     )
     monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(worlds, "meet", lambda *parts: (None, []))
+    set_environment(
+        monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500
+    )
     with contextlib.suppress(LmimError), worlds.join():
         if fails:
             raise LmimError("disk full")

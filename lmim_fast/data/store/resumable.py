@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -186,8 +185,9 @@ class ResumableWriter(LmdbWriter):
         if hasattr(self, "_environment"):
             self._environment.close()
         if self._ours and not self.committed and not self.complete:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._cleanup.close()
+            with contextlib.suppress(OSError):
+                self._delete_files()
+        self._leave()
 
     def kept(self) -> str:
         """What an interruption leaves, for people."""

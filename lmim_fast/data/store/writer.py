@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +12,7 @@ from typing import Self
 from lmim_fast import durable
 from lmim_fast.data.store.databases import COUNT_KEY, image_key, label_key, lmdb
 from lmim_fast.errors import LmimError, UsageError
+from lmim_fast.owner import Owner
 
 RECORDS_PER_COMMIT = 1000
 BYTES_PER_RECORD = 2**18  # of the map, not of the file: above most crops' size; a full map is doubled
@@ -40,10 +40,10 @@ class LmdbWriter:
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.written = 0
         self._flushed = False
-        self._ours = False  # whether the partial folder is locked by this writer
+        self._ours = False  # whether the files in the partial folder may be removed
+        self._owner = Owner(self.folder, self.output)
         self._map_size = BYTES_AT_LEAST + count * BYTES_PER_RECORD
         self._pending: list[tuple[bytes, bytes]] = []
-        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         check_output_is_free(self.output)
@@ -55,8 +55,10 @@ class LmdbWriter:
         if self.folder.is_symlink():
             raise UsageError(f"{self.folder} is needed for the unfinished LMDB but is a link; remove it")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_folder()
+            while not self._owner.acquire(_to_stderr):
+                pass
+            check_output_is_free(self.output)  # another writer may have ended by now
+            self._ours = True
             self._remove_leftovers()
             self._open()
         except (OSError, lmdb.Error) as error:
@@ -106,25 +108,13 @@ class LmdbWriter:
         except BaseException:
             self._abandon()
             raise
-        self._cleanup.close()
+        self._owner.release()
 
     def _append(self, image: bytes, label: str | bytes | None) -> None:
         self._pending.append((image_key(self.written), image))
         if label is not None:
             text = label.encode() if isinstance(label, str) else label
             self._pending.append((label_key(self.written), text))
-
-    def _lock_folder(self) -> None:
-        """Lock the partial folder, so that two writers of one output cannot mix."""
-        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._cleanup.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is writing the LMDB {self.output}") from None
-        if not self.folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(self.folder)):
-            raise UsageError(f"another process has just written the LMDB {self.output}")
-        self._ours = True
 
     def _files(self) -> tuple[str, ...]:
         """Names that a writer may have left in the partial folder."""
@@ -136,8 +126,8 @@ class LmdbWriter:
         self._delete_files()
 
     def _refuse_foreign_files(self) -> None:
-        ours = self._files()
-        foreign = [path.name for path in self.folder.iterdir() if path.name not in ours or path.is_symlink()]
+        known = {*self._files(), self._owner.name}
+        foreign = [path.name for path in self.folder.iterdir() if path.name not in known or path.is_symlink()]
         if foreign:
             self._ours = False
             raise UsageError(
@@ -182,7 +172,7 @@ class LmdbWriter:
             self._environment.close()
             os.rename(self.folder / PARTIAL_FILE, self.folder / "data.mdb")
             durable.flush_folder(self.folder)
-            os.rename(self.folder, self.output)
+            self._owner.rename(self.output)
             durable.flush_folder(self.output.parent)
         except (OSError, lmdb.Error) as error:
             raise LmimError(self._failure(error)) from error
@@ -191,8 +181,15 @@ class LmdbWriter:
         if hasattr(self, "_environment"):
             self._environment.close()
         if self._ours:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._cleanup.close()
+            with contextlib.suppress(OSError):
+                self._delete_files()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let another writer come; without anything to go on from, the folder goes too."""
+        self._owner.release()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _failure(self, error: Exception) -> str:
         free = durable.free_bytes(self.folder)
@@ -220,6 +217,10 @@ def check_output_is_free(output: Path) -> None:
             raise UsageError(f"{output} is a file; the output must be a new folder")
     except OSError as error:
         raise UsageError(f"cannot write the LMDB {output}: {_reason(error)}") from error
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _reason(error: Exception) -> str:
