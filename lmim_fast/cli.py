@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
 import lmim_fast
@@ -15,6 +14,7 @@ from lmim_fast.cli_commands import COMMANDS
 from lmim_fast.cli_options import parse
 from lmim_fast.data.visible import visible
 from lmim_fast.errors import LmimError, UsageError, is_shared, shared
+from lmim_fast.terminal import guarded
 
 _WIDTH = max(map(len, COMMANDS))
 _LIST = "\n".join(f"  {name:{_WIDTH}}  {command.about}" for name, command in COMMANDS.items())
@@ -29,6 +29,25 @@ commands:
 `lmim COMMAND --help` lists the options; `lmim --version` prints the version.
 On several GPUs: torchrun --nproc-per-node=N -m lmim_fast.pretrain [OPTIONS], likewise finetune"""
 
+_PERMISSION = ("no permission", "use a path that this user may read and write")
+_FAILED = ("the file system failed", "look at the disk or the mount, then run the same command again")
+_FULL = ("disk full", "free some space, then run the same command again")
+_REFUSED = ("the system refused", "look at this path, then run again")
+_SYSTEM = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+    errno.EIO: _FAILED,
+    errno.ESTALE: _FAILED,
+    errno.EMFILE: ("too many open files", "raise the limit with `ulimit -n`"),
+    errno.ENFILE: ("too many open files on this machine", "end other processes, or raise fs.file-max"),
+    errno.ENAMETOOLONG: ("a name is too long", "choose a shorter one"),
+    errno.ELOOP: ("links lead in a circle", "mend the link"),
+    errno.ENOMEM: ("no memory left", "end other processes, or use fewer threads"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -38,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _shorten_spinning()
-    warnings.formatwarning = _format_warning
-    try:
-        code = _run_and_complain(arguments)
-    except BaseException:
-        if not _is_stuck():
-            raise
-        traceback.print_exc()
-        code = 1
+    with guarded():
+        try:
+            code = _run_and_complain(arguments)
+        except BaseException:
+            if not _is_stuck():
+                raise
+            traceback.print_exc()
+            code = 1
     if _is_stuck():  # the launcher ends the peers when it sees this process gone
         sys.stdout.flush()
         sys.stderr.flush()
@@ -68,17 +87,25 @@ def _run_and_complain(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _complain(error, f"disk full: {error}")
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _complain(error, f"no permission: {error}")
-        else:
+        if error.errno is None:  # raised by a package, not by the system
             raise
+        _complain(error, _system_message(error))
         return 1
     except SystemExit as stop:  # tyro's way to end after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
+
+
+def _system_message(error: OSError) -> str:
+    """What the operating system refused, in which file, and what to do about it."""
+    reason, advice = _SYSTEM.get(error.errno or 0, _REFUSED)
+    places = " -> ".join(
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+    )
+    place = f"{places}: " if places else ""
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    return f"{reason}: {place}{error.strerror} ({name}); {advice}"
 
 
 def _run(arguments: list[str]) -> int:
@@ -111,18 +138,6 @@ def _shorten_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning of the package for its user, in one line without the place in the code."""
-    if category is UserWarning and filename.startswith(os.path.dirname(lmim_fast.__file__) + os.sep):
-        return f"warning: {visible(str(message))}\n"
-    return _FULL_WARNING(message, category, filename, lineno, line)
-
-
-_FULL_WARNING = warnings.formatwarning
 
 
 def _complain(error: Exception, message: str) -> None:

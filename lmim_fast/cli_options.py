@@ -8,11 +8,13 @@ import io
 import itertools
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from lmim_fast.config import FinetuneConfig, PretrainConfig, RunConfig, preset, recipe
+from lmim_fast.config.checks import require_numbers, with_home_folders
 from lmim_fast.errors import UsageError, shared
 
 Config = TypeVar("Config")
@@ -30,6 +32,7 @@ def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str
     """
     import tyro
 
+    arguments = _lists_together(kind, arguments)
     options: dict[str, Any] = dict(prog=program, description=about)
     if issubclass(kind, RunConfig):
         # With a default no required field becomes positional.
@@ -40,10 +43,54 @@ def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str
         options["config"] = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
     try:
         config: Config = _tyro(kind, arguments, **options)
+        try:
+            require_numbers(config)
+            return with_home_folders(config)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     except UsageError as error:
         message = _all_problems(kind, arguments, str(error), options)
         raise shared(UsageError(f"{message}; see `{program} --help`")) from None
-    return config
+
+
+def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments with all values of a repeated list option behind its first place: its lists add up.
+
+    Of an option with one value, or a fixed number of them, the last one counts.
+    """
+    lists = set(_list_options(kind))
+    kept: list[str] = []
+    places: dict[str, list[str]] = {}  # an option's values, in a list of their own until the end
+    parts: list[list[str]] = [kept]
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        option = option.replace("_", "-")
+        if option in lists:
+            if option not in places:
+                places[option] = [option]
+                parts.append(places[option])
+            current = places[option]
+            current += [value] if equals else []
+            open_list = not equals
+        elif argument.startswith("--") or not places or not open_list:
+            if parts[-1] is not kept:
+                kept = []
+                parts.append(kept)
+            kept.append(argument)
+            open_list = False
+        else:
+            current.append(argument)
+    return [argument for part in parts for argument in part]
+
+
+def _list_options(kind: type[Any], prefix: str = "--") -> Iterator[str]:
+    """Options that take any number of values."""
+    for name, hint in typing.get_type_hints(kind).items():
+        option = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from _list_options(hint, f"{option}.")  # type: ignore[arg-type]
+        elif typing.get_origin(hint) is tuple and Ellipsis in typing.get_args(hint):
+            yield option
 
 
 def _all_problems(kind: type[Any], arguments: Sequence[str], first: str, options: dict[str, Any]) -> str:
@@ -109,13 +156,19 @@ def _tyro(kind: type[Any], arguments: Sequence[str], **options: Any) -> Any:
     # tyro draws ASCII for streams without encoding
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
-        with contextlib.nullcontext() if asks_help else _captured(printed):
+        with contextlib.redirect_stdout(_below()) if asks_help else _captured(printed):
             return tyro.cli(kind, args=list(arguments), **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         printed.seek(0)
         raise UsageError(_first_message(printed.read())) from None
+
+
+def _below() -> IO[str]:
+    """Standard output without what escapes control characters: tyro colours its help."""
+    stream: IO[str] = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    return stream
 
 
 @contextlib.contextmanager

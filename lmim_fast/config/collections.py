@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lmim_fast.config.checks import require, require_seed
+from lmim_fast.config.checks import PathName, require, require_seed
 
 ImportFormat = Literal["auto", "folder", "tsv", "csv", "mmocr", "paddleocr", "tar"]
 
@@ -16,15 +16,15 @@ ImportFormat = Literal["auto", "folder", "tsv", "csv", "mmocr", "paddleocr", "ta
 class ImportConfig:
     """What `lmim data import` reads, and what it does to crops."""
 
-    sources: tuple[str, ...]
+    sources: tuple[PathName, ...]
     """Folders of images, lists of paths and labels, or tar archives; imported in this order."""
-    output: str = "data/imported"
+    output: PathName = "data/imported"
     """Folder of the new LMDB; must not hold one already."""
     format: ImportFormat = "auto"
     """folder: images at any depth; tsv: lines `path<TAB>label`; csv: with a header; mmocr: json or jsonl;
     paddleocr: recognition or detection list; tar: also .tar.gz, and WebDataset shards; auto: by what each
     source is, and it says what it took."""
-    root: str | None = None
+    root: PathName | None = None
     """Folder that the paths of a list are relative to; None: the folder of the list."""
     label_from: Literal["none", "name", "parent"] = "none"
     """Label of an image in a folder: none, the file's name without its suffix, or the name of its folder."""
@@ -58,9 +58,9 @@ class ImportConfig:
 class MergeConfig:
     """What `lmim data merge` joins."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth; their records follow each other."""
-    output: str = "data/merged"
+    output: PathName = "data/merged"
     """Folder of the new LMDB; must not hold one already."""
     dedupe: Literal["none", "image", "pair"] = "none"
     """Of records with the same image bytes (image), or the same bytes and label (pair), keep the first."""
@@ -73,9 +73,9 @@ class MergeConfig:
 class SplitConfig:
     """How `lmim data split` divides records."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str = "data/split"
+    output: PathName = "data/split"
     """Folder of the new LMDBs, one for each part; must not exist or be empty."""
     parts: str = "train=0.98,val=0.02"
     """Names and shares of the parts; the shares add up to 1."""

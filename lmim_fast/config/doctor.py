@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmim_fast.config.checks import require
+from lmim_fast.config.checks import PathName, require
 from lmim_fast.config.finetune import FinetuneConfig
 from lmim_fast.config.pretrain import PretrainConfig
 
@@ -13,9 +13,9 @@ from lmim_fast.config.pretrain import PretrainConfig
 class DoctorConfig:
     """The machine, and the run of a config.json."""
 
-    run: tuple[str, ...]
+    run: tuple[PathName, ...]
     """Run folder or config.json of a run to check; none: the machine alone."""
-    json: str | None = None
+    json: PathName | None = None
     """File to write the findings to as well."""
     processes: int = 0
     """Processes of the run; 0: one for each visible GPU, or one."""
@@ -29,7 +29,7 @@ class DoctorConfig:
 class DoctorPretrainConfig(PretrainConfig):
     """The machine, and a pre-training run with these options."""
 
-    json: str | None = None
+    json: PathName | None = None
     """File to write the findings to as well."""
     processes: int = 0
     """Processes of the run; 0: one for each visible GPU, or one."""
@@ -43,7 +43,7 @@ class DoctorPretrainConfig(PretrainConfig):
 class DoctorFinetuneConfig(FinetuneConfig):
     """The machine, and a fine-tuning run with these options."""
 
-    json: str | None = None
+    json: PathName | None = None
     """File to write the findings to as well."""
     processes: int = 0
     """Processes of the run; 0: one for each visible GPU, or one."""

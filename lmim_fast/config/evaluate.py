@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lmim_fast.config.checks import require
+from lmim_fast.config.checks import PathName, require
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """An evaluation of a recogniser on labelled test sets."""
 
-    model: str
+    model: PathName
     """Run folder of a fine-tuning, or a recogniser file (ours or released)."""
-    data: tuple[str, ...]
+    data: tuple[PathName, ...]
     """Test sets: LMDB folders, NAME=FOLDER, or folders whose layout is known."""
-    output: str | None = None
+    output: PathName | None = None
     """Folder for evaluation.json and .html; None: evaluation/ in the run folder or beside the file."""
     layout: Literal["auto", "six", "union14m", "chinese", "plain"] = "auto"
     """Which benchmark the sets belong to; auto: by their names."""

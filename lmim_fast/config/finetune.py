@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lmim_fast.config.augment import AugmentConfig
-from lmim_fast.config.checks import require
+from lmim_fast.config.checks import PathName, require
 from lmim_fast.config.model import ModelConfig, preset
 from lmim_fast.config.recognizer import RecognizerConfig
 from lmim_fast.config.run import OptimConfig, RunConfig
@@ -28,21 +28,21 @@ class LabelConfig:
 class FinetuneConfig(RunConfig):
     """One fine-tuning run of the recogniser."""
 
-    output: str = "runs/finetune"
+    output: PathName = "runs/finetune"
     """Run folder: config.json, metrics.jsonl, validation.jsonl, checkpoints/, best/, tensorboard/."""
     objective: Literal["recognizer"] = "recognizer"
     """What is trained."""
     recipe: RecipeName = "lmim"
     """lmim: the released recipe; strong: the retraining of MAERec in OpenOCR. Other options override it."""
-    init: str | None = None
+    init: PathName | None = None
     """Encoder or recogniser to start from: a file (ours, released LMIM or MAERec) or a run folder."""
     weights: tuple[float, ...] = ()
     """Share of each path of data in the samples of an epoch; empty: as many as it holds."""
-    val: tuple[str, ...] = ()
+    val: tuple[PathName, ...] = ()
     """LMDB folders to validate on while training; the best checkpoint is kept."""
     validate_every: int = 500
     """Steps between validations; one is always made at the end."""
-    charset: str = "94"
+    charset: PathName = "94"
     """36, 62 or 94 (printable ASCII), or a file with one character a line."""
     characters: str | None = None
     """The characters themselves, in the order of their classes; None: those of charset."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lmim_fast.config.checks import require_numbers
 from lmim_fast.config.finetune import FinetuneConfig
 from lmim_fast.config.pretrain import PretrainConfig
 from lmim_fast.config.run import RunConfig
@@ -36,11 +37,47 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} must be an object, got {_shortly(value)}")
             value = from_dict(hints[name], value)
         elif isinstance(value, list):
             value = tuple(value)
+        if not _fits(value, hints[name]):
+            choices = typing.get_args(hints[name])
+            wanted = (
+                f"one of {', '.join(map(str, choices))}" if _is_literal(hints[name]) else "of another type"
+            )
+            raise ValueError(f"{name} must be {wanted}, got {_shortly(value)}")
         arguments[name] = value
-    return kind(**arguments)
+    config = kind(**arguments)
+    require_numbers(config)
+    return config
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is one of a field's type: a plain type, a choice, a tuple, or None."""
+    if _is_literal(hint):
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        parts = parts[:1] * len(value) if Ellipsis in parts else parts
+        return len(parts) == len(value) and all(map(_fits, value, parts))
+    if typing.get_args(hint):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _shortly(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def run_from_dict(values: dict[str, Any]) -> RunConfig:
@@ -63,7 +100,7 @@ def read_run_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
         ValueError: it is not a config of this version; says why.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        document = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
         return run_from_dict(document["config"]), document
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lmim_fast.config.checks import PathName
 from lmim_fast.config.model import ModelConfig
 from lmim_fast.config.run import RunConfig
 from lmim_fast.config.view import GuidanceConfig
@@ -14,13 +15,13 @@ from lmim_fast.config.view import GuidanceConfig
 class PretrainConfig(RunConfig):
     """One pre-training run."""
 
-    output: str = "runs/pretrain"
+    output: PathName = "runs/pretrain"
     """Run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/."""
     objective: Literal["lmim", "mae"] = "lmim"
     """mae: the stage that makes a teacher; lmim: guided masked feature modelling."""
-    init: str | None = None
+    init: PathName | None = None
     """Weights that the student starts from (same kinds as teacher)."""
-    teacher: str | None = None
+    teacher: PathName | None = None
     """Weights of the LMIM teacher: a file (released, MAERec, timm or ours; FILE::KEY chooses one of several
     models in it), a run or checkpoint folder, or "random" for an ablation."""
     model: ModelConfig = field(default_factory=ModelConfig)

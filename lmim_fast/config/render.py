@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmim_fast.config.checks import require, require_seed
+from lmim_fast.config.checks import PathName, require, require_seed
 
 TEXT_SHARES = ("random_share", "lines_share")
 LAYOUT_SHARES = ("curved_share", "vertical_share", "sign_share")
@@ -14,16 +14,16 @@ LAYOUT_SHARES = ("curved_share", "vertical_share", "sign_share")
 class RenderConfig:
     """The embedded default data: rendered words, written as an LMDB with labels."""
 
-    output: str = "data/rendered"
+    output: PathName = "data/rendered"
     """Folder of the new LMDB; must not hold one already. A render that was killed goes on here."""
     count: int = 5000
     """Crops to render."""
     seed: int = 0
     """Same seed, same crops."""
-    fonts: tuple[str, ...] = ()
+    fonts: tuple[PathName, ...] = ()
     """Font files (.ttf, .otf, .ttc) and folders of them, at any depth, in place of the fonts that come with
     matplotlib."""
-    words: tuple[str, ...] = ()
+    words: tuple[PathName, ...] = ()
     """UTF-8 files in place of the built-in list, a word a line or `word<TAB>weight` (any script, given a
     font)."""
     max_length: int = 25

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lmim_fast.config.checks import require, require_seed
+from lmim_fast.config.checks import PathName, require, require_seed
 from lmim_fast.config.model import ModelConfig, PresetName
 
 Objective = Literal["lmim", "mae", "recognizer"]
@@ -29,7 +29,7 @@ class DataConfig:
     """The run stops when more than this share of the records seen so far could not be decoded."""
     max_pixels: int = 2**26
     """A record that claims more pixels than this is counted as broken."""
-    skip: str | None = None
+    skip: PathName | None = None
     """Skip list of `lmim data verify`: its records are never read, others take their place."""
 
     def __post_init__(self) -> None:
@@ -97,15 +97,15 @@ class OptimConfig:
 class RunConfig(ABC):
     """One training run; its subclasses say what is trained."""
 
-    data: tuple[str, ...]
+    data: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str = "runs/run"
+    output: PathName = "runs/run"
     """Run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/."""
     objective: Objective = "lmim"
     """What is trained."""
     preset: PresetName = "small"
     """Model size; single values of it can be overridden by the model options."""
-    init: str | None = None
+    init: PathName | None = None
     """File or run folder whose weights the model starts from."""
     batch_size: int = 512
     """Images per optimiser step, over all processes and accumulation steps."""
@@ -147,7 +147,7 @@ class RunConfig(ABC):
     """Hours after which the run stops with a checkpoint; the same command continues it."""
     timeout: float = 600.0
     """Seconds that processes wait for each other before the run ends with the stacks of all of them."""
-    eval_data: tuple[str, ...] = ()
+    eval_data: tuple[PathName, ...] = ()
     """LMDB folders of held-out crops whose loss is measured while training."""
     eval_every: int = 0
     """Steps between measurements of the loss of eval_data; it ranks the checkpoint of its step. 0: none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lmim_fast.config.checks import require, require_seed
+from lmim_fast.config.checks import PathName, require, require_seed
 from lmim_fast.config.run import MAX_PIXELS_LIMIT
 from lmim_fast.config.view import GuidanceConfig
 
@@ -14,9 +14,9 @@ from lmim_fast.config.view import GuidanceConfig
 class ReportConfig:
     """What `lmim report` draws."""
 
-    run: str
+    run: PathName
     """Run folder of a pre-training run."""
-    output: str | None = None
+    output: PathName | None = None
     """HTML file to write; None: report.html in the run folder."""
     samples: int = 48
     """Crops on the sheet of plain and guidance views."""
@@ -36,14 +36,14 @@ NO_REPLAY = (-1, -1, -1)
 class InspectConfig:
     """What `lmim data inspect` reads."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
     replay: tuple[int, int, int] = NO_REPLAY
     """Seed, epoch and index of a sample: show its views, operations and mask as training had them. All -1
     stands for no replay."""
-    run: str | None = None
+    run: PathName | None = None
     """Run folder or config.json whose data and settings the replay takes; paths, if given, are its data."""
-    output: str = "replay.png"
+    output: PathName = "replay.png"
     """PNG of the replay."""
     view: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Guidance view of a replay without a run."""
@@ -62,9 +62,9 @@ class InspectConfig:
 class SheetConfig:
     """What `lmim data sheet` draws."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str = "sheet.png"
+    output: PathName = "sheet.png"
     """PNG to write."""
     count: int = 64
     """Crops on the sheet."""
@@ -86,9 +86,9 @@ class SheetConfig:
 class VerifyConfig:
     """What `lmim data verify` decodes and writes."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str | None = None
+    output: PathName | None = None
     """Folder for verify.json (every broken record) and skip.txt (for --loader.skip); None: only printed."""
     threads: int = 0
     """Decoding threads; 0 takes one per core."""
@@ -112,9 +112,9 @@ class VerifyConfig:
 class StatsConfig:
     """What `lmim data stats` counts and draws."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders, or folders that hold LMDB folders at any depth."""
-    output: str | None = None
+    output: PathName | None = None
     """Folder for stats.json and histograms (PNG); None: only printed."""
     max_pixels: int = 2**26
     """A record that claims more pixels than this is broken; as --loader.max-pixels of training."""
@@ -131,9 +131,9 @@ class StatsConfig:
 class CharsetConfig:
     """What `lmim data charset` counts and writes."""
 
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """LMDB folders with labels, or folders that hold LMDB folders at any depth."""
-    output: str = "charset.txt"
+    output: PathName = "charset.txt"
     """File to write, one character a line; must not exist."""
     min_count: int = 1
     """Characters that occur less often are left out."""
@@ -152,9 +152,9 @@ class CharsetConfig:
 class ConvertConfig:
     """What `lmim convert` reads and writes."""
 
-    source: str
+    source: PathName
     """Run or checkpoint folder, or a file of weights; FILE::KEY chooses one of several models in it."""
-    target: str
+    target: PathName
     """File to write."""
     to: Literal["released", "encoder"] | None = None
     """released: a .pth that the released code loads; encoder: the plain encoder as .safetensors; None: by the

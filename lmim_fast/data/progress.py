@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from lmim_fast.data.console import SafeConsole
 
 Advance = Callable[[float, int], None]
 
@@ -17,7 +18,7 @@ def progress_bar(description: str) -> Iterator[Advance]:
 
     Where standard error is no terminal, nothing is shown.
     """
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _UNPRINTABLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # categories of Unicode that draw nothing of use
+_LAYOUT = re.compile(r"([\n\t])")
 
 
 def visible(text: str) -> str:
@@ -13,6 +15,13 @@ def visible(text: str) -> str:
         escaped(character) if unicodedata.category(character) in _UNPRINTABLE else character
         for character in text
     )
+
+
+def visible_lines(text: str) -> str:
+    """`visible` of a text whose line breaks and tabs are its layout: they stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(piece if piece in ("\n", "\t") else visible(piece) for piece in _LAYOUT.split(text))
 
 
 def escaped(character: str) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lmim_fast.config import EvaluateConfig
 from lmim_fast.config.io import to_dict
+from lmim_fast.data.console import SafeConsole
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import UsageError
 from lmim_fast.evaluation.layouts import TestSet, find_test_sets
@@ -193,4 +194,4 @@ def _print_tables(results: Sequence[Result], published: Sequence[Published]) -> 
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, markup=False)
+    return SafeConsole(stderr=stderr, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 
 from lmim_fast.config import FinetuneConfig
 from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
+from lmim_fast.data.visible import visible
 from lmim_fast.errors import LmimError
 from lmim_fast.report.charts import COLOURS, Chart, Series, chart_html
 from lmim_fast.report.images import crop_html
 from lmim_fast.report.page import warning
-from lmim_fast.report.run import Run
+from lmim_fast.report.run import Run, json_row, number, read_text
 from lmim_fast.train.side_files import VALIDATION_FILE, WRONG_FILE
 from lmim_fast.train.start import open_records
 
@@ -57,7 +59,15 @@ def _wrong_html(run: Run) -> list[str]:
     path = run.folder / WRONG_FILE
     if not path.is_file():
         return []
-    document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        document = json.loads(read_text(path))
+        known = isinstance(document["step"], int) and all(map(_is_reading, document["wrong"]))
+    except (LmimError, ValueError, KeyError, TypeError, RecursionError):
+        known = False
+    if not known:
+        return [
+            "<h2>Wrong readings</h2>" + warning(f"{WRONG_FILE} is damaged: the next validation writes it.")
+        ]
     title = f"<h2>Wrong readings at step {document['step']:,}</h2>"
     if not document["wrong"]:
         return [f"{title}<p>None.</p>"]
@@ -69,6 +79,13 @@ def _wrong_html(run: Run) -> list[str]:
     return [f'{title}{intro}<div class="sheet">{"".join(tiles)}</div>']
 
 
+def _is_reading(entry: Any) -> bool:
+    """Whether an entry of the file of wrong readings has what a tile shows."""
+    texts = all(isinstance(entry[key], str) for key in ("set", "reading", "label"))
+    index, probability = entry["index"], number(entry["probability"])
+    return texts and isinstance(index, int) and index >= 0 and math.isfinite(probability)
+
+
 def _crops(run: Run, wrong: list[dict[str, Any]]) -> list[tuple[dict[str, Any], np.ndarray]]:
     """The readings with the crops (H, W, 3) that the model saw."""
     config = run.config
@@ -78,6 +95,8 @@ def _crops(run: Run, wrong: list[dict[str, Any]]) -> list[tuple[dict[str, Any], 
         for path in config.val
     }
     shown = [entry for entry in wrong if entry["set"] in stores]
+    if not shown or any(entry["index"] >= len(stores[entry["set"]]) for entry in shown):
+        raise LmimError("the validation sets are others than those of the run")
     encoded = [stores[entry["set"]].images([entry["index"]])[0] for entry in shown]
     size = config.encoder.image_size
     views = DaliViews(
@@ -93,7 +112,7 @@ def _crops(run: Run, wrong: list[dict[str, Any]]) -> list[tuple[dict[str, Any], 
 
 
 def _tile(entry: dict[str, Any], pixels: np.ndarray) -> str:
-    reading, label = html.escape(entry["reading"]), html.escape(entry["label"])
+    reading, label = html.escape(visible(entry["reading"])), html.escape(visible(entry["label"]))
     sure = f'<span class="note">{entry["probability"]:.0%}</span>'
     caption = f'<span class="label">{reading or "(nothing)"}</span>{sure}'
     truth = f'<span class="note">label: {label}</span>'
@@ -102,15 +121,21 @@ def _tile(entry: dict[str, Any], pixels: np.ndarray) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of validation.jsonl; an interrupted run may have left half of one."""
-    lines: list[dict[str, Any]] = []
-    if not path.is_file():
-        return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
+    """The whole lines of validation.jsonl, one a step; an interrupted run may have left half of one.
+
+    A score that is no number is NaN.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    for text in read_text(path).split("\n") if path.is_file() else ():
+        line = json_row(text)
+        if line is None or not isinstance(line.get("sets"), dict):
             continue
-        if isinstance(line, dict) and isinstance(line.get("sets"), dict):
-            lines.append(line)
-    return lines
+        sets = {
+            str(name): {key: number(value) for key, value in scores.items()}
+            for name, scores in line["sets"].items()
+            if isinstance(scores, dict)
+        }
+        accuracy = number(line.get("accuracy"))
+        if sets and math.isfinite(accuracy):
+            lines[line["step"]] = {"step": line["step"], "accuracy": accuracy, "sets": sets}
+    return [lines[step] for step in sorted(lines)]

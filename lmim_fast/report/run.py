@@ -17,6 +17,8 @@ from lmim_fast.train.optim import total_steps
 from lmim_fast.train.task import Task
 from lmim_fast.train.tasks import make_task
 
+_LARGEST = 3.5e38  # about the largest fp32 number; the sums and squares of a chart stay finite in fp64
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -123,8 +125,8 @@ def read_metrics(path: Path) -> Metrics:
     """
     rows: list[dict[str, Any]] = []
     malformed = replayed = 0
-    for line in _read(path).splitlines():
-        row = _row(line)
+    for line in read_text(path).split("\n"):
+        row = json_row(line)
         if row is None:
             malformed += bool(line.strip())
             continue
@@ -136,11 +138,11 @@ def read_metrics(path: Path) -> Metrics:
         content = f"{malformed} malformed lines and nothing else" if malformed else "no line"
         raise LmimError(f"{path} holds {content}: the run has logged no step yet")
     names = sorted({name for row in rows for name in row} - {"step"})
-    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+    columns = {name: np.array([number(row.get(name)) for row in rows]) for name in names}
     return Metrics(np.array([row["step"] for row in rows], dtype=np.int64), columns, malformed, replayed)
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def json_row(line: str) -> dict[str, Any] | None:
     """The line's object when it has a whole, non-negative step."""
     try:
         row = json.loads(line)
@@ -151,16 +153,23 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if 0 <= row["step"] < 2**53 else None
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    except OverflowError:  # an integer beyond any float
+def number(value: Any) -> float:
+    """A value of a line as a float: NaN where it is no number, infinite where fp32 has none so large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
+    if abs(value) > _LARGEST:
+        return math.nan if isinstance(value, int) else math.copysign(math.inf, value)
+    return float(value)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of a run, also with a byte order mark or bytes that are not UTF-8.
+
+    Raises:
+        LmimError: it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise LmimError(f"cannot read {path}: {error.strerror}") from error
 

@@ -90,19 +90,27 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     rate, wait = metrics.finite("images_per_second"), metrics.finite("data_wait_fraction")
     bad, epochs = metrics.finite("bad_records"), metrics.finite("epoch")
     seconds = metrics.finite("elapsed_seconds")
-    duration = f"in {timedelta(seconds=round(seconds[-1]))}" if len(seconds) else ""
+    duration = _duration(seconds[-1]) if len(seconds) else ""
     absent = "not logged"
     tiles += [
         ("images/s", short(float(np.median(rate))) if len(rate) else absent, "median"),
         ("waiting for data", short(float(wait.mean()), percent=True) if len(wait) else absent, "of the time"),
         (
             "broken records",
-            f"{int(bad.max()):,}" if len(bad) else absent,
+            short(float(bad.max()))
+            if len(bad) and bad.max() > 1e15
+            else f"{int(bad.max()):,}"
+            if len(bad)
+            else absent,
             "" if not len(bad) or not bad.max() else "substituted",
         ),
         ("epochs", f"{epochs[-1]:.4g}" if len(epochs) else absent, duration),
     ]
     return tiles
+
+
+def _duration(seconds: float) -> str:
+    return f"in {timedelta(seconds=round(seconds))}" if 0 <= seconds < 1e9 else ""
 
 
 def _facts(run: Run) -> list[tuple[str, str, str]]:
@@ -227,6 +235,6 @@ def _write(target: Path, text: str) -> None:
         raise UsageError(f"the report's output {target} is a folder; name a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_file(target, text.encode())
+        durable.write_file(target, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise UsageError(f"cannot write the report to {target}: {error.strerror}") from error

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lmim_fast.data.console import SafeConsole
 from lmim_fast.train.checkpoint.files import explain
 from lmim_fast.train.side_files import METRICS_FILE, append
 from lmim_fast.train.weights_biases import WandbRun
@@ -135,7 +135,7 @@ class Telemetry:
         self.total = total
         self.started = time.monotonic()
         self.start_step = start_step
-        self.console = Console(highlight=False, soft_wrap=True, quiet=run is None)
+        self.console = SafeConsole(highlight=False, soft_wrap=True, quiet=run is None)
         self._bar: Progress | None = None
         self._board: Any = None
         self._wandb: WandbRun | None = None

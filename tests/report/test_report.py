@@ -237,3 +237,23 @@ def test_a_write_that_fails_halfway_leaves_the_old_page_alone(tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (run / "report.html").read_text() == "old page"
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
+
+
+def test_values_at_the_edge_of_a_float_and_a_byte_order_mark_cost_no_page_and_no_line(tmp_path: Path) -> None:
+    edge = 1.7e308
+    names = ("loss", "lr", "grad_norm", "images_per_second", "data_wait_fraction", "bad_records", "epoch")
+    lines = [line(1), *(line(step, **dict.fromkeys(names, edge * (-1) ** step)) for step in (2, 3)), line(4)]
+    lines.append(line(5, elapsed_seconds=edge, skipped_steps=edge, memory_bytes=edge))
+    run = make_run(tmp_path / "run", ["\ufeff", *lines])
+    metrics = read_run(run).metrics
+    assert metrics.steps.tolist() == [1, 2, 3, 4, 5]
+    assert metrics.malformed == 0
+    assert "not finite in 2 of 5 logged lines" in report(run)
+
+
+def test_an_objective_that_is_none_is_named_with_those_there_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"objective": "mae"', '"objective": "odd"'))
+    with pytest.raises(LmimError, match="objective must be one of lmim, mae, got 'odd'"):
+        report(run)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmim_fast.data.console import SafeConsole
 from lmim_fast.data.samples import reason_of
 from lmim_fast.data.store.databases import Database
 from lmim_fast.data.store.probe import Status, probe
@@ -77,7 +78,7 @@ def inspect(
     Raises:
         DataError: a path without a database, or a database that cannot be read.
     """
-    console = console or Console()
+    console = console or SafeConsole()
     store = RecordStore(paths, max_pixels=max_pixels)
     try:
         summaries = []

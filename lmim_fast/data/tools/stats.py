@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmim_fast.config.tools import StatsConfig
+from lmim_fast.data.console import SafeConsole
 from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.samples import reason_of
 from lmim_fast.data.store.probe import Status, probe
@@ -47,7 +48,7 @@ def stats(config: StatsConfig, console: Console | None = None) -> Stats:
         counted = count_records(store)
     finally:
         store.close()
-    console = console or Console()
+    console = console or SafeConsole()
     console.print(_table(counted))
     if output is not None:
         pictures = histograms(counted)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from lmim_fast.config.tools import VerifyConfig
 from lmim_fast.data.background import Background
+from lmim_fast.data.console import SafeConsole
 from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
 from lmim_fast.data.progress import progress_bar
 from lmim_fast.data.samples import UNDECODABLE, decodable, reason_of
@@ -57,7 +58,7 @@ def verify(config: VerifyConfig, console: Console | None = None) -> Verified:
         found = check_records(store, config.threads)
     finally:
         store.close()
-    console = console or Console()
+    console = console or SafeConsole()
     print_verified(found, console)  # first: a full disk should not cost what took hours
     if output is not None:
         write_whole(output / SKIP_LIST, found.skip_list(labels=config.skip_labels).encode())
