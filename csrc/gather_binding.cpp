@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
+
 #include "bindings.h"
 #include "gather.h"
 
@@ -44,13 +46,23 @@ py::tuple gather_batch(const std::vector<std::shared_ptr<lmim::LmdbFile>>& files
     return py::make_tuple(block, arena.stride, offsets, lengths, status, heights, widths);
 }
 
+std::shared_ptr<lmim::LmdbFile> open_file(const std::string& path, bool readahead) {
+    try {
+        return std::make_shared<lmim::LmdbFile>(path, readahead);
+    } catch (const lmim::LmdbRefused& error) {
+        errno = error.code;
+        PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+        throw py::error_already_set();
+    }
+}
+
 }  // namespace
 
 void lmim::bind_gather(py::module_& module) {
     damaged_type = py::register_exception<LmdbDamaged>(module, "LmdbDamaged").ptr();
     py::register_exception<LmdbUnsupported>(module, "LmdbUnsupported");
     py::class_<LmdbFile, std::shared_ptr<LmdbFile>>(module, "LmdbFile", "A data.mdb, mapped as long as this lives.")
-        .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("readahead"));
+        .def(py::init(&open_file), py::arg("path"), py::arg("readahead"));
     module.def("gather", &gather_batch, py::arg("files"), py::arg("databases"), py::arg("numbers"), py::arg("max_pixels"),
                py::arg("rectangle_bytes"), py::arg("workers") = nullptr,
                "Arena (uint8), stride, offsets and lengths (int64), status (uint8), heights and widths (int32) of "

@@ -19,6 +19,7 @@ constexpr uint32_t kMagic = 0xBEEFC0DE, kVersion = 1;
 constexpr uint64_t kNone = ~0ull;  // a root's page number in an empty database
 constexpr uint64_t kPageHeader = 16, kNodeHeader = 8, kMetaEnd = kPageHeader + 136, kMetas = 2;
 constexpr uint64_t kLeastPage = 512, kLargestPage = 32768;
+constexpr uint64_t kRoom = 1ull << 32;  // bytes of the map behind the end of the file; addresses, no memory
 constexpr int kDeepest = 32;  // levels that LMDB's cursors have room for
 constexpr uint16_t kBranch = 0x01, kLeaf = 0x02, kOverflow = 0x04, kMeta = 0x08, kFixed = 0x20, kSubPage = 0x40;
 constexpr uint16_t kBigData = 0x01, kDuplicates = 0x04;
@@ -102,22 +103,31 @@ struct LmdbFile::Page {
 
 LmdbFile::LmdbFile(const std::string& path, bool readahead) {
     file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file_ < 0) throw LmdbDamaged(std::string("cannot be opened: ") + std::strerror(errno));
+    if (file_ < 0) throw LmdbRefused(errno, std::string("cannot be opened: ") + std::strerror(errno));
     try {
-        size_ = readable();
-        if (size_ == 0) throw LmdbDamaged("the file is empty");
-        void* map = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_, 0);
-        if (map == MAP_FAILED) throw LmdbDamaged(std::string("cannot be mapped: ") + std::strerror(errno));
-        data_ = static_cast<const uint8_t*>(map);
-        if (!readahead) {  // advice only: nothing depends on its success
-            madvise(map, size_, MADV_RANDOM);
-            posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);
-        }
+        map(readahead);
         open();
     } catch (...) {
         if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), size_);
         close(file_);
         throw;
+    }
+}
+
+void LmdbFile::map(bool readahead) {
+    const uint64_t size = readable();
+    if (size == 0) throw LmdbDamaged("the file is empty");
+    size_ = 2 * size + kRoom;
+    void* map = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_, 0);
+    if (map == MAP_FAILED && errno == ENOMEM) {  // addresses are limited
+        size_ = size;
+        map = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_, 0);
+    }
+    if (map == MAP_FAILED) throw LmdbRefused(errno, std::string("cannot be mapped: ") + std::strerror(errno));
+    data_ = static_cast<const uint8_t*>(map);
+    if (!readahead) {  // advice only: nothing depends on its success
+        madvise(map, size_, MADV_RANDOM);
+        posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);
     }
 }
 
@@ -131,7 +141,7 @@ LmdbFile::~LmdbFile() {
 
 void LmdbFile::open() {
     if (!is_layout_ours()) throw LmdbUnsupported("this machine is not a 64-bit little-endian one");
-    if (size_ < kMetaEnd) throw LmdbDamaged("the file is cut short");
+    if (std::min(size_, readable()) < kMetaEnd) throw LmdbDamaged("the file is cut short");
     page_size_ = Meta(data_).page_size;
     const bool power_of_two = (page_size_ & (page_size_ - 1)) == 0;
     if (page_size_ < kLeastPage || page_size_ > kLargestPage || !power_of_two)

@@ -13,9 +13,15 @@
 
 namespace lmim {
 
-// The file contradicts itself or ends too early, or the system cannot read it.
+// The file contradicts itself or ends too early, or a disk fails while it is read.
 struct LmdbDamaged : std::runtime_error {
     using std::runtime_error::runtime_error;
+};
+
+// The system does not open or map the file, which says nothing about what is in it.
+struct LmdbRefused : std::runtime_error {
+    LmdbRefused(int code, const std::string& reason) : std::runtime_error(reason), code(code) {}
+    const int code;  // errno
 };
 
 // A file that LMDB may read and this code does not.
@@ -26,7 +32,8 @@ struct LmdbUnsupported : std::runtime_error {
 // The tree is walked in a map of the file, and a value is read in one piece from the file itself: one request to the
 // disk where a map needs one for each page, and a disk that fails there is an error and no signal. Every number found
 // in the file is checked before it is used, so a damaged file is LmdbDamaged and never a read outside of it; only a file
-// that is cut while its tree is walked takes the map away from under the walk (SIGBUS).
+// that is cut while its tree is walked takes the map away from under the walk (SIGBUS). The map is longer than the
+// file: what a writer appends is seen in it.
 class LmdbFile {
 public:
     // The newest state that was committed.
@@ -58,13 +65,14 @@ private:
     struct Node;
     struct Page;
 
+    void map(bool readahead);
     void open();
     uint64_t readable() const;
     Page page(const Snapshot& snapshot, uint64_t number) const;
     void copy(uint64_t offset, uint8_t* header, uint64_t header_size, uint8_t* to, uint64_t length) const;
 
     const uint8_t* data_ = nullptr;
-    uint64_t size_ = 0, page_size_ = 0;
+    uint64_t size_ = 0, page_size_ = 0;  // size_: of the map, or of the file in memory
     int file_ = -1;
 };
 

@@ -90,7 +90,8 @@ class SkipList:
                 places[named] = self._place(line, databases)
             place = places[named]
             if place is not None:
-                if not 1 <= line.number <= databases[place]["count"]:
+                first = store.databases[place].first_number
+                if not first <= line.number < first + databases[place]["count"]:
                     raise UsageError(
                         f"skip list {self.path}, line {line.line}: {line.database} has"
                         f" {databases[place]['count']} records, not {image_key(line.number).decode()}"

@@ -129,7 +129,10 @@ def _sets_at(path: str) -> list[TestSet]:
             find_databases([named])
             return [TestSet(name, Path(named))]
         root = Path(path).absolute()
-        return [TestSet(_name(root, folder), folder) for folder in map(Path, find_databases([root]))]
+        folders = [Path(folder) for folder in find_databases([root])]
+        if root.is_file():  # an LMDB by its file
+            root = folders[0]
+        return [TestSet(_name(root, folder), folder) for folder in folders]
     except DataError as error:  # a path without data is a wrong path
         raise UsageError(str(error)) from error
 

@@ -1,12 +1,10 @@
-"""Find LMDB folders in the field's layout, open each once per process, check `num-samples`.
-
-Layout: `num-samples`, and 1-based `image-%09d` (encoded bytes) and `label-%09d` (UTF-8; all may be absent).
-"""
+"""Find LMDBs in the field's layout (`keys`), open each once per process, check `num-samples`."""
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
+import resource
 import threading
 import warnings
 import weakref
@@ -14,85 +12,111 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmim_fast.data.store.keys import (
+    COUNT_KEY,
+    first_number,
+    has_label,
+    has_only_labels,
+    image_key,
+    kinds_of_keys,
+    label_key,
+    last_image,
+)
+from lmim_fast.data.store.tree import data_file, search
 from lmim_fast.errors import DataError
+
+__all__ = ["COUNT_KEY", "Database", "check_database", "find_databases", "image_key", "label_key", "lmdb"]
 
 try:
     import lmdb
 except ImportError as error:  # a machine may have torch and nothing else
     raise ImportError("reading records needs lmdb: pip install lmdb") from error
 
-COUNT_KEY = b"num-samples"
+# A map may be longer than its file. With room behind the end, what a writer appends is seen without a new
+# map, which could not be made while other threads read. It costs addresses, no memory.
+ROOM_IN_MAP = 2**32
 
-
-def image_key(number: int) -> bytes:
-    """Key of the image with this 1-based number."""
-    return b"image-%09d" % number
-
-
-def label_key(number: int) -> bytes:
-    """Key of the label with this 1-based number."""
-    return b"label-%09d" % number
+_FILES_OF_A_RUN = 256  # open beside databases: libraries, connections, checkpoints
 
 
 @dataclass(frozen=True)
 class Database:
-    """One LMDB folder: its records have the indices first_index .. first_index + count - 1."""
+    """One LMDB: its records have the indices first_index .. first_index + count - 1."""
 
     path: str
+    """Of its folder, or of a single file."""
     count: int
     first_index: int
     has_labels: bool
+    first_number: int = 1
+    """Number in the key of its first record, 0 or 1."""
+
+    @property
+    def last_number(self) -> int:
+        """Number in the key of its last record."""
+        return self.first_number + self.count - 1
 
 
 def find_databases(paths: Sequence[str | Path]) -> list[str]:
-    """Absolute paths of all LMDB folders at or under `paths`: in the order given, sorted within each.
+    """Absolute paths of all LMDBs at or under `paths`: in the order given, sorted within each.
+
+    What is passed over in a tree (hidden or closed folders, links that lead nowhere, labels without images)
+    is told by a warning; a path that is given itself is never passed over.
 
     Raises:
-        DataError: a path is missing, unreadable or holds no LMDB, or a database is found twice.
+        DataError: a path is missing, unreadable or holds no LMDB, or a database is given twice.
     """
     if not paths:
         raise DataError("no data path was given; name at least one LMDB folder")
-    databases: dict[str, str] = {}  # real path -> path as reached
+    databases: dict[tuple[int, int] | str, str] = {}  # identity of the file -> path as reached
     for path in paths:
-        folders = _folders_with_data(os.path.abspath(path))
-        if not folders:
-            raise DataError(
-                f"{path}: no LMDB here; give a folder with a data.mdb in it or in its sub-folders"
-            )
-        for folder in folders:
-            earlier = databases.setdefault(os.path.realpath(folder), folder)
-            if earlier is not folder:
-                same = "" if earlier == folder else f" (the same as {earlier})"
+        tree = search(os.path.abspath(path))
+        here: set[tuple[int, int] | str] = set()
+        for folder in tree.databases:
+            identity = _identity(folder)
+            if identity in here:
+                tree.again.append(folder)
+            elif (earlier := databases.get(identity)) is not None:
+                same = "" if earlier == folder else f" (it is the same file as {earlier})"
                 raise DataError(f"{folder}: the database is given twice{same}; name each one once")
+            elif folder != tree.root and _holds_only_labels(folder):
+                tree.only_labels.append(folder)
+            else:
+                here.add(identity)
+                databases[identity] = folder
+        notes = tree.notes()
+        if not here:
+            seen = "".join(f"; {note}" for note in notes)
+            raise DataError(
+                f"{path}: no LMDB here{seen}; give a folder with a data.mdb in it or in its sub-folders"
+            )
+        for note in notes:
+            warnings.warn(f"{path}: {note}", stacklevel=1)  # one place, so that each is shown once
     return list(databases.values())
 
 
-def _folders_with_data(root: str) -> list[str]:
+def _identity(path: str) -> tuple[int, int] | str:
+    """Equal for all names of one file: links, hard links, a folder that is mounted twice."""
     try:
-        mode = os.stat(root).st_mode
-    except OSError as error:
-        raise DataError(f"{root}: cannot be opened ({error.strerror}); check the data path") from error
-    if not stat.S_ISDIR(mode):
-        raise DataError(f"{root}: not a folder; give the folder that holds data.mdb")
+        status = os.stat(data_file(path))
+    except OSError:  # opening it tells
+        return path
+    return status.st_dev, status.st_ino
 
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"{error.filename}: cannot be listed ({error.strerror}); check its permissions"
-        ) from error
 
-    folders: list[str] = []
-    entered: set[str] = set()  # real paths, so that a link to a parent folder ends the descent
-    for folder, children, files in os.walk(root, followlinks=True, onerror=refuse):
-        entered.add(os.path.realpath(folder))
-        children[:] = sorted(c for c in children if os.path.realpath(os.path.join(folder, c)) not in entered)
-        if "data.mdb" in files:
-            folders.append(folder)
-    return sorted(folders)
+def _holds_only_labels(path: str) -> bool:
+    try:
+        with open_environment(path).begin() as transaction:
+            return has_only_labels(transaction)
+    except (DataError, lmdb.Error):  # opening it again tells
+        return False
 
 
 # LMDB forbids opening one file twice in a process, and using an environment across a fork. Environments live
 # as long as they are referenced; a forked child closes its copies, so that it can open its own.
-_environments: weakref.WeakValueDictionary[str, lmdb.Environment] = weakref.WeakValueDictionary()
+_environments: weakref.WeakValueDictionary[tuple[int, int] | str, lmdb.Environment] = (
+    weakref.WeakValueDictionary()
+)
 _lock = threading.Lock()
 
 
@@ -110,14 +134,14 @@ os.register_at_fork(
 
 
 def open_environment(path: str, *, readahead: bool = True) -> lmdb.Environment:
-    """This process's read-only environment of an LMDB folder; it closes with its last reference.
+    """This process's read-only environment of an LMDB; it closes with its last reference.
 
     Args:
         readahead: False for random reads of data that does not fit in memory.
     Raises:
         DataError: unreadable, not an LMDB, cut short, or already open in this process by other code.
     """
-    name = os.path.realpath(path)
+    name = _identity(path)
     with _lock:
         environment = _environments.get(name)
         if environment is None:
@@ -127,26 +151,36 @@ def open_environment(path: str, *, readahead: bool = True) -> lmdb.Environment:
 
 
 def _open(path: str, readahead: bool) -> lmdb.Environment:
-    file = os.path.join(path, "data.mdb")
+    file = data_file(path)
     try:
         with open(file, "rb"):
             size = os.path.getsize(file)
     except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}); check that it is a readable file"
-        ) from error
+        raise refusal(file, error) from error
     if size == 0:
         raise DataError(f"{file}: the file is empty (0 bytes); copy or write the database again")
+    name = os.fsencode(file)  # it may not be UTF-8
+    options = dict(subdir=False, readonly=True, lock=False, readahead=readahead, create=False)
     try:
-        environment = lmdb.open(path, readonly=True, lock=False, readahead=readahead, create=False)
+        try:
+            environment = lmdb.open(name, map_size=2 * size + ROOM_IN_MAP, **options)
+        except lmdb.Error as error:
+            if os.strerror(errno.ENOMEM) not in str(error):
+                raise
+            environment = lmdb.open(name, **options)  # addresses are limited (`ulimit -v`)
     except lmdb.Error as error:
         if "already open" in str(error):
             raise DataError(
                 f"{path}: other code of this process has it open; close that lmdb.Environment first"
             ) from error
+        for code in _REFUSALS:
+            if os.strerror(code) in str(error):
+                raise refusal(file, OSError(code, os.strerror(code))) from error
         raise DataError(f"{file}: not a usable LMDB ({error}); copy or write the database again") from error
     # Reading a page behind the end of the file would kill the process (SIGBUS).
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if size < needed:
+        size = os.path.getsize(file)  # it may have grown in between
     if size < needed:
         environment.close()
         raise DataError(
@@ -156,15 +190,60 @@ def _open(path: str, readahead: bool) -> lmdb.Environment:
     return environment
 
 
+_REFUSALS = {
+    errno.ENODEV: "its file system cannot map files into memory; copy the database to a local disk",
+    errno.EMFILE: "this process has as many files open as it may; raise that, for example `ulimit -n 65536`",
+    errno.ENFILE: "this machine has as many files open as it may; close other programs, or raise fs.file-max",
+    errno.ENOMEM: "there are no addresses left to map it; raise the limit, for example `ulimit -v unlimited`",
+}
+
+
+def refusal(file: str, error: OSError) -> DataError:
+    """What the system said when a file was opened or mapped, and what to do: such a file is not damaged."""
+    advice = _REFUSALS.get(error.errno or 0, "check that it is a readable file")
+    return DataError(f"{file}: cannot be read ({error.strerror}); {advice}")
+
+
+def damage(path: str, what: str, error: lmdb.Error) -> DataError:
+    """What LMDB said when a record was read."""
+    if isinstance(error, lmdb.MapResizedError):
+        return DataError(
+            f"{path}: it has grown by more than {ROOM_IN_MAP} bytes since it was opened; give the same"
+            " command again"
+        )
+    return DataError(f"{path}: {what} cannot be read ({error}); copy or write the database again")
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process open `count` files more: its limit is raised as far as a user may.
+
+    Raises:
+        DataError: that is not far enough; names the number.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count
+    if soft == resource.RLIM_INFINITY or needed + _FILES_OF_A_RUN <= soft:
+        return
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        wanted = max(soft, needed + _FILES_OF_A_RUN)
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if needed > soft:
+        raise DataError(
+            f"the databases need {needed + _FILES_OF_A_RUN} open files, this process may have {soft}; give"
+            f" `ulimit -n {needed + _FILES_OF_A_RUN}` before the command, or join them with `lmim data merge`"
+        )
+
+
 def check_database(path: str, first_index: int) -> Database:
-    """Open an LMDB folder and check `num-samples` against its keys, without reading all of them.
+    """Open an LMDB and check `num-samples` against its keys, without reading all of them.
 
     A wrong `num-samples` is one whose last image is absent or has a successor. Holes in between are broken
     records when they are read; here they give a warning.
 
     Raises:
-        DataError: see `open_environment`; or the database is empty, or its `num-samples` is absent, not a
-            number or wrong.
+        DataError: see `open_environment`; or the database is empty, has other keys than the field's, or its
+            `num-samples` is absent, not a number or wrong.
     """
     environment = open_environment(path)
     try:
@@ -172,60 +251,60 @@ def check_database(path: str, first_index: int) -> Database:
         if entries == 0:
             raise DataError(f"{path}: the database is empty; write records into it or leave it out")
         with environment.begin() as transaction:
-            count = _count(transaction, path)
-            has_labels = _has_label(transaction, count)
+            first = first_number(transaction)
+            count = _count(transaction, path, first)
+            has_labels = has_label(transaction, first, count)
     except lmdb.Error as error:
-        raise DataError(f"{path}: damaged ({error}); copy or write the database again") from error
+        raise damage(path, "the database", error) from error
     expected = 1 + count * (2 if has_labels else 1)
     if entries < expected:
         warnings.warn(
             f"{path}: {count} records need {expected} keys, there are {entries}; some lack image or label",
             stacklevel=2,
         )
-    return Database(path, count, first_index, has_labels)
+    return Database(path, count, first_index, has_labels, first)
 
 
-def _count(transaction: lmdb.Transaction, path: str) -> int:
-    value = transaction.get(COUNT_KEY)
+_WANTED = "records need the keys num-samples, image-000000001, label-000000001, ... (nine digits)"
+
+
+def _count(transaction: lmdb.Transaction, path: str, first: int) -> int:
+    value, last = transaction.get(COUNT_KEY), last_image(transaction)
+    if last is None:
+        if has_only_labels(transaction):
+            raise DataError(
+                f"{path}: it holds labels ({kinds_of_keys(transaction)}) and no images; leave it out, or"
+                " write images and labels into one database"
+            )
+        says = (
+            "no key 'num-samples'"
+            if value is None
+            else f"num-samples says {_text(value)}, but there is no image"
+        )
+        raise DataError(
+            f"{path}: {says}; its keys are {kinds_of_keys(transaction)}; {_WANTED}: rename them ('Other keys'"
+            " in docs/DATA.md) or leave the database out"
+        )
+    right = last - first + 1
+    if first == 0 or value is None:
+        images = f"its images are {image_key(first).decode()} .. {image_key(last).decode()}"
+    else:
+        images = f"the last image is {image_key(last).decode()}"
     if value is None:
-        seen = [
-            bytes(key) for key, _ in zip(transaction.cursor().iternext(values=False), range(3), strict=False)
-        ]
-        raise DataError(
-            f"{path}: no key 'num-samples', its first keys are {seen}; records need the keys num-samples,"
-            " image-000000001, label-000000001, ..."
-        )
-    text = bytes(value).strip()
+        raise DataError(f"{path}: no key 'num-samples', {images}; write {right} there")
+    text = bytes(value).strip(b" \t\r\n\0")
     if not text.isdigit():
+        raise DataError(f"{path}: num-samples is {_text(value)}, not a number, {images}; write {right} there")
+    if len(text) > 18 or int(text) != right:
         raise DataError(
-            f"{path}: num-samples is {value[:32]!r}, not a number; write the number of images there"
+            f"{path}: num-samples says {_text(text)}, but {images}; write {right} there, or write the"
+            " database again"
         )
-    claimed, last = int(text), _last_image(transaction)
-    if last == 0:
-        raise DataError(
-            f"{path}: num-samples says {claimed}, but there is no image; write records or leave it out"
-        )
-    if claimed != last:
-        raise DataError(
-            f"{path}: num-samples says {claimed}, but the last image is {image_key(last).decode()}"
-            f" ({last} found); write {last} there, or write the database again"
-        )
-    return claimed
+    return right
 
 
-def _has_label(transaction: lmdb.Transaction, count: int) -> bool:
-    """Whether any record has a label: their keys stand together, so that one look finds the first."""
-    cursor = transaction.cursor()
-    return bool(cursor.set_range(label_key(1))) and label_key(1) <= bytes(cursor.key()) <= label_key(count)
-
-
-def _last_image(transaction: lmdb.Transaction) -> int:
-    """Number of the last well-formed image key, 0 without one. Keys are sorted, so no scan is needed."""
-    cursor = transaction.cursor()
-    there = cursor.set_range(b"image-:") or cursor.last()  # ":" follows "9": behind every image number
-    while there and (key := bytes(cursor.key())) >= b"image-":
-        number = key.removeprefix(b"image-")
-        if len(number) == 9 and number.isdigit():
-            return int(number)
-        there = cursor.prev()
-    return 0
+def _text(value: bytes | memoryview) -> str:
+    """A value of `num-samples` for people."""
+    text = bytes(value)
+    shown = text.decode() if text.isdigit() else repr(text)
+    return shown if len(text) <= 32 else f"{shown[:20]}... ({len(text)} bytes)"

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmim_fast.data.store.databases import image_key
+from lmim_fast.data.store.databases import image_key, refusal
 from lmim_fast.data.store.probe import probe
+from lmim_fast.data.store.tree import data_file
 from lmim_fast.errors import DataError
 from lmim_fast.native import native
 
 # Images lie at equal distances if that takes no more: 128 KB for each of 256. Other batches are packed.
 RECTANGLE_BYTES = 2**25
+_REOPENED_AT_MOST = 5  # times a batch is tried again after a database was opened anew
 
 
 @dataclass
@@ -84,7 +86,7 @@ class DatabaseFiles:
 
     def __init__(self, paths: Sequence[str], readahead: bool) -> None:
         self._paths, self._readahead, self._native = paths, readahead, native()
-        self._files = self._opened()
+        self._files = [self._open(path) for path in paths]
 
     def gather(
         self,
@@ -97,28 +99,30 @@ class DatabaseFiles:
 
         Args:
             databases:  (B,) places in `paths`.
-            numbers:    (B,) 1-based.
+            numbers:    (B,) as they stand in the keys.
             max_pixels: see `probe`.
             workers:    `lmim_fast._C.Workers` that share the work, or None.
         Raises:
             DataError: a database is damaged.
         """
-        damaged = self._native.LmdbDamaged
-        try:
-            return self._gather(databases, numbers, max_pixels, workers)
-        except damaged:
-            pass  # perhaps a database that is being written has grown behind the end of its map
-        try:
-            self._files = self._opened()
-            return self._gather(databases, numbers, max_pixels, workers)
-        except self._native.LmdbUnsupported as error:
-            raise DataError(f"a database was changed while it was read ({error}); start again") from error
-        except damaged as error:
-            reason, row = error.args
-            path, key = self._paths[databases[row]], image_key(int(numbers[row])).decode()
-            raise DataError(
-                f"{path}: {key} cannot be read ({reason}); copy or write the database again"
-            ) from error
+        reopened = 0
+        while True:
+            try:
+                return self._gather(databases, numbers, max_pixels, workers)
+            except self._native.LmdbDamaged as error:
+                reason, row = error.args
+                which, key = int(databases[row]), image_key(int(numbers[row])).decode()
+                if reopened == _REOPENED_AT_MOST:
+                    raise DataError(
+                        f"{self._paths[which]}: {key} cannot be read ({reason}); copy or write the database"
+                        " again"
+                    ) from error
+            # Perhaps a database that is being written outgrew its map, or a page of it was used again.
+            reopened += 1
+            try:
+                self._files[which] = self._open(self._paths[which])
+            except self._native.LmdbUnsupported as error:
+                raise DataError(f"a database was changed while it was read ({error}); start again") from error
 
     def _gather(
         self, databases: NDArray[np.int64], numbers: NDArray[np.int64], max_pixels: int, workers: Any
@@ -128,14 +132,14 @@ class DatabaseFiles:
         )
         return Gathered(EncodedImages(arena, stride, offsets, lengths), *verdicts)
 
-    def _opened(self) -> list[Any]:
-        files = []
-        for path in self._paths:
-            try:
-                files.append(self._native.LmdbFile(os.path.join(path, "data.mdb"), self._readahead))
-            except self._native.LmdbDamaged as error:
-                raise DataError(f"{path}: damaged ({error}); copy or write the database again") from error
-        return files
+    def _open(self, path: str) -> Any:
+        file = data_file(path)
+        try:
+            return self._native.LmdbFile(os.fsencode(file), self._readahead)
+        except OSError as error:
+            raise refusal(file, error) from error
+        except self._native.LmdbDamaged as error:
+            raise DataError(f"{path}: damaged ({error}); copy or write the database again") from error
 
 
 def open_files(paths: Sequence[str], readahead: bool) -> DatabaseFiles | None:

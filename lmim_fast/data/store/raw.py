@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lmim_fast.data.store.databases import Database, image_key, label_key, lmdb, open_environment
-from lmim_fast.errors import DataError
+from lmim_fast.data.store.databases import Database, damage, image_key, label_key, lmdb, open_environment
 
 RawRecord = tuple[bytes | None, bytes | None]
 
@@ -20,9 +19,7 @@ def raw_records(database: Database) -> Iterator[RawRecord]:
     number = 0
     try:
         with environment.begin() as transaction:
-            for number in range(1, database.count + 1):
+            for number in range(database.first_number, database.last_number + 1):
                 yield transaction.get(image_key(number)), transaction.get(label_key(number))
     except lmdb.Error as error:
-        raise DataError(
-            f"{database.path}: record {number} cannot be read ({error}); copy or write the database again"
-        ) from error
+        raise damage(database.path, f"record {number}", error) from error

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from lmim_fast.data.store.databases import (
     Database,
+    allow_open_files,
     check_database,
+    damage,
     find_databases,
     image_key,
     label_key,
@@ -24,7 +26,7 @@ from lmim_fast.data.store.databases import (
 )
 from lmim_fast.data.store.gather import DatabaseFiles, Gathered, gather_in_python, open_files
 from lmim_fast.data.store.probe import check_max_pixels
-from lmim_fast.errors import DataError
+from lmim_fast.data.store.tree import data_file
 
 __all__ = ["Database", "Record", "RecordStore", "Records"]
 
@@ -92,7 +94,7 @@ class RecordStore:
     and counts only). Reads from several threads are safe.
 
     Args:
-        paths:      LMDB folders, or folders that hold LMDB folders at any depth (sorted).
+        paths:      LMDB folders or files, or folders that hold them at any depth (sorted).
         max_pixels: the limit that readers of this store pass to `probe`.
     Raises:
         DataError: a path without a database, a database twice, or one that fails `check_database`.
@@ -113,6 +115,8 @@ class RecordStore:
         self.databases = databases
         self.max_pixels = max_pixels
         self._starts = [database.first_index for database in databases]
+        self._to_index = np.array([d.first_index - d.first_number for d in databases], np.int64)
+        """Added to the number in a record's key."""
         self._count = databases[-1].first_index + databases[-1].count
         self._environments: list[lmdb.Environment] = []
         self._files: DatabaseFiles | None = None
@@ -163,9 +167,8 @@ class RecordStore:
         files = self._files
         if files is None:
             return gather_in_python(self.images(asked.tolist()), max_pixels)
-        starts = np.array(self._starts)
-        databases = np.searchsorted(starts, asked, side="right") - 1
-        return files.gather(databases, asked - starts[databases] + 1, max_pixels, workers)
+        databases = np.searchsorted(np.array(self._starts), asked, side="right") - 1
+        return files.gather(databases, asked - self._to_index[databases], max_pixels, workers)
 
     def label(self, index: int) -> str | None:
         """The label at `index`, None when absent; bytes that are not UTF-8 become U+FFFD."""
@@ -193,13 +196,14 @@ class RecordStore:
         return self.databases[which].path, image_key(number).decode()
 
     def indices_of(self, which: int, numbers: Sequence[int]) -> list[int | None]:
-        """Indices of records of the database at place `which`, by their 1-based numbers in it.
+        """Indices of records of the database at place `which`, by the numbers in their keys.
 
         Returns:
             In the order of `numbers`; None for a record that is not among these.
         """
-        first, count = self.databases[which].first_index, self.databases[which].count
-        return [first + number - 1 if 1 <= number <= count else None for number in numbers]
+        database = self.databases[which]
+        there = range(database.first_number, database.last_number + 1)
+        return [number + int(self._to_index[which]) if number in there else None for number in numbers]
 
     def fingerprint(self) -> dict[str, Any]:
         """What the data is, JSON-ready: the same on any machine and path, different when the data differs.
@@ -240,11 +244,11 @@ class RecordStore:
         return values
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Number of the database, and 1-based number of the record in it."""
+        """Place of the database, and the number in the record's key."""
         if not 0 <= index < self._count:
             raise IndexError(f"record index {index} is outside 0 .. {self._count - 1}")
         which = bisect.bisect_right(self._starts, index) - 1
-        return which, int(index) - self._starts[which] + 1
+        return which, int(index) - int(self._to_index[which])
 
     def _read(self, which: int, keys: Sequence[bytes]) -> list[bytes | None]:
         """Values of the keys in one database, None where absent, from one read transaction."""
@@ -256,24 +260,22 @@ class RecordStore:
                     values.append(transaction.get(key))
                 return values
         except lmdb.Error as error:
-            raise DataError(
-                f"{self.databases[which].path}: {key.decode() or 'the database'} cannot be read ({error});"
-                " copy or write the database again"
-            ) from error
+            raise damage(self.databases[which].path, key.decode() or "the database", error) from error
 
     def _opened(self) -> list[lmdb.Environment]:
         if self._process != os.getpid():
             paths = [database.path for database in self.databases]
             readahead = _fits_in_memory(paths)
+            allow_open_files(2 * len(paths))  # for either form of reading
             self._environments = [open_environment(path, readahead=readahead) for path in paths]
             self._files = open_files(paths, readahead)
             self._process = os.getpid()
         return self._environments
 
     def _hashes(self, which: int) -> dict[str, str]:
-        count = self.databases[which].count
+        count, first = self.databases[which].count, self.databases[which].first_number
         last = _FINGERPRINT_RECORDS - 1
-        numbers = sorted({1 + step * (count - 1) // last for step in range(_FINGERPRINT_RECORDS)})
+        numbers = sorted({first + step * (count - 1) // last for step in range(_FINGERPRINT_RECORDS)})
         keys = [key for number in numbers for key in (image_key(number), label_key(number))]
         whole, images = (hashlib.blake2b(str(count).encode(), digest_size=16) for _ in range(2))
         for place, (key, value) in enumerate(zip(keys, self._read(which, keys), strict=True)):
@@ -285,5 +287,5 @@ class RecordStore:
 
 def _fits_in_memory(paths: Sequence[str]) -> bool:
     """Whether reading ahead helps: beyond half of the memory it only evicts pages that are still needed."""
-    size = sum(os.path.getsize(os.path.join(path, "data.mdb")) for path in paths)
+    size = sum(os.path.getsize(data_file(path)) for path in paths)
     return size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

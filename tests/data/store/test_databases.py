@@ -52,12 +52,16 @@ def test_unknown_keys_around_the_records_are_ignored_without_a_warning(tmp_path)
 @pytest.mark.parametrize(
     ("count", "options", "message"),
     [
-        (90, dict(claimed=100), r"num-samples says 100, but the last image is image-000000090 \(90 found\)"),
-        (12, dict(claimed=10), r"num-samples says 10, but the last image is image-000000012 \(12 found\)"),
+        (90, dict(claimed=100), r"num-samples says 100, but the last image is image-000000090"),
+        (12, dict(claimed=10), r"num-samples says 10, but the last image is image-000000012"),
         (5, dict(claimed=0), r"num-samples says 0, but the last image is image-000000005"),
         (5, dict(claimed="many"), r"num-samples is b'many', not a number"),
         (5, dict(claimed=-5), r"num-samples is b'-5', not a number"),
-        (5, dict(skip=[b"num-samples"]), r"no key 'num-samples', its first keys are \[b'image-000000001'"),
+        (
+            5,
+            dict(skip=[b"num-samples"]),
+            r"no key 'num-samples', its images are image-000000001 \.\. image-000000005",
+        ),
         (5, dict(skip=[b"image-000000005"]), r"num-samples says 5, but the last image is image-000000004"),
         (0, dict(claimed=7), r"num-samples says 7, but there is no image"),
         (0, dict(), r"num-samples says 0, but there is no image"),
@@ -142,7 +146,7 @@ def test_what_may_not_be_read_is_a_data_error():
             assert len(RecordStore([name])) == 2
         for closed, message in (
             (folder / "data.mdb", r"data.mdb: cannot be read \(Permission denied\)"),
-            (folder, r"crops: cannot be listed \(Permission denied\)"),
+            (folder, r"no LMDB here; 1 passed over: crops: not readable by this user"),
         ):
             mode = closed.stat().st_mode
             closed.chmod(0)
