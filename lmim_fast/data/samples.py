@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.png import still_png
 from lmim_fast.data.store.gather import EncodedImages, Gathered
 from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import DataError, UsageError
 
 UNDECODABLE = "pixel data cannot be decoded"
-"""The reason of a record with a good header that DALI refuses."""
+"""The reason of a record with a good header whose pixel data is damaged."""
 
 _LOG = logging.getLogger(__name__)
 _LISTED = 1000  # entries kept and logged; the count goes on
@@ -209,18 +210,30 @@ class SampleReader:
 
 
 def decodable(images: Gathered) -> Gathered:
-    """What was gathered as DALI can decode it, changed in place: GIF and BMP become plain BMP."""
+    """What was gathered as DALI can decode it, changed in place: GIF and BMP become plain BMP.
+
+    An animated PNG becomes its still image, or is refused where it is damaged (see `still_png`).
+    """
     good = np.flatnonzero(images.status == Status.OK)
     first = images.encoded.arena[images.encoded.offsets[good]]
     for row in good[(first == ord("G")) | (first == ord("B"))].tolist():  # no other format starts so
         image, (images.heights[row], images.widths[row]) = _plain_bmp(images.encoded[row])
         images.encoded.put(row, image)
         images.status[row] = Status.OK if len(image) else Status.UNSUPPORTED
+    for row in good[first == 0x89].tolist():
+        png = images.encoded[row].tobytes()
+        still = still_png(png)
+        if still is None:
+            images.status[row] = Status.UNDECODABLE
+        elif still is not png:
+            images.encoded.put(row, np.frombuffer(still, np.uint8))
     return images
 
 
 def reason_of(status: int) -> str:
     """What a `Status` other than OK is called in reports."""
+    if status == Status.UNDECODABLE:
+        return UNDECODABLE
     return Status(status).name.lower().replace("_", " ")
 
 

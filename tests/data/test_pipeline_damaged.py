@@ -130,6 +130,14 @@ def test_r27_broken_substitutes_do_not_make_the_share_larger_than_it_is(tmp_path
         assert batches.bad.count == 240
 
 
+def test_r27_a_share_of_one_does_not_stop_a_run_with_nine_of_ten_records_broken(tmp_path):
+    folder = database(tmp_path / "lmdb", dict.fromkeys(range(180), b""), count=200)
+    loader = DataConfig(threads=1, max_bad_fraction=1.0)
+    with pipeline(folder, guidance=None, batch_size=50, loader=loader, end_step=4) as batches:
+        assert len(list(batches)) == 4
+        assert batches.bad.count == 180
+
+
 def test_a_store_without_a_readable_record_stops_the_run(tmp_path):
     folder = database(tmp_path / "lmdb", dict.fromkeys(range(3), b"x"), count=3)
     with (

@@ -30,6 +30,8 @@ class Status(enum.IntEnum):
     """A known format whose header contradicts itself or names a zero size."""
     UNSUPPORTED = 6
     """A variant that the usual decoders refuse (lossless, 12-bit or hierarchical JPEG, JPEG inside BMP)."""
+    UNDECODABLE = 7
+    """The header is good, the pixel data is not: never a verdict of `probe`, which does not read it."""
 
 
 class Probe(NamedTuple):

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lmim_fast.data.console import SafeConsole
-from lmim_fast.data.samples import reason_of
+from lmim_fast.data.png import still_png
+from lmim_fast.data.samples import UNDECODABLE, reason_of
 from lmim_fast.data.store.databases import Database
 from lmim_fast.data.store.probe import Status, probe
 from lmim_fast.data.store.records import RecordStore
@@ -172,6 +173,8 @@ def _verdicts(images: Sequence[bytes], max_pixels: int) -> tuple[list[tuple[int,
 
 def _undecodable(image: bytes) -> str | None:
     """Why OpenCV cannot decode an image with a good header; None when it can."""
+    if still_png(image) is None:
+        return UNDECODABLE
     try:
         pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
