@@ -49,7 +49,7 @@ def test_lists_that_are_given_again_add_up_and_of_single_values_the_last_counts(
 
 
 @pytest.mark.parametrize(
-    "kind", {command.config for command in COMMANDS.values()}, ids=lambda kind: kind.__name__
+    "kind", dict.fromkeys(command.config for command in COMMANDS.values()), ids=lambda kind: kind.__name__
 )
 def test_every_text_option_is_known_as_a_path_or_as_none(kind):
     for name, hint in fields(kind):

@@ -9,7 +9,7 @@ from lmim_fast.config.model import ModelConfig, PresetName, preset
 from lmim_fast.config.pretrain import PretrainConfig
 from lmim_fast.config.recognizer import RecognizerConfig
 from lmim_fast.config.render import RenderConfig
-from lmim_fast.config.run import MAX_PIXELS_LIMIT, DataConfig, Objective, OptimConfig, RunConfig
+from lmim_fast.config.run import MAX_PIXELS, MAX_PIXELS_LIMIT, DataConfig, Objective, OptimConfig, RunConfig
 from lmim_fast.config.tools import (
     CharsetConfig,
     ConvertConfig,
@@ -23,6 +23,7 @@ from lmim_fast.config.view import MAX_BLUR_SIGMA, GuidanceConfig
 
 __all__ = [
     "MAX_BLUR_SIGMA",
+    "MAX_PIXELS",
     "MAX_PIXELS_LIMIT",
     "AugmentConfig",
     "CharsetConfig",

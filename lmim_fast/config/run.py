@@ -11,6 +11,8 @@ from lmim_fast.config.model import ModelConfig, PresetName
 
 Objective = Literal["lmim", "mae", "recognizer"]
 
+MAX_PIXELS = 2**22
+"""Twice the largest of 40,000 real word crops; a valid file of 1 MB can claim hundreds of times as many."""
 MAX_PIXELS_LIMIT = 2**40
 """Largest `DataConfig.max_pixels`: keeps every size in the header reader's arithmetic far below 2^64."""
 
@@ -27,8 +29,9 @@ class DataConfig:
     """Where views are made; auto: where training runs. gpu: the same, but refused unless that is CUDA."""
     max_bad_fraction: float = 0.10
     """The run stops when more than this share of the records seen so far could not be decoded."""
-    max_pixels: int = 2**26
-    """A record that claims more pixels than this is counted as broken."""
+    max_pixels: int = MAX_PIXELS
+    """A record that claims more pixels (height x width) than this is broken, "too large". The default is a
+    line of 64 x 65,536, or 12 MB decoded."""
     skip: PathName | None = None
     """Skip list of `lmim data verify`: its records are never read, others take their place."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmim_fast.config.checks import PathName, require, require_seed
-from lmim_fast.config.run import MAX_PIXELS_LIMIT
+from lmim_fast.config.run import MAX_PIXELS, MAX_PIXELS_LIMIT
 from lmim_fast.config.view import GuidanceConfig
 
 
@@ -92,7 +92,7 @@ class VerifyConfig:
     """Folder for verify.json (every broken record) and skip.txt (for --loader.skip); None: only printed."""
     threads: int = 0
     """Decoding threads; 0 takes one per core."""
-    max_pixels: int = 2**26
+    max_pixels: int = MAX_PIXELS
     """A record that claims more pixels than this is broken; as --loader.max-pixels of training."""
     skip_labels: bool = False
     """Put records whose label is missing, empty or not UTF-8 into skip.txt too."""
@@ -116,7 +116,7 @@ class StatsConfig:
     """LMDB folders, or folders that hold LMDB folders at any depth."""
     output: PathName | None = None
     """Folder for stats.json and histograms (PNG); None: only printed."""
-    max_pixels: int = 2**26
+    max_pixels: int = MAX_PIXELS
     """A record that claims more pixels than this is broken; as --loader.max-pixels of training."""
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lmim_fast.config import MAX_PIXELS
 from lmim_fast.data.importers import images
 from lmim_fast.data.importers.entries import Entry, Item, Refused, Reject
 from lmim_fast.data.store.probe import Status, probe
@@ -74,6 +75,8 @@ class Preparer:
         try:
             if status != Status.OK:
                 raise Refused(status.name.lower().replace("_", " "))
+            if item.boxes is None and height * width > MAX_PIXELS:
+                raise Refused("too large")  # as training would
             if item.boxes is None:
                 self._add_crop(outcome, image, item.label, height, width)
             else:

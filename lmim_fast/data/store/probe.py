@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmim_fast.config import MAX_PIXELS_LIMIT
+from lmim_fast.config import MAX_PIXELS, MAX_PIXELS_LIMIT
 from lmim_fast.data.store import image_headers
 from lmim_fast.native import native
 
@@ -45,7 +45,7 @@ class Probe(NamedTuple):
 ProbeForm = Callable[[Sequence[bytes], int], tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]]
 
 
-def probe(images: Sequence[bytes], max_pixels: int = 2**26) -> Probe:
+def probe(images: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> Probe:
     """Read the headers of encoded images.
 
     Pixel data is not decoded, so a damaged but complete file can pass; a file cut short does not.

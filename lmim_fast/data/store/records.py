@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lmim_fast.config import MAX_PIXELS
 from lmim_fast.data.store.databases import (
     Database,
     allow_open_files,
@@ -103,7 +104,7 @@ class RecordStore:
     databases: tuple[Database, ...]
     max_pixels: int
 
-    def __init__(self, paths: Sequence[str | Path], *, max_pixels: int = 2**26) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, max_pixels: int = MAX_PIXELS) -> None:
         databases: list[Database] = []
         count = 0
         for path in find_databases([paths] if isinstance(paths, str | Path) else paths):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmim_fast.config import MAX_PIXELS
 from lmim_fast.data.console import SafeConsole
 from lmim_fast.data.png import still_png
 from lmim_fast.data.samples import UNDECODABLE, reason_of
@@ -67,7 +68,11 @@ class Summary:
 
 
 def inspect(
-    paths: Sequence[str], *, sample: int = SAMPLE, max_pixels: int = 2**26, console: Console | None = None
+    paths: Sequence[str],
+    *,
+    sample: int = SAMPLE,
+    max_pixels: int = MAX_PIXELS,
+    console: Console | None = None,
 ) -> list[Summary]:
     """Look into LMDB folders (or folders that hold LMDBs at any depth) and print a table for each database.
 

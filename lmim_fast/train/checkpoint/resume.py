@@ -142,7 +142,10 @@ def _told(name: str, old: Any, new: Any, fingerprint: dict[str, Any]) -> str:
         what = fingerprint["databases"][int(place[1])].get("name", f"database {place[1]}")
         part = "images" if place[2] == "images" else "records"
         return f"the {part} of {what} are not those that the run began with ({old}, now {new})"
-    return f"{name.removeprefix('config.')} was {old!r}, now {new!r}"
+    told = f"{name.removeprefix('config.')} was {old!r}, now {new!r}"
+    if isinstance(old, str | int | float) and name.startswith("config.") and "[" not in name:
+        told += f" (--{name.removeprefix('config.').replace('_', '-')} {old})"
+    return told
 
 
 def _completed(saved: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_a_report_names_every_broken_record_and_every_label_that_cannot_be_read(
     ]
     counts = [(each["path"], each["records"], each["bad"], each["labels"]) for each in report["databases"]]
     assert counts == [(first, 6, 3, True), (second, 7, 1, True), (str(folders / "c"), 2, 0, False)]
-    assert (report["records"], report["bad"], report["max_pixels"]) == (15, 4, 2**26)
+    assert (report["records"], report["bad"], report["max_pixels"]) == (15, 4, 2**22)
     text = capsys.readouterr().out
     assert f"{second}: 1 (14.29 %) broken" in text
     assert "words image-000000005" in text
