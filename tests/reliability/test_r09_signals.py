@@ -1,13 +1,17 @@
 """R9: a signal to the launcher or to one rank: all ranks agree, save at the next step and end cleanly."""
 
 import os
+import pty
 import signal
+import sys
 
+import psutil
 import pytest
-from fault_runs import Group, assert_same_run, finish
+from fault_runs import SETTINGS, Group, assert_same_run, finish
 from pretrain_runs import curve, options, write_lmdb
 
 from lmim_fast.train.checkpoint import folders
+from lmim_fast.train.signals import name_of, stop_signals
 
 STEPS = 12
 
@@ -71,3 +75,67 @@ def test_r09_a_signal_to_launcher_or_rank_stops_all_with_a_checkpoint_that_conti
     data, whole, tmp_path, number, rank
 ):
     assert_one_signal_and_the_same_command_give_the_same_run(data, whole, tmp_path / "run", number, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1], ids=lambda number: number.name)
+def test_r09_ranks_whose_launcher_is_gone_save_and_end(data, whole, tmp_path, number):
+    run = tmp_path / "run"
+    arguments = options(data, run, "--checkpoint-every", "100", steps=STEPS)
+    with Group(arguments, run, faults="step=slow") as group:
+        group.wait_for("step 3/")
+        os.kill(group.launcher.pid, number)  # torchrun takes no SIGUSR1 unless it is told to: it dies of it
+        assert group.wait(60) == -number
+        psutil.wait_procs(group.processes(), 60)
+        assert not group.processes()
+    (saved,) = folders.steps(run)
+    assert 3 <= saved <= 6
+    assert "stopped by the end of torchrun (the process that started the ranks" in group.text
+    assert f"after step {saved} of {STEPS}" in group.text
+    assert_same_run(finish(arguments, run), whole, STEPS)
+
+
+@pytest.mark.slow
+def test_r09_a_terminal_that_closes_ends_the_run_with_a_checkpoint(data, tmp_path):
+    run = tmp_path / "run"
+    arguments = options(data, run, "--checkpoint-every", "100", steps=STEPS)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe(
+            sys.executable,
+            [sys.executable, "-m", "lmim_fast.pretrain", *arguments],
+            {**SETTINGS, "LMIM_FAST_FAULTS": "step=slow"},
+        )
+    seen = b""
+    while b"3/12" not in seen:  # a terminal shows a bar; reading fails once the process has ended
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, seen
+    (saved,) = folders.steps(run)
+    assert 3 <= saved <= 5
+
+
+def test_r09_sighup_stops_as_sigterm_does_and_what_nohup_ignores_stays_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_signals() as stop:
+        assert stop.received == 0
+        signal.raise_signal(signal.SIGHUP)
+        assert name_of(stop.received) == "SIGHUP"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_r09_a_rank_notices_the_end_of_its_launcher_and_a_single_process_has_none(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with stop_signals() as stop:
+        assert stop.received == 0  # as with nohup or setsid
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    with stop_signals() as stop:
+        assert name_of(stop.received).startswith("the end of torchrun")
