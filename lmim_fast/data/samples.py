@@ -12,10 +12,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from lmim_fast.data.decoding import decode
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.png import still_png
 from lmim_fast.data.store.gather import EncodedImages, Gathered
 from lmim_fast.data.store.probe import Status
+from lmim_fast.data.store.rare_formats import described
 from lmim_fast.data.store.records import Records
 from lmim_fast.errors import DataError, UsageError
 
@@ -165,7 +167,7 @@ class SampleReader:
         images = decodable(self._store.gather(sources, self._max_pixels, self._workers))
         samples = Samples(epochs, indices, sources, attempts, images.encoded, images.heights, images.widths)
         for row in np.flatnonzero(images.status != Status.OK).tolist():
-            self.replace(samples, row, reason_of(images.status[row]))
+            self.replace(samples, row, reason_of(images.status[row], images.encoded[row]))
         if self.bad.count:
             for row, source in enumerate(samples.sources):
                 if source in self.bad:
@@ -188,7 +190,7 @@ class SampleReader:
                 samples.encoded.put(row, image.encoded[0])
                 samples.heights[row], samples.widths[row] = image.heights[0], image.widths[0]
                 return
-            self.bad.note(candidate, reason_of(image.status[0]))
+            self.bad.note(candidate, reason_of(image.status[0], image.encoded[0]))
         raise self._nothing_readable(index, _ATTEMPTS)
 
     def _candidate(self, epoch: int, index: int, attempt: int) -> tuple[int, int]:
@@ -210,16 +212,23 @@ class SampleReader:
 
 
 def decodable(images: Gathered) -> Gathered:
-    """What was gathered as DALI can decode it, changed in place: GIF and BMP become plain BMP.
+    """What was gathered as DALI can decode it, changed in place: all but JPEG, PNG and WebP become BMP.
 
-    An animated PNG becomes its still image, or is refused where it is damaged (see `still_png`).
+    DALI does not read GIFs and others, and a BMP whose palette is damaged can crash it. An animated PNG
+    becomes its still image, or is refused where it is damaged (see `still_png`).
     """
     good = np.flatnonzero(images.status == Status.OK)
-    first = images.encoded.arena[images.encoded.offsets[good]]
-    for row in good[(first == ord("G")) | (first == ord("B"))].tolist():  # no other format starts so
-        image, (images.heights[row], images.widths[row]) = _plain_bmp(images.encoded[row])
-        images.encoded.put(row, image)
-        images.status[row] = Status.OK if len(image) else Status.UNSUPPORTED
+    starts = images.encoded.offsets[good]
+    first, second = images.encoded.arena[starts], images.encoded.arena[starts + 1]
+    is_jpeg = (first == 0xFF) & (second == 0xD8)
+    for row in good[~(is_jpeg | (first == 0x89) | (first == ord("R")))].tolist():
+        pixels = decode(images.encoded[row])
+        # More pixels than the header says: it says something else to OpenCV.
+        if pixels is None or pixels.size > 3 * int(images.heights[row]) * int(images.widths[row]):
+            images.status[row] = Status.UNDECODABLE
+            continue
+        images.heights[row], images.widths[row] = pixels.shape[:2]
+        images.encoded.put(row, cv2.imencode(".bmp", pixels)[1].reshape(-1))
     for row in good[first == 0x89].tolist():
         png = images.encoded[row].tobytes()
         still = still_png(png)
@@ -230,22 +239,9 @@ def decodable(images: Gathered) -> Gathered:
     return images
 
 
-def reason_of(status: int) -> str:
-    """What a `Status` other than OK is called in reports."""
+def reason_of(status: int, image: NDArray[np.uint8] | bytes) -> str:
+    """What a `Status` other than OK is called in reports, with the format where no decoder is for it."""
     if status == Status.UNDECODABLE:
         return UNDECODABLE
-    return Status(status).name.lower().replace("_", " ")
-
-
-def _plain_bmp(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """The first frame of a GIF or BMP as a BMP of 24 bits a pixel; empty if OpenCV cannot decode it.
-
-    DALI does not read GIFs, and a BMP whose palette is damaged can crash it.
-    """
-    try:
-        pixels = cv2.imdecode(image, cv2.IMREAD_COLOR)
-    except cv2.error:  # more pixels than OpenCV takes
-        pixels = None
-    if pixels is None:
-        return np.empty(0, np.uint8), (0, 0)
-    return cv2.imencode(".bmp", pixels)[1].reshape(-1), (pixels.shape[0], pixels.shape[1])
+    known = described(bytes(image)) if status in (Status.NOT_AN_IMAGE, Status.UNSUPPORTED) else None
+    return known or Status(status).name.lower().replace("_", " ")

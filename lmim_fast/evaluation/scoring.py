@@ -202,7 +202,7 @@ class _Share:
             if verdict == Status.OK:
                 usable[index] = images.encoded[row]
             else:
-                self._broken[index] = reason_of(verdict)
+                self._broken[index] = reason_of(verdict, images.encoded[row])
         while usable:
             try:
                 return list(usable), views(list(usable.values()), None)[0]

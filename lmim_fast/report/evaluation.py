@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import cv2
 import numpy as np
 
+from lmim_fast.data.decoding import decode
 from lmim_fast.data.normalize import chinese, waics
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.evaluation.confusions import align, confusions
@@ -252,15 +253,14 @@ def _character(character: str, differs: bool) -> str:
 
 def _pixels(encoded: bytes) -> np.ndarray:
     """A crop as (H, W, 3) uint8 RGB, shrunk to fit `_CROP_LIMIT`; EXIF rotation ignored, as in training."""
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    pixels = decode(np.frombuffer(encoded, np.uint8))
     if pixels is None:  # DALI decodes some that OpenCV does not
         return np.full((32, 128, 3), 118, np.uint8)
     height, width = pixels.shape[:2]
     scale = min(1.0, _CROP_LIMIT[0] / height, _CROP_LIMIT[1] / width)
     if scale < 1.0:
         size = (max(1, round(scale * width)), max(1, round(scale * height)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 

@@ -17,9 +17,9 @@ def by_pillow(mode, format_, **options):
     return data.getvalue()
 
 
-def by_opencv(extension, dtype=np.uint8, channels=3):
+def by_opencv(extension, dtype=np.uint8, channels=3, options=()):
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, channels)).astype(dtype)
-    return cv2.imencode(extension, pixels)[1].tobytes()
+    return cv2.imencode(extension, pixels, options)[1].tobytes()
 
 
 @functools.cache
@@ -57,6 +57,41 @@ def variants():
     }
 
 
+@functools.cache
+def rare_variants():
+    """Intact files of 13 x 37 pixels of formats that OpenCV decodes and DALI does not."""
+    other = Image.new("RGB", (50, 60), "red")
+    gray = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH), dtype=np.uint16)
+    deep = {format_: io.BytesIO() for format_ in ("TIFF", "JPEG2000")}
+    for format_, data in deep.items():
+        Image.fromarray(gray).save(data, format_)
+    numbers = " ".join(map(str, np.random.default_rng(0).integers(0, 256, 3 * HEIGHT * WIDTH))).encode()
+    return {
+        "tiff": by_pillow("RGB", "TIFF"),
+        **{f"tiff {name}": by_pillow("RGB", "TIFF", compression=name) for name in ("tiff_lzw", "jpeg")},
+        "tiff big": by_pillow("RGB", "TIFF", big_tiff=True),
+        "tiff 1 bit": by_pillow("1", "TIFF", compression="group4"),
+        "tiff palette": by_pillow("P", "TIFF"),
+        "tiff alpha": by_pillow("RGBA", "TIFF"),
+        "tiff cmyk": by_pillow("CMYK", "TIFF"),
+        "tiff 16 bit": by_opencv(".tiff", np.uint16),
+        "tiff gray 16 bit": deep["TIFF"].getvalue(),
+        "tiff pages": by_pillow("RGB", "TIFF", save_all=True, append_images=[other]),
+        "jp2": by_pillow("RGB", "JPEG2000"),
+        "jp2 alpha": by_pillow("RGBA", "JPEG2000"),
+        "jp2 gray 16 bit": deep["JPEG2000"].getvalue(),
+        "j2k": by_pillow("RGB", "JPEG2000", no_jp2=True),
+        "ppm": by_pillow("RGB", "PPM"),
+        "ppm 16 bit": by_opencv(".ppm", np.uint16),
+        "ppm text": b"P3\n# a comment\n%d %d\n255\n%s\n" % (WIDTH, HEIGHT, numbers),
+        "pgm": by_pillow("L", "PPM"),
+        "pbm": by_pillow("1", "PPM"),
+        "avif": by_opencv(".avif"),
+        "avif alpha": by_opencv(".avif", channels=4),
+        "avif 10 bit": by_opencv(".avif", np.uint16, options=[cv2.IMWRITE_AVIF_DEPTH, 10]),
+    }
+
+
 def patched(name, at, value):
     """A variant with the bytes at `at` replaced."""
     data = bytearray(variants()[name])
@@ -66,7 +101,7 @@ def patched(name, at, value):
 
 def mutations(rng, count):
     """Intact files with bytes flipped, overwritten, cut out, doubled, or cut off."""
-    originals = list(variants().values())
+    originals = [*variants().values(), *rare_variants().values()]
     for _ in range(count):
         data = bytearray(rng.choice(originals))
         for _ in range(rng.randint(1, 4)):

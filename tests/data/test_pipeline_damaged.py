@@ -167,8 +167,8 @@ def damaged_headers():
         jpeg[:tables] + b"\0" + jpeg[tables:]: "invalid",
         jpeg[:tables] + b"\xff\xd0" + jpeg[tables:]: "invalid",
         patched("webp animated", 20, b"\x0a"): "invalid",
-        patched("bmp gray", colours, b"\0\0\0\1"): "unsupported",
-        patched("bmp 1 bit", colours, b"\xff\xff\xff\xff"): "unsupported",
+        patched("bmp gray", colours, b"\0\0\0\1"): "pixel data cannot be decoded",
+        patched("bmp 1 bit", colours, b"\xff\xff\xff\xff"): "pixel data cannot be decoded",
     }
 
 

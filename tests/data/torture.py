@@ -8,7 +8,7 @@ import zlib
 import cv2
 import numpy as np
 from crop_views import png
-from encoded_images import by_opencv, by_pillow, patched, variants
+from encoded_images import by_opencv, by_pillow, patched, rare_variants, variants
 from PIL import Image
 from pipeline_runs import database, smooth_image
 
@@ -46,6 +46,13 @@ def huge_webp():
     return patched("webp extended", at, (2**14 - 1).to_bytes(3, "little") * 2)
 
 
+def tiff_with_width(width):
+    data = bytearray(rare_variants()["tiff"])
+    at = data.index(struct.pack("<HHI", 256, 4, 1)) + 8
+    data[at : at + 4] = struct.pack("<I", width)
+    return bytes(data)
+
+
 def jpeg_with_spoilt_tables():
     """A JPEG with an impossible Huffman table: the header is right, the pixels are not."""
     data = cv2.imencode(".jpg", smooth_image(9))[1].tobytes()
@@ -81,9 +88,14 @@ def broken():
         "no key": (None, "empty"),
         "zero bytes": (b"", "empty"),
         "text": (b"this is a label, not an image", "not an image"),
-        "a page": (b"<!doctype html><html><body>404 not found</body></html>", "not an image"),
+        "a page": (
+            b"<!doctype html><html><body>404 not found</body></html>",
+            "not an image but an HTML page",
+        ),
         "noise": (random.Random(0).randbytes(3000), "not an image"),
-        "TIFF": (by_pillow("RGB", "TIFF"), "not an image"),
+        "TIFF bomb": (tiff_with_width(2**31), "too large"),
+        "TIFF cut short": (rare_variants()["tiff"][:700], "pixel data cannot be decoded"),
+        "JPEG XL": (b"\xff\x0a" + bytes(9), "JPEG XL image which is not decoded: convert it to PNG or JPEG"),
         "jpeg, spoilt": (jpeg_with_spoilt_tables(), "pixel data cannot be decoded"),
         "png, spoilt": (png_with_spoilt_pixels(), "pixel data cannot be decoded"),
         "webp, spoilt": (webp_with_spoilt_pixels(), "pixel data cannot be decoded"),
@@ -98,6 +110,7 @@ def unusual():
         "png gray 16 bit": by_opencv(".png", np.uint16, channels=1),
         "png alpha 16 bit": by_opencv(".png", np.uint16, channels=4),
         "bmp palette": by_pillow("P", "BMP"),
+        **{name: rare_variants()[name] for name in ("tiff cmyk", "jp2", "pgm", "avif")},
         **{f"{name} of one pixel": of_one_pixel(name) for name in ("JPEG", "PNG", "WEBP", "BMP")},
         "GIF of one pixel": of_one_pixel("GIF", "P"),
         "gray JPEG of one pixel": of_one_pixel("JPEG", "L"),

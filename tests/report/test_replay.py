@@ -69,7 +69,7 @@ def test_views_and_mask_are_those_of_the_batches_substitutes_too(tmp_path, objec
 def test_mixed_and_augmented_crops_of_fine_tuning_are_those_of_the_batches(tmp_path):
     one = finetune_runs.write_words(tmp_path / "one", 9, broken=(3,))
     two = finetune_runs.write_words(tmp_path / "two", 7, words=[None, "cat", "dog"], broken=(4,))
-    more = ["--weights", "1", "2", "--loader.max-bad-fraction", "1", "--data", str(one), str(two)]
+    more = ["--weights", "1", "2", "--loader.max-bad-fraction", "1", "--data", str(two)]  # after `one`
     for recipe in ("lmim", "strong"):
         arguments = finetune_runs.options(one, tmp_path / "run", "--recipe", recipe, *more)
         task = make_task(parse(FinetuneConfig, arguments, "lmim finetune", ""))

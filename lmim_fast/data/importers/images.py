@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from lmim_fast.data import decoding
 from lmim_fast.data.importers.entries import Refused
 
 VERTICAL_RATIO = 1.5
@@ -42,15 +43,10 @@ def decode(image: bytes) -> Pixels:
     Raises:
         Refused: it does not decode.
     """
-    try:
-        pixels: Any = cv2.imdecode(
-            np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-    except cv2.error as error:
-        raise Refused("does not decode", str(error.err)) from error
+    pixels = decoding.decode(np.frombuffer(image, np.uint8))
     if pixels is None:
         raise Refused("does not decode")
-    return np.asarray(pixels, np.uint8)
+    return pixels
 
 
 def encode(pixels: Pixels, source: bytes) -> bytes:

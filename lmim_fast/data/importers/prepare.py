@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lmim_fast.config import MAX_PIXELS
 from lmim_fast.data.importers import images
 from lmim_fast.data.importers.entries import Entry, Item, Refused, Reject
+from lmim_fast.data.samples import reason_of
 from lmim_fast.data.store.probe import Status, probe
 
 BYTES_AT_ONCE = 2**22  # of the images that one task holds, but for the last one: it bounds the memory
@@ -74,7 +75,7 @@ class Preparer:
     ) -> None:
         try:
             if status != Status.OK:
-                raise Refused(status.name.lower().replace("_", " "))
+                raise Refused(reason_of(status, image))
             if item.boxes is None and height * width > MAX_PIXELS:
                 raise Refused("too large")  # as training would
             if item.boxes is None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmim_fast.data.store import rare_formats
 from lmim_fast.data.store.databases import image_key, refusal
 from lmim_fast.data.store.probe import probe
 from lmim_fast.data.store.tree import data_file
@@ -127,10 +128,12 @@ class DatabaseFiles:
     def _gather(
         self, databases: NDArray[np.int64], numbers: NDArray[np.int64], max_pixels: int, workers: Any
     ) -> Gathered:
-        arena, stride, offsets, lengths, *verdicts = self._native.gather(
+        arena, stride, offsets, lengths, status, heights, widths = self._native.gather(
             self._files, databases, numbers, max_pixels, RECTANGLE_BYTES, workers
         )
-        return Gathered(EncodedImages(arena, stride, offsets, lengths), *verdicts)
+        encoded = EncodedImages(arena, stride, offsets, lengths)
+        rare_formats.complete(status, heights, widths, lambda row: encoded[row].tobytes(), max_pixels)
+        return Gathered(encoded, status, heights, widths)
 
     def _open(self, path: str) -> Any:
         file = data_file(path)

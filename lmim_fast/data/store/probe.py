@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmim_fast.config import MAX_PIXELS, MAX_PIXELS_LIMIT
-from lmim_fast.data.store import image_headers
+from lmim_fast.data.store import image_headers, rare_formats
 from lmim_fast.native import native
 
 
@@ -21,7 +21,7 @@ class Status(enum.IntEnum):
     EMPTY = 1
     """No bytes: the key is missing, or its value is empty."""
     NOT_AN_IMAGE = 2
-    """Starts like none of JPEG, PNG, BMP, GIF and WebP."""
+    """Starts like none of JPEG, PNG, BMP, GIF and WebP, nor like what `rare_formats` knows the size of."""
     TRUNCATED = 3
     """Ends before its format says it does."""
     TOO_LARGE = 4
@@ -29,7 +29,8 @@ class Status(enum.IntEnum):
     INVALID = 5
     """A known format whose header contradicts itself or names a zero size."""
     UNSUPPORTED = 6
-    """A variant that the usual decoders refuse (lossless, 12-bit or hierarchical JPEG, JPEG inside BMP)."""
+    """A variant that the usual decoders refuse (lossless, 12-bit or hierarchical JPEG, JPEG inside BMP, float
+    TIFF)."""
     UNDECODABLE = 7
     """The header is good, the pixel data is not: never a verdict of `probe`, which does not read it."""
 
@@ -60,7 +61,9 @@ def probe(images: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> Probe:
         TypeError:  an image is not a buffer.
     """
     check_max_pixels(max_pixels)
-    return Probe(*_form()(images, max_pixels))
+    found = Probe(*_form()(images, max_pixels))
+    rare_formats.complete(*found, lambda row: bytes(memoryview(images[row])), max_pixels)
+    return found
 
 
 def check_max_pixels(max_pixels: int) -> None:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from lmim_fast.config import MAX_PIXELS
 from lmim_fast.data.console import SafeConsole
+from lmim_fast.data.decoding import decode
 from lmim_fast.data.png import still_png
 from lmim_fast.data.samples import UNDECODABLE, reason_of
 from lmim_fast.data.store.databases import Database
@@ -170,7 +170,7 @@ def _verdicts(images: Sequence[bytes], max_pixels: int) -> tuple[list[tuple[int,
     """Size of each image, and why it cannot be used (None: it can)."""
     status, heights, widths = probe(images, max_pixels)
     reasons = [
-        _undecodable(image) if verdict == Status.OK else reason_of(verdict)
+        _undecodable(image) if verdict == Status.OK else reason_of(verdict, image)
         for image, verdict in zip(images, status, strict=True)
     ]
     return list(zip(heights.tolist(), widths.tolist(), strict=True)), reasons
@@ -180,11 +180,7 @@ def _undecodable(image: bytes) -> str | None:
     """Why OpenCV cannot decode an image with a good header; None when it can."""
     if still_png(image) is None:
         return UNDECODABLE
-    try:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        return f"does not decode ({error.err})"
-    return "does not decode" if pixels is None else None
+    return "does not decode" if decode(np.frombuffer(image, np.uint8)) is None else None
 
 
 def _percentiles(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmim_fast.config import DataConfig, GuidanceConfig, SheetConfig
+from lmim_fast.data.decoding import decode
 from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.samples import decodable, reason_of
 from lmim_fast.data.store.probe import Status
@@ -90,22 +91,17 @@ def decoded_crops(store: Records, indices: Sequence[int]) -> tuple[list[Pixels |
     for image, verdict in zip(images.encoded, images.status, strict=True):
         crop = decoded(image) if verdict == Status.OK else None
         crops.append(crop)
-        problems.append("" if crop is not None else _problem(int(verdict)))
+        if crop is not None:
+            problems.append("")
+        else:
+            problems.append("does not decode" if verdict == Status.OK else reason_of(verdict, image))
     return crops, problems
-
-
-def _problem(verdict: int) -> str:
-    return "does not decode" if verdict == Status.OK else reason_of(verdict)
 
 
 def decoded(image: NDArray[np.uint8]) -> Pixels | None:
     """(H, W, 3) RGB, turned by no EXIF entry, as training has it; None if OpenCV cannot decode it."""
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        pixels = cv2.imdecode(image, flags)
-    except cv2.error:
-        return None
-    return None if pixels is None else np.asarray(pixels[..., ::-1], np.uint8)
+    pixels = decode(image)
+    return None if pixels is None else pixels[..., ::-1]
 
 
 def _guidance_views(store: RecordStore, indices: list[int], seed: int) -> dict[int, Pixels]:

@@ -81,7 +81,7 @@ def count_records(store: RecordStore) -> Stats:
             sizes.append(np.array([len(image) for image in images], dtype=np.int64))
             hashes.append(np.array([_hash(image) for image in images if image], dtype=np.uint64))
             formats.update(format_of(image) for image in images if image)
-            broken.update(reason_of(verdict) for verdict in status[~good].tolist())
+            broken.update(reason_of(status[row], images[row]) for row in np.flatnonzero(~good).tolist())
             labels = [label for label in store.labels(indices) if label is not None]
             lengths.append(np.array([len(label) for label in labels], dtype=np.int32))
             characters.update("".join(labels))

@@ -131,7 +131,10 @@ def _blocks(store: RecordStore) -> Iterator[_Block]:
             good = np.flatnonzero(status == Status.OK).tolist()
             yield _Block(
                 len(indices),
-                [Bad(indices[row], reason_of(status[row])) for row in np.flatnonzero(status != Status.OK)],
+                [
+                    Bad(indices[row], reason_of(status[row], encoded[row]))
+                    for row in np.flatnonzero(status != Status.OK).tolist()
+                ],
                 [Bad(index, fault) for index, fault in faults if fault and database.has_labels],
                 [indices[row] for row in good],
                 [encoded[row] for row in good],

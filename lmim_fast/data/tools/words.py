@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from lmim_fast.data.store.rare_formats import format_name
+
 PERCENTILES = (0, 5, 50, 95, 100)
 _SIGNATURES = (
     ("JPEG", b"\xff\xd8", b""),
@@ -19,7 +21,7 @@ def format_of(image: bytes) -> str:
     for name, start, second in _SIGNATURES:
         if image.startswith(start) and image.startswith(second, 8):
             return name
-    return "other"
+    return format_name(image) or "other"
 
 
 def character_class(character: str) -> str:
