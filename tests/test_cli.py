@@ -298,14 +298,21 @@ def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path):
         load_teacher(str(name), encoder, lines.append)
         return lines
 
+    # A copy of the folder may have other times: steps count, and times only for an export without its step.
+    os.utime(made, ns=(0, 0))
+    assert said(copy) == [f"teacher {made} (of step 2)"]
+    tensors = load_file(made)
+    made.write_bytes(weights.encoder_safetensors(tensors, 1))
+    assert said(copy) == [f"teacher {newest} (the export {made} is of step 1)"]
+    save_file(tensors, made)
     assert said(copy) == [f"teacher {made}"]
     os.utime(made, ns=(0, 0))
-    assert said(copy) == [f"teacher {newest} ({newest} is newer than {made})"]
+    assert said(copy) == [f"teacher {newest} ({newest} is newer than {made}, by the times of the files)"]
     first = copy / "checkpoints" / "step-00000001"
     assert said(first) == [f"teacher {first}"]
     wanted = load_file(first / "model.safetensors")
     assert all(torch.equal(t, wanted["model_maeenc." + name]) for name, t in encoder.state_dict().items())
-    with pytest.raises(UsageError, match="::ema is for files"):
+    with pytest.raises(UsageError, match="is a folder, and ::ema names one of the models in a file"):
         said(f"{copy}::ema")
 
 
@@ -325,6 +332,7 @@ def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
     assert "pass --to" in error_of(capsys, ["convert", run, tmp_path / "x"])
     assert "exists; choose another name" in error_of(capsys, ["convert", run, encoder])
     assert "is not a folder" in error_of(capsys, ["convert", run, tmp_path / "no" / "x.pth"])
+    assert f"{run} is a folder, and ::ema" in error_of(capsys, ["convert", f"{run}::ema", target])
     assert "is for run folders" in error_of(capsys, ["convert", encoder, target, "--step", "1"])
     told = error_of(capsys, ["convert", run, target, "--step", "9"])
     assert "has no checkpoint of step 9; --step may be 1, 2" in told
