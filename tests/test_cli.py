@@ -323,6 +323,8 @@ def test_a_file_that_the_released_class_cannot_load_is_said_when_it_is_written(r
         "its decoder's feed-forward is 2048 wide, here it is 64 (decoder_blocks.0.linear1.weight [64, 32])"
         in told
     )
+    assert "step 2 of" in told
+    assert "--model.decoder-heads 2 instead of 16" in told
 
 
 def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):

@@ -202,9 +202,18 @@ def test_a_recogniser_with_other_characters_is_transplanted(finished, data, tmp_
     assert load_recognizer(tmp_path / "run" / "recognizer.safetensors").characters[:10] == "0123456789"
 
 
-def test_a_finished_run_converts_to_the_released_layout(finished, tmp_path):
+def test_a_finished_run_converts_to_the_released_layout_with_its_averaged_weights(finished, tmp_path, capsys):
     assert cli.main(["convert", str(finished), str(tmp_path / "released.pth")]) == 0
+    told = capsys.readouterr().err
+    assert f"step 12 of {finished}, its averaged weights\n" in told
+    assert "--model.encoder.depth 1 instead of 12, " in told
+    assert "characters" not in told
     state = torch.load(tmp_path / "released.pth", weights_only=True)["model"]
+    kept = finished / "recognizer.safetensors"
+    assert cli.main(["convert", str(kept), str(tmp_path / "again.pth")]) == 0
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert state.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
     assert {
         "pos_embed",
         "encoder.pos_embed",
