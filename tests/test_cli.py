@@ -286,7 +286,7 @@ def test_r22_an_encoder_comes_out_of_a_run_a_checkpoint_folder_and_a_pth_alike(r
     assert not all(torch.equal(value, made[key]) for key, value in first.items())
 
 
-def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path):
+def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     made = copy / "encoder.safetensors"
@@ -314,6 +314,11 @@ def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path):
     assert all(torch.equal(t, wanted["model_maeenc." + name]) for name, t in encoder.state_dict().items())
     with pytest.raises(UsageError, match="is a folder, and ::ema names one of the models in a file"):
         said(f"{copy}::ema")
+    (newest / "model.safetensors").write_bytes(b"")
+    assert cli.main(["convert", str(copy), str(tmp_path / "first.safetensors")]) == 0
+    told = capsys.readouterr().err
+    assert f"{newest / 'model.safetensors'} has 0 bytes" in told
+    assert f"first.safetensors: step 1 of {copy}\n" in told
 
 
 def test_a_file_that_the_released_class_cannot_load_is_said_when_it_is_written(run, tmp_path, capsys):
