@@ -286,7 +286,7 @@ def test_r22_an_encoder_comes_out_of_a_run_a_checkpoint_folder_and_a_pth_alike(r
     assert not all(torch.equal(value, made[key]) for key, value in first.items())
 
 
-def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path):
+def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     made = copy / "encoder.safetensors"
@@ -298,15 +298,27 @@ def test_the_newest_weights_of_a_run_are_taken_and_named(run, tmp_path):
         load_teacher(str(name), encoder, lines.append)
         return lines
 
+    # A copy of the folder may have other times: steps count, and times only for an export without its step.
+    os.utime(made, ns=(0, 0))
+    assert said(copy) == [f"teacher {made} (of step 2)"]
+    tensors = load_file(made)
+    made.write_bytes(weights.encoder_safetensors(tensors, 1))
+    assert said(copy) == [f"teacher {newest} (the export {made} is of step 1)"]
+    save_file(tensors, made)
     assert said(copy) == [f"teacher {made}"]
     os.utime(made, ns=(0, 0))
-    assert said(copy) == [f"teacher {newest} ({newest} is newer than {made})"]
+    assert said(copy) == [f"teacher {newest} ({newest} is newer than {made}, by the times of the files)"]
     first = copy / "checkpoints" / "step-00000001"
     assert said(first) == [f"teacher {first}"]
     wanted = load_file(first / "model.safetensors")
     assert all(torch.equal(t, wanted["model_maeenc." + name]) for name, t in encoder.state_dict().items())
-    with pytest.raises(UsageError, match="::ema is for files"):
+    with pytest.raises(UsageError, match="is a folder, and ::ema names one of the models in a file"):
         said(f"{copy}::ema")
+    (newest / "model.safetensors").write_bytes(b"")
+    assert cli.main(["convert", str(copy), str(tmp_path / "first.safetensors")]) == 0
+    told = capsys.readouterr().err
+    assert f"{newest / 'model.safetensors'} has 0 bytes" in told
+    assert f"first.safetensors: step 1 of {copy}\n" in told
 
 
 def test_a_file_that_the_released_class_cannot_load_is_said_when_it_is_written(run, tmp_path, capsys):
@@ -316,6 +328,8 @@ def test_a_file_that_the_released_class_cannot_load_is_said_when_it_is_written(r
         "its decoder's feed-forward is 2048 wide, here it is 64 (decoder_blocks.0.linear1.weight [64, 32])"
         in told
     )
+    assert "step 2 of" in told
+    assert "--model.decoder-heads 2 instead of 16" in told
 
 
 def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
@@ -325,6 +339,7 @@ def test_conversions_that_cannot_be_are_one_line(run, tmp_path, capsys):
     assert "pass --to" in error_of(capsys, ["convert", run, tmp_path / "x"])
     assert "exists; choose another name" in error_of(capsys, ["convert", run, encoder])
     assert "is not a folder" in error_of(capsys, ["convert", run, tmp_path / "no" / "x.pth"])
+    assert f"{run} is a folder, and ::ema" in error_of(capsys, ["convert", f"{run}::ema", target])
     assert "is for run folders" in error_of(capsys, ["convert", encoder, target, "--step", "1"])
     told = error_of(capsys, ["convert", run, target, "--step", "9"])
     assert "has no checkpoint of step 9; --step may be 1, 2" in told

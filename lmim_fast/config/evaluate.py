@@ -17,7 +17,8 @@ class EvaluateConfig:
     data: tuple[PathName, ...]
     """Test sets: LMDB folders, NAME=FOLDER, or folders whose layout is known."""
     output: PathName | None = None
-    """Folder for evaluation.json and .html; None: evaluation/ in the run folder or beside the file."""
+    """Folder for evaluation.json and .html; None: evaluation/ in the run folder or beside the file,
+    evaluation-step-N/ in the run folder of a checkpoint."""
     layout: Literal["auto", "six", "union14m", "chinese", "plain"] = "auto"
     """Which benchmark the sets belong to; auto: by their names."""
     compare: bool = False

@@ -18,7 +18,7 @@ from lmim_fast.config.recognizer import SPECIAL_CLASSES
 from lmim_fast.errors import WeightsError
 from lmim_fast.models import weights
 from lmim_fast.models.recognizer import Recognizer
-from lmim_fast.models.weight_files import is_safetensors
+from lmim_fast.models.weight_files import is_safetensors, with_step
 from lmim_fast.models.weight_names import EMBEDDING, split_key
 
 CLASSIFIER = "decoder.classifier"
@@ -32,9 +32,12 @@ def is_recognizer(state: Mapping[str, Tensor]) -> bool:
     return EMBEDDING in state
 
 
-def recognizer_bytes(model: Recognizer) -> bytes:
+def recognizer_bytes(model: Recognizer, step: int | None = None) -> bytes:
     """The recogniser as a safetensors file: one copy of each tensor; config and characters as metadata.
 
+    Args:
+        model: the recogniser.
+        step:  steps of the run that it is of, which the file then says.
     Raises:
         WeightsError: a weight is not finite.
     """
@@ -45,7 +48,7 @@ def recognizer_bytes(model: Recognizer) -> bytes:
     # One entry: the order of several in the file would change from time to time.
     about = {_ABOUT: json.dumps({"config": to_dict(model.config), "characters": model.characters})}
     content: bytes = safetensors.torch.save({name: state[name] for name in state if name in names}, about)
-    return content
+    return content if step is None else with_step(content, step)
 
 
 def save_recognizer(model: Recognizer, path: str | os.PathLike[str]) -> Path:

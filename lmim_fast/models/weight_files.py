@@ -50,6 +50,7 @@ _FOREIGN_SUFFIXES = {
     ".tflite": ("a TensorFlow Lite model", "take the PyTorch weights that it was made from"),
     ".msgpack": ("a Flax checkpoint", "export its weights to PyTorch first"),
 }
+_STEP = "lmim_fast.step"  # entry of the metadata of what a run exports
 _AGAIN = "copy or download it again"
 # Keeps tensors and what holds them by name; None is what the reader passes over.
 _SAVE_ALONE = (
@@ -94,6 +95,31 @@ def is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(9)
     return head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _LONGEST_HEADER
+
+
+def with_step(content: bytes, step: int) -> bytes:
+    """The bytes of a safetensors file whose metadata says after how many steps of a run it was written."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    # Not by safetensors itself, which writes several entries in an order that changes from time to time.
+    header["__metadata__"] = {**header.get("__metadata__", {}), _STEP: str(step)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
+def step_of(path: Path) -> int | None:
+    """The step that `with_step` put into a file; None of any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not is_safetensors(path):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            step = (file.metadata() or {}).get(_STEP, "")
+    except SafetensorError:  # whoever reads the tensors says what is wrong
+        return None
+    return int(step) if step.isdecimal() else None
 
 
 def _read_safetensors(path: Path, head: bytes, size: int) -> dict[str, Any]:

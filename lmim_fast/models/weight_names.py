@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lmim_fast.errors import WeightsError
+from lmim_fast.errors import UsageError, WeightsError, shared
 
 STUDENT, TEACHER, RECOGNIZER = "model_maeenc.", "model_maeenc_momentum.", "encoder."
 EMBEDDING = "decoder.trg_word_emb.weight"
@@ -52,11 +52,18 @@ class _Place:
 
 
 def split_key(name: str | Path) -> tuple[Path, str | None]:
-    """File and key of `FILE::KEY`; a name without `::`, or of a file that is there, has no key."""
+    """File and key of `FILE::KEY`; a name without `::`, or of a file that is there, has no key.
+
+    Raises:
+        UsageError: a key behind the name of a folder.
+    """
     text = str(name)
     file, mark, key = text.rpartition(_KEY)
     if not mark or not file or not key or Path(text).exists():
         return Path(text), None
+    if Path(file).is_dir():
+        told = f"{text}: {file} is a folder, and {_KEY}{key} names one of the models in a file; leave it out"
+        raise shared(UsageError(f"{told}, or name a file as FILE{_KEY}{key}"))
     return Path(file), key
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lmim_fast import durable
 from lmim_fast.errors import WeightsError
 from lmim_fast.models.weight_checks import check_entering, check_finite, check_layout, check_positions
-from lmim_fast.models.weight_files import read_content
+from lmim_fast.models.weight_files import read_content, with_step
 from lmim_fast.models.weight_names import (
     RECOGNIZER,
     STUDENT,
@@ -155,9 +155,12 @@ def _left_out(ignored: tuple[str, ...]) -> list[str]:
     return [f"left out {name_list(heads)}: no part of the encoder"] if heads else []
 
 
-def encoder_safetensors(state: Mapping[str, Tensor]) -> bytes:
+def encoder_safetensors(state: Mapping[str, Tensor], step: int | None = None) -> bytes:
     """The (student) encoder in a state dict as the bytes of a safetensors file, which `load_encoder` takes.
 
+    Args:
+        state: of a whole model, or of an encoder.
+        step:  steps of the run that it is of, which the file then says.
     Raises:
         WeightsError: the state dict has no encoder, or one of another layout.
     """
@@ -166,7 +169,7 @@ def encoder_safetensors(state: Mapping[str, Tensor]) -> bytes:
     _, encoder, _ = encoder_state(state)
     check_layout(encoder)
     content: bytes = save({name: value.contiguous() for name, value in encoder.items()}, {"format": "pt"})
-    return content
+    return content if step is None else with_step(content, step)
 
 
 def left_out_of_encoder(state: Mapping[str, Tensor]) -> list[str]:

@@ -28,7 +28,8 @@ from lmim_fast.models.weight_names import split_key
 from lmim_fast.owner import owned
 from lmim_fast.report.evaluation import evaluation_html
 from lmim_fast.train.checkpoint.files import write_file
-from lmim_fast.train.recognizer_start import BEST, LAST, recognizer_file
+from lmim_fast.train.recognizer_start import BEST, LAST, find_recognizer, recognizer_of
+from lmim_fast.train.run_weights import Place
 from lmim_fast.train.start import versions
 from lmim_fast.train.world import World, join
 
@@ -46,12 +47,12 @@ def run_evaluate(config: EvaluateConfig) -> Path:
     """
     with contextlib.ExitStack() as outside, join(config.device) as world:
         with world.together():
-            file = _file(config.model)
+            place = _find(config.model)
             test_sets = find_test_sets(config.data, config.layout)
-            folder = _prepare_output(config, file, world)
+            folder = _prepare_output(config, place, world)
             if world.is_main:
                 outside.enter_context(owned(folder, _say))
-            model = _load(file, world)
+            model = _load(place, world)
             test_sets = [dataclasses.replace(entry, characters=model.characters) for entry in test_sets]
         results: list[Result] = []
         with contextlib.ExitStack() as stack:
@@ -63,7 +64,7 @@ def run_evaluate(config: EvaluateConfig) -> Path:
                 results.append(_evaluate(config, model, test_set, store, world))
             with world.together():
                 if world.is_main:
-                    _write(config, file, folder, results, stores, world)
+                    _write(config, place, folder, results, stores, world)
         return folder
 
 
@@ -71,32 +72,40 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _file(model: str) -> Path:
-    """The file that a file or the run folder of a fine-tuning stands for.
+def _find(model: str) -> Place:
+    """Where the recogniser is that a file, a run folder of a fine-tuning or a checkpoint of it stands for.
 
     Raises:
         UsageError: there is none.
     """
     if not split_key(model)[0].exists():
         raise UsageError(f"{model}: no such file or run folder; give a recogniser")
-    file = recognizer_file(model)
-    if file is None:
+    place = find_recognizer(model)
+    if place is None:
         raise UsageError(
-            f"{model}: no recogniser here ({BEST} or {LAST}); give the run folder of a fine-tuning, or a file"
+            f"{model}: no recogniser here ({BEST}, {LAST} or checkpoints); give the run folder of a "
+            "fine-tuning, one of its checkpoints, or a file"
         )
-    return file
+    return place
 
 
-def _load(file: Path, world: World) -> RecognizerLike:
+def _load(place: Place, world: World) -> RecognizerLike:
     from lmim_fast.models.recognizer_files import load_recognizer
 
-    return load_recognizer(file).to(world.device)
+    if place.checkpoint is not None:
+        return recognizer_of(place.checkpoint).to(world.device)
+    return load_recognizer(place.path).to(world.device)
 
 
-def _prepare_output(config: EvaluateConfig, file: Path, world: World) -> Path:
+def _prepare_output(config: EvaluateConfig, place: Place, world: World) -> Path:
     """The output folder, made before the work so that a wrong path costs no evaluation."""
     model = Path(config.model)
-    default = (model if model.is_dir() else file.parent) / "evaluation"
+    default = (model if model.is_dir() else place.path.parent) / "evaluation"
+    if place.path == model and place.checkpoint is not None:  # whose folder is deleted when it is old
+        run = model.parent.parent if model.parent.name == "checkpoints" else model.parent
+        default = run / f"evaluation-{model.name}"
+    elif model.name == "checkpoints":
+        default = model.parent / "evaluation"
     folder = Path(config.output) if config.output else default
     if world.is_main:
         try:
@@ -127,7 +136,7 @@ def _evaluate(
 
 def _write(
     config: EvaluateConfig,
-    file: Path,
+    place: Place,
     folder: Path,
     results: Sequence[Result],
     stores: dict[str, RecordStore],
@@ -143,17 +152,20 @@ def _write(
         precision = "bf16" if world.device.type == "cuda" else "fp32"
     search = "greedy" if config.beam == 1 else f"beam search, {config.beam} beams"
     facts: dict[str, Any] = {
-        "model": str(file),
+        "model": str(place.path),
+        "weights": "; ".join(place.told()),
         "search": search,
         "precision": precision,
         "config": to_dict(config),
         "versions": versions(),
     }
-    shown = {"model": str(file), "search": search, "precision": precision}
+    model = "; ".join([str(place.path), *place.told()])
+    shown = {"model": model, "search": search, "precision": precision}
     text = json.dumps(document(results, published, facts), indent=2, ensure_ascii=False)
     write_file(folder / "evaluation.json", (text + "\n").encode())
     html = evaluation_html(results, stores, published, shown, config.errors)
     write_file(folder / "evaluation.html", html.encode())
+    print(f"read with {model}")
     _print_tables(results, published)
     print(f"evaluation: {folder / 'evaluation.html'}")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +15,16 @@ from lmim_fast.config import RunConfig
 from lmim_fast.config.io import run_from_dict
 from lmim_fast.errors import CheckpointError, UsageError
 from lmim_fast.models import weights
+from lmim_fast.models.recognizer_files import describes_itself, is_recognizer, load_recognizer
 from lmim_fast.models.weight_names import split_key
+from lmim_fast.train import released
 from lmim_fast.train.checkpoint import content, folders
 from lmim_fast.train.checkpoint.files import write_file
+from lmim_fast.train.checkpoint.folders import Checkpoint
+from lmim_fast.train.run_weights import averages_told, checkpoint_tensors
 from lmim_fast.train.tasks import make_task
 
 Layout = Literal["released", "encoder"]
-_RELEASED_FFN = 2048  # of torch's decoder layer, which the released code leaves at its default
 _LAYOUT_OF_SUFFIX: dict[str, Layout] = {".pth": "released", ".pt": "released", ".safetensors": "encoder"}
 
 
@@ -37,7 +39,8 @@ def convert(
         to:     "released": `{"model": state_dict}` by `torch.save`, teacher included, under the names of the
                 released LMIM (of an MAE run: MAERec's); "encoder": the student encoder as plain
                 safetensors; None: by the suffix of `target`.
-        step:   checkpoint of a run folder; None: the newest whole one.
+        step:   checkpoint of a run folder; None: the newest whole one. Of a run that keeps an average of its
+                weights the average is taken, as the run itself exports it.
     Returns:
         The file written.
     Raises:
@@ -54,7 +57,7 @@ def convert(
         raise UsageError(f"{target.parent} is not a folder")
     if not split_key(source)[0].exists():
         raise UsageError(f"{source} does not exist; it should be a run folder or a checkpoint file")
-    state, notes = _state_of_run(source, step) if source.is_dir() else _state_of_file(source, step)
+    state, notes, lost = _state_of_run(source, step) if source.is_dir() else _state_of_file(source, step)
     weights.check_finite(state)
     if layout == "encoder":
         notes += weights.left_out_of_encoder(state)
@@ -66,7 +69,7 @@ def convert(
     buffer = io.BytesIO()
     torch.save({"model": state}, buffer)
     write_file(target, buffer.getvalue())
-    _say(target, [*notes, *_not_of_the_release(state)])
+    _say(target, [*notes, *released.of_tensors(state), *lost])
     return target
 
 
@@ -75,22 +78,8 @@ def _say(target: Path, notes: list[str]) -> None:
         print(f"{target}: {note}", file=sys.stderr)
 
 
-def _not_of_the_release(state: Mapping[str, Tensor]) -> list[str]:
-    """Why the released class cannot hold these tensors: all but this size is an argument of it."""
-    pattern = re.compile(r"decoder_blocks\.\d+\.linear1\.weight")
-    wrong = {name: list(value.shape) for name, value in state.items() if pattern.fullmatch(name)}
-    wrong = {name: shape for name, shape in wrong.items() if shape[0] != _RELEASED_FFN}
-    if not wrong:
-        return []
-    name, shape = next(iter(wrong.items()))
-    return [
-        f"warning: the released class cannot load it: its decoder's feed-forward is {_RELEASED_FFN} wide, "
-        f"here it is {shape[0]} ({name} {shape}); this package loads it, and a run with --model.decoder-ffn "
-        f"{_RELEASED_FFN} fits the released class"
-    ]
-
-
-def _state_of_run(source: Path, step: int | None) -> tuple[dict[str, Tensor], list[str]]:
+def _state_of_run(source: Path, step: int | None) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The weights, what is to be said of them, and of them in the released layout."""
     if source.parent.name == "checkpoints" and source.name.startswith("step-"):
         if step is not None or not folders.is_finished_name(source.name):
             raise UsageError(
@@ -104,15 +93,23 @@ def _state_of_run(source: Path, step: int | None) -> tuple[dict[str, Tensor], li
     if step is not None and step not in steps:
         choices = ", ".join(map(str, sorted(steps)))
         raise UsageError(f"{source} has no checkpoint of step {step}; --step may be {choices}")
-    model, _ = load_model(source, step)
-    return weights.to_released(model), []
+    checkpoint, problems = _read(source, step)
+    averages = averages_told(checkpoint)
+    if averages:
+        checkpoint = dataclasses.replace(checkpoint, model=checkpoint_tensors(checkpoint))
+    model, _ = _model_of(source, checkpoint)
+    notes = [*problems, ", ".join([f"step {checkpoint.state['step']} of {source}", *averages])]
+    return weights.to_released(model), notes, released.of_model(model)
 
 
-def _state_of_file(source: Path, step: int | None) -> tuple[dict[str, Tensor], list[str]]:
+def _state_of_file(source: Path, step: int | None) -> tuple[dict[str, Tensor], list[str], list[str]]:
     if step is not None:
         raise UsageError(f"--step {step} is for run folders, {source} is a file")
     found = weights.read_weights(source)
-    return found.state, list(found.notes)
+    if is_recognizer(found.state) and describes_itself(source):  # the file has one copy of each tensor
+        model = load_recognizer(source)
+        return weights.to_released(model), list(found.notes), released.of_model(model)
+    return found.state, list(found.notes), []
 
 
 def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Module, RunConfig]:
@@ -124,7 +121,13 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Modu
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    run = Path(run_folder)
+    checkpoint, _ = _read(Path(run_folder), step)
+    model, config = _model_of(Path(run_folder), checkpoint)
+    return model.eval(), config
+
+
+def _read(run: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint of a run, and what is wrong with newer ones."""
     problems: list[str] = []
     if step is None:
         checkpoint = folders.newest(run, lambda _, error: problems.append(str(error)))
@@ -132,8 +135,12 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[nn.Modu
         checkpoint = folders.read(folders.folder_of(run, step))
     if checkpoint is None:
         raise CheckpointError("; ".join([f"{run} has no usable checkpoint", *problems]))
+    return checkpoint, problems
+
+
+def _model_of(run: Path, checkpoint: Checkpoint) -> tuple[nn.Module, RunConfig]:
     config = run_from_dict(checkpoint.state["config"])
     model = make_task(config).build()
     content.restore(checkpoint, model)
     content.load_teacher(run, checkpoint.state["teacher"], model)
-    return model.eval(), config
+    return model, config

@@ -110,9 +110,9 @@ class RecognizerTask(Task):
             model, "encoder", depth, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
         )
 
-    def finish(self, model: nn.Module, run: Path) -> str:
+    def finish(self, model: nn.Module, run: Path, step: int) -> str:
         """Write the recogniser."""
-        write_file(run / LAST, recognizer_bytes(cast(Recognizer, model)))
+        write_file(run / LAST, recognizer_bytes(cast(Recognizer, model), step))
         return f"recogniser in {run / LAST}"
 
     # --- its batches ---

@@ -176,7 +176,7 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         complete = parallel.whole(model, task, world)
         if owner is not None:
             owner.check()
-            left = task.finish(complete, run)
+            left = task.finish(complete, run, progress.step)
     if session.bad_records:
         named = run / side_files.BAD_RECORDS_FILE
         say(f"{session.bad_records} broken records were replaced by others: {named}")

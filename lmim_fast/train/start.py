@@ -6,20 +6,16 @@ import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 import lmim_fast
 from lmim_fast.config import RunConfig
 from lmim_fast.errors import DataError, UsageError
-from lmim_fast.models.weight_names import Weights, printable, split_key
-from lmim_fast.models.weights import LoadReport, load_encoder, read_weights
+from lmim_fast.models.weights import LoadReport, load_encoder
 from lmim_fast.native import native
-from lmim_fast.train.checkpoint import folders
-from lmim_fast.train.checkpoint.folders import Checkpoint
+from lmim_fast.train.run_weights import read_source
 
 if TYPE_CHECKING:
     from lmim_fast.data.store.records import Records, RecordStore
@@ -78,71 +74,6 @@ def skip_list_digest(config: RunConfig, store: Records, say: Callable[[str], Non
         for other in stores[1:]:
             other.close()
     return skip_list.digest()
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights that an option names, and what messages call the file that they are of."""
-
-    label: str
-    weights: Weights
-
-
-def read_source(name: str) -> Source:
-    """What `--teacher` or `--init` names: `FILE`, `FILE::KEY`, a run folder or one of its checkpoint folders.
-
-    Of a run folder the newest: its encoder.safetensors, or a checkpoint of a run that was continued after it.
-
-    Raises:
-        UsageError: there is no such file, or the folder holds no weights.
-        CheckpointError, WeightsError: they are damaged.
-    """
-    path, key = split_key(name)
-    if not path.exists():
-        raise UsageError(f"{name} does not exist; it should be an encoder file or a run folder")
-    if path.is_file():
-        return Source(name, read_weights(name))
-    if key is not None:
-        raise UsageError(f"{name}: ::{key} is for files, {path} is a folder")
-    if (path / folders.STATE_FILE).is_file():
-        return _of_checkpoint(folders.read(path))
-    run = path.parent if path.name == "checkpoints" else path
-    export = run / "encoder.safetensors"
-    problems = list[str]()
-    newest = folders.newest(run, lambda _, error: problems.append(str(error)))
-    if newest is None and not export.is_file():
-        raise UsageError("; ".join([_no_weights(run), *problems]))
-    if newest is None:
-        return Source(str(export), read_weights(export))
-    made = newest.path / folders.STATE_FILE
-    if export.is_file() and export.stat().st_mtime_ns >= made.stat().st_mtime_ns:
-        return Source(str(export), read_weights(export))
-    source = _of_checkpoint(newest)
-    if not export.is_file() and not problems:
-        return source
-    why = f"newer than {export}" if export.is_file() else "the newest that is whole"
-    return Source(source.label, Weights(source.weights.state, (f"{newest.path} is {why}", *problems)))
-
-
-def checkpoint_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint as the run would export them: their average, where it keeps one."""
-    averages = {
-        name.removeprefix("average."): value
-        for name, value in checkpoint.optimizer.items()
-        if name.startswith("average.")
-    }
-    return checkpoint.model | averages
-
-
-def _of_checkpoint(checkpoint: Checkpoint) -> Source:
-    return Source(str(checkpoint.path), Weights(checkpoint_tensors(checkpoint)))
-
-
-def _no_weights(folder: Path) -> str:
-    suffixes = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
-    inside = f"; name a file in it: {', '.join(map(printable, files[:5]))}" if files else ""
-    return f"{folder} has no encoder.safetensors and no checkpoint: it is not the folder of a run{inside}"
 
 
 def load_student(name: str, encoder: nn.Module, say: Callable[[str], None], *, whom: str = "student") -> None:

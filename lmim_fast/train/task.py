@@ -100,10 +100,10 @@ class Task(ABC):
         """The trainable parameters as AdamW takes them; `lr_scale` multiplies a group's learning rate."""
         return optim.decay_groups(model, self.config.optim.weight_decay)
 
-    def finish(self, model: nn.Module, run: Path) -> str:
-        """Write what a finished run leaves into its folder, and say what that is."""
+    def finish(self, model: nn.Module, run: Path, step: int) -> str:
+        """Write what a run leaves into its folder when its last `step` is done, and say what that is."""
         path = run / "encoder.safetensors"
-        write_file(path, weights.encoder_safetensors(weights.to_released(model)))
+        write_file(path, weights.encoder_safetensors(weights.to_released(model), step))
         return f"encoder in {path}"
 
     # --- its batches ---

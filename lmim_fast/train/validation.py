@@ -94,7 +94,7 @@ class Validation:
         write_file(self._run / WRONG_FILE, json.dumps({"step": line["step"], "wrong": wrong}).encode())
         if all(line["accuracy"] > other["accuracy"] for other in earlier):
             (self._run / BEST).parent.mkdir(exist_ok=True)
-            write_file(self._run / BEST, recognizer_bytes(model))
+            write_file(self._run / BEST, recognizer_bytes(model, line["step"]))
 
 
 def _wrong(readings: Readings) -> list[dict[str, Any]]:

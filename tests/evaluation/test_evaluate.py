@@ -105,8 +105,10 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, model, capsys):
     assert f"{empty}: no LMDB here" in error_of(capsys, model, empty)
     assert "missing: cannot be opened" in error_of(capsys, model, tmp_path / "missing")
     assert "no such file or run folder" in error_of(capsys, tmp_path / "no model", good)
-    assert f"{empty}: no recogniser here (best/recognizer.safetensors or" in error_of(capsys, empty, good)
+    assert f"{empty}: no recogniser here (best/recognizer.safetensors, " in error_of(capsys, empty, good)
     assert "not a recogniser" in error_of(capsys, other, good, code=1)
+    told = f"{model}::ema: {model} is a folder, and ::ema names one of the models in a file; leave it out"
+    assert told in error_of(capsys, f"{model}::ema", good)
     assert "'seven'" in error_of(capsys, model, good, "--layout", "seven")
     assert "no set of --layout six" in error_of(capsys, model, good, "--layout", "six")
     assert "cannot write the evaluation to" in error_of(capsys, model, good, "--output", other / "x")

@@ -1,6 +1,7 @@
 """Fine-tuning through the command line: what a run reads, says and leaves, and the inputs that it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lmim_fast.config import RecognizerConfig
 from lmim_fast.models.recognizer import Recognizer
 from lmim_fast.models.recognizer_files import load_recognizer
 from lmim_fast.train.export import load_model
+from lmim_fast.train.recognizer_start import find_recognizer, recognizer_of, start_recognizer
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,47 @@ def test_a_finished_run_is_evaluated(finished, held_out, tmp_path, more):
         assert scores["one_minus_ned"] == pytest.approx(100 * best["ned"])
 
 
+def test_a_checkpoint_of_a_fine_tuning_stands_for_its_averaged_recogniser(
+    finished, held_out, tmp_path, capsys
+):
+    run, last = tmp_path / "run", "step-00000012"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "best")
+    checkpoint = run / "checkpoints" / last
+    assert cli.main(["evaluate", str(checkpoint), str(held_out), "--device", "cpu"]) == 0
+    assert f"read with {checkpoint}; its averaged weights\n" in capsys.readouterr().out
+    assert (run / f"evaluation-{last}" / "evaluation.html").is_file()
+    kept = load_recognizer(run / "recognizer.safetensors")
+
+    def started_from(name):
+        model = Recognizer(kept.config, kept.characters)
+        lines = []
+        start_recognizer(str(name), model, lines.append)
+        state = kept.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        return lines
+
+    exported = f"recogniser starts from {run / 'recognizer.safetensors'} (of step 12)"
+    assert started_from(run) == [exported]
+    (run / "recognizer.safetensors").unlink()  # as of a run that is not finished
+    said = [f"recogniser starts from {checkpoint} (its averaged weights)"]
+    assert [started_from(run), started_from(checkpoint)] == [said, said]
+    (run / "checkpoints" / "step-00000012" / "model.safetensors").write_bytes(b"")
+    place = find_recognizer(str(run))
+    assert place.path.name == "step-00000008"
+    assert "the newest that is whole" in place.told()[1]
+
+
+def test_a_sharded_checkpoint_of_a_fine_tuning_holds_its_recogniser(data, tmp_path):
+    more = ["--checkpoint-layout", "sharded"]
+    assert cli.main(["finetune", *options(data, tmp_path / "run", *more, steps=1)]) == 0
+    place = find_recognizer(str(tmp_path / "run" / "checkpoints" / "step-00000001"))
+    kept = load_recognizer(tmp_path / "run" / "recognizer.safetensors").state_dict()
+    found = recognizer_of(place.checkpoint).state_dict()
+    assert (place.checkpoint.path / "shards").is_dir()
+    assert all(torch.equal(value, kept[name]) for name, value in found.items())
+
+
 def test_the_same_command_on_a_finished_run_changes_nothing(finished, data, held_out):
     before = (finished / "metrics.jsonl").read_bytes(), (finished / "validation.jsonl").read_bytes()
     more = ["--val", str(held_out), "--validate-every", "5", "--optim.ema-decay", "0.5"]
@@ -159,9 +202,18 @@ def test_a_recogniser_with_other_characters_is_transplanted(finished, data, tmp_
     assert load_recognizer(tmp_path / "run" / "recognizer.safetensors").characters[:10] == "0123456789"
 
 
-def test_a_finished_run_converts_to_the_released_layout(finished, tmp_path):
+def test_a_finished_run_converts_to_the_released_layout_with_its_averaged_weights(finished, tmp_path, capsys):
     assert cli.main(["convert", str(finished), str(tmp_path / "released.pth")]) == 0
+    told = capsys.readouterr().err
+    assert f"step 12 of {finished}, its averaged weights\n" in told
+    assert "--model.encoder.depth 1 instead of 12, " in told
+    assert "characters" not in told
     state = torch.load(tmp_path / "released.pth", weights_only=True)["model"]
+    kept = finished / "recognizer.safetensors"
+    assert cli.main(["convert", str(kept), str(tmp_path / "again.pth")]) == 0
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert state.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
     assert {
         "pos_embed",
         "encoder.pos_embed",
