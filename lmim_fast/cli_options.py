@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeVar
 
 from lmim_fast.config import FinetuneConfig, PretrainConfig, RunConfig, preset, recipe
-from lmim_fast.config.checks import require_numbers, with_home_folders
+from lmim_fast.config.checks import refused_number, with_home_folders
 from lmim_fast.errors import UsageError, shared
 
 Config = TypeVar("Config")
@@ -42,9 +42,9 @@ def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str
     else:
         options["config"] = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
     try:
+        _refuse_numbers(kind, arguments)
         config: Config = _tyro(kind, arguments, **options)
         try:
-            require_numbers(config)
             return with_home_folders(config)
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -58,7 +58,7 @@ def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
 
     Of an option with one value, or a fixed number of them, the last one counts.
     """
-    lists = set(_list_options(kind))
+    lists = {option for option, hint in _options_of(kind) if _is_list(hint)}
     kept: list[str] = []
     places: dict[str, list[str]] = {}  # an option's values, in a list of their own until the end
     parts: list[list[str]] = [kept]
@@ -83,14 +83,39 @@ def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     return [argument for part in parts for argument in part]
 
 
-def _list_options(kind: type[Any], prefix: str = "--") -> Iterator[str]:
-    """Options that take any number of values."""
+def _options_of(kind: type[Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every option of a config with its type."""
     for name, hint in typing.get_type_hints(kind).items():
         option = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            yield from _list_options(hint, f"{option}.")  # type: ignore[arg-type]
-        elif typing.get_origin(hint) is tuple and Ellipsis in typing.get_args(hint):
-            yield option
+            yield from _options_of(hint, f"{option}.")  # type: ignore[arg-type]
+        else:
+            yield option, hint
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option takes any number of values."""
+    return typing.get_origin(hint) is tuple and Ellipsis in typing.get_args(hint)
+
+
+def _refuse_numbers(kind: type[Any], arguments: Sequence[str]) -> None:
+    """Refuse numbers that nothing can use before a config computes with them.
+
+    Raises:
+        UsageError: the option and its value.
+    """
+    numeric = {
+        option for option, hint in _options_of(kind) if {int, float} & {hint, *typing.get_args(hint)}
+    }
+    current = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            current = option.replace("_", "-")
+            argument = value
+        reason = refused_number(argument) if current in numeric else ""
+        if reason:
+            raise UsageError(f"{current} {reason}")
 
 
 def _all_problems(kind: type[Any], arguments: Sequence[str], first: str, options: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
@@ -37,10 +38,23 @@ def require_numbers(config: Any, prefix: str = "") -> None:
             require_numbers(value, f"{name}.")
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                require(math.isfinite(number), f"{name} must be a finite number, got {number}")
-            elif isinstance(number, int):
-                require(abs(number) < _TOO_LARGE, f"{name} must fit in 64 bits, got {number:.4g}")
+            reason = refused_number(str(number)) if isinstance(number, int | float) else ""
+            require(not reason, f"{name} {reason}")
+
+
+def refused_number(text: str) -> str:
+    """Why no option takes this number: not finite, or a whole one beyond 64 bits; "" of anything else."""
+    shown = text if len(text) <= 24 else f"{text[:12]}... ({len(text)} characters)"
+    if re.fullmatch(r"\s*[+-]?[\d_]+\s*", text):
+        digits = text.strip().lstrip("+-").replace("_", "").lstrip("0")
+        # Python itself refuses to read thousands of digits.
+        large = len(digits) > len(str(_TOO_LARGE)) or int(digits or 0) >= _TOO_LARGE
+        return f"must fit in 64 bits, got {shown}" if large else ""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return "" if math.isfinite(number) else f"must be a finite number, got {shown}"
 
 
 def with_home_folders(config: Config, prefix: str = "") -> Config:

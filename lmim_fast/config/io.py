@@ -102,7 +102,7 @@ def read_run_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
         return run_from_dict(document["config"]), document
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a config of this version: {reason}") from error
 

@@ -99,9 +99,9 @@ class ModelConfig:
         )
         for ratio in ("mask_ratio", "mae_mask_ratio"):
             value = getattr(self, ratio)
-            kept = int(self.num_patches * (1 - value))
+            kept = int(self.num_patches * (1 - value)) if 0.0 < value < 1.0 else 0
             require(
-                0.0 < value < 1.0 and 1 <= kept < self.num_patches,
+                1 <= kept < self.num_patches,
                 f"{ratio} must keep 1 to {self.num_patches - 1} of {self.num_patches} patches, got {value}",
             )
         if self.pos_grid == "released":

@@ -28,6 +28,7 @@ from lmim_fast.train.checkpoint import content, removal, resume
 from lmim_fast.train.checkpoint.files import explain, write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
 from lmim_fast.train.checkpoint.saver import Saver
+from lmim_fast.train.compiler import require_compiler
 from lmim_fast.train.held_out import HeldOut
 from lmim_fast.train.loop import Progress, Session, train
 from lmim_fast.train.memory import explain_out_of_memory
@@ -71,6 +72,8 @@ def run_training(config: RunConfig) -> Path:
     with contextlib.ExitStack() as outside, join(config.device, timeout=timeout, grouped=split) as world:
         with world.together():
             config = parallel.resolve(config, world)
+            if config.compile:
+                require_compiler(world.device)
         return _run(make_task(config), world, _say if world.is_main else _say_nothing, outside)
 
 
