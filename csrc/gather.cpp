@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <optional>
 #include <string_view>
 
@@ -21,16 +22,22 @@ std::vector<LmdbFile::Snapshot> snapshots(const Wanted& wanted) {
         try {
             states[file] = wanted.files[file]->snapshot();
         } catch (const std::runtime_error& error) {
-            throw RecordDamaged(i, error.what());
+            std::throw_with_nested(RecordUnreadable(i, error.what()));
         }
     }
     return states;
 }
 
-std::optional<LmdbFile::Value> find(const LmdbFile& file, const LmdbFile::Snapshot& state, int64_t number) {
+// Where a record's value lies, in a snapshot of its own if the batch's was written over.
+struct Place {
+    LmdbFile::Snapshot snapshot;
+    LmdbFile::Value value;
+};
+
+LmdbFile::Value find(const LmdbFile& file, const LmdbFile::Snapshot& state, int64_t number) {
     char key[32];
     const int size = std::snprintf(key, sizeof key, "image-%09lld", static_cast<long long>(number));
-    return file.find(state, {key, static_cast<size_t>(size)});
+    return file.find(state, {key, static_cast<size_t>(size)}).value_or(LmdbFile::Value{});
 }
 
 }  // namespace
@@ -38,29 +45,31 @@ std::optional<LmdbFile::Value> find(const LmdbFile& file, const LmdbFile::Snapsh
 Arena gather(const Wanted& wanted, const Images& images, uint64_t max_pixels, size_t rectangle_bytes,
              Workers& workers) {
     const std::vector<LmdbFile::Snapshot> states = snapshots(wanted);
-    std::vector<LmdbFile::Value> values(wanted.count);
+    std::vector<Place> places(wanted.count);
     // Work on a record; its errors get its place in the batch.
     const auto for_each = [&](const auto& work) {
         workers.run(wanted.count, kGrain, [&](size_t begin, size_t end) {
             for (size_t i = begin; i < end; ++i) {
-                const auto file = static_cast<size_t>(wanted.databases[i]);
                 try {
-                    work(i, *wanted.files[file], states[file]);
-                } catch (const LmdbDamaged& error) {
-                    throw RecordDamaged(i, error.what());
+                    work(i, *wanted.files[static_cast<size_t>(wanted.databases[i])], places[i]);
+                } catch (const std::runtime_error& error) {
+                    std::throw_with_nested(RecordUnreadable(i, error.what()));
                 }
             }
         });
     };
 
-    for_each([&](size_t i, const LmdbFile& file, const LmdbFile::Snapshot& state) {
-        if (const auto value = find(file, state, wanted.numbers[i])) values[i] = *value;
+    for_each([&](size_t i, const LmdbFile& file, Place& place) {
+        place.snapshot = states[static_cast<size_t>(wanted.databases[i])];
+        file.in_one_snapshot(place.snapshot, [&](const LmdbFile::Snapshot& snapshot) {
+            place.value = find(file, snapshot, wanted.numbers[i]);
+        });
     });
 
     size_t total = 0, longest = 0;
-    for (const LmdbFile::Value& value : values) {
-        total += value.length;
-        longest = std::max<size_t>(longest, value.length);
+    for (const Place& place : places) {
+        total += place.value.length;
+        longest = std::max<size_t>(longest, place.value.length);
     }
     Arena arena;
     const bool rectangle = longest > 0 && longest <= rectangle_bytes / wanted.count;
@@ -69,14 +78,19 @@ Arena gather(const Wanted& wanted, const Images& images, uint64_t max_pixels, si
     arena.bytes.reset(new uint8_t[arena.size]);  // not set to zero
     for (size_t i = 0, next = 0; i < wanted.count; ++i) {
         images.offsets[i] = static_cast<int64_t>(next);
-        images.lengths[i] = static_cast<int64_t>(values[i].length);
-        next += rectangle ? longest : values[i].length;
+        images.lengths[i] = static_cast<int64_t>(places[i].value.length);
+        next += rectangle ? longest : places[i].value.length;
     }
 
-    for_each([&](size_t i, const LmdbFile& file, const LmdbFile::Snapshot& state) {
+    for_each([&](size_t i, const LmdbFile& file, Place& place) {
         uint8_t* image = arena.bytes.get() + images.offsets[i];
-        if (values[i].length > 0) file.read(state, values[i], image);
-        const Verdict verdict = read_header(image, values[i].length, max_pixels);
+        const uint64_t length = place.value.length, found_in = place.snapshot.transaction;
+        file.in_one_snapshot(place.snapshot, [&](const LmdbFile::Snapshot& snapshot) {
+            if (snapshot.transaction != found_in) place.value = find(file, snapshot, wanted.numbers[i]);
+            if (place.value.length != length) throw LmdbDamaged("it was written anew while it was read");
+            if (length > 0) file.read(snapshot, place.value, image);
+        });
+        const Verdict verdict = read_header(image, length, max_pixels);
         images.status[i] = static_cast<uint8_t>(verdict.status);
         images.heights[i] = static_cast<int32_t>(verdict.size.height);
         images.widths[i] = static_cast<int32_t>(verdict.size.width);

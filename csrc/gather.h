@@ -14,9 +14,9 @@
 
 namespace lmim {
 
-// The record `which` of the batch cannot be read.
-struct RecordDamaged : std::runtime_error {
-    RecordDamaged(size_t which, const std::string& reason) : std::runtime_error(reason), which(which) {}
+// The record `which` of the batch cannot be read; the error nested in it says why.
+struct RecordUnreadable : std::runtime_error {
+    RecordUnreadable(size_t which, const std::string& reason) : std::runtime_error(reason), which(which) {}
     const size_t which;
 };
 
@@ -41,7 +41,7 @@ struct Arena {
 };
 
 // At equal distances, that of the longest image, if that takes at most `rectangle_bytes`; what lies between them is
-// left as it was. Throws RecordDamaged.
+// left as it was. Throws RecordUnreadable.
 Arena gather(const Wanted& wanted, const Images& images, uint64_t max_pixels, size_t rectangle_bytes,
              Workers& workers);
 

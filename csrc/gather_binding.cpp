@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <exception>
 
 #include "bindings.h"
 #include "gather.h"
@@ -15,7 +16,25 @@ namespace {
 
 using Numbers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-PyObject* damaged_type = nullptr;  // lives as long as the module, which Python never unloads
+// They live as long as the module, which Python never unloads.
+PyObject *damaged_type = nullptr, *refused_type = nullptr, *busy_type = nullptr;
+
+[[noreturn]] void raise(PyObject* type, const py::tuple& arguments) {
+    PyErr_SetObject(type, arguments.ptr());
+    throw py::error_already_set();
+}
+
+[[noreturn]] void raise(const lmim::RecordUnreadable& error) {
+    try {
+        std::rethrow_if_nested(error);
+    } catch (const lmim::LmdbRefused& refused) {
+        raise(refused_type, py::make_tuple(refused.code, error.which));
+    } catch (const lmim::LmdbBusy& busy) {
+        raise(busy_type, py::make_tuple(busy.what(), error.which));
+    } catch (const std::runtime_error&) {
+    }
+    raise(damaged_type, py::make_tuple(error.what(), error.which));
+}
 
 py::tuple gather_batch(const std::vector<std::shared_ptr<lmim::LmdbFile>>& files, const Numbers& databases,
                        const Numbers& numbers, uint64_t max_pixels, size_t rectangle_bytes, lmim::Workers* workers) {
@@ -36,9 +55,8 @@ py::tuple gather_batch(const std::vector<std::shared_ptr<lmim::LmdbFile>>& files
         const lmim::WithoutGil without_gil;
         lmim::Workers alone(1);
         arena = lmim::gather(wanted, images, max_pixels, rectangle_bytes, workers ? *workers : alone);
-    } catch (const lmim::RecordDamaged& error) {
-        PyErr_SetObject(damaged_type, py::make_tuple(error.what(), error.which).ptr());
-        throw py::error_already_set();
+    } catch (const lmim::RecordUnreadable& error) {
+        raise(error);
     }
     const uint8_t* bytes = arena.bytes.get();
     const py::capsule owner(arena.bytes.release(), [](void* memory) { delete[] static_cast<uint8_t*>(memory); });
@@ -60,11 +78,14 @@ std::shared_ptr<lmim::LmdbFile> open_file(const std::string& path, bool readahea
 
 void lmim::bind_gather(py::module_& module) {
     damaged_type = py::register_exception<LmdbDamaged>(module, "LmdbDamaged").ptr();
+    refused_type = py::register_exception<LmdbRefused>(module, "LmdbRefused").ptr();
+    busy_type = py::register_exception<LmdbBusy>(module, "LmdbBusy").ptr();
     py::register_exception<LmdbUnsupported>(module, "LmdbUnsupported");
     py::class_<LmdbFile, std::shared_ptr<LmdbFile>>(module, "LmdbFile", "A data.mdb, mapped as long as this lives.")
         .def(py::init(&open_file), py::arg("path"), py::arg("readahead"));
     module.def("gather", &gather_batch, py::arg("files"), py::arg("databases"), py::arg("numbers"), py::arg("max_pixels"),
                py::arg("rectangle_bytes"), py::arg("workers") = nullptr,
                "Arena (uint8), stride, offsets and lengths (int64), status (uint8), heights and widths (int32) of "
-               "records' images; see lmim_fast.data.store.gather. LmdbDamaged(reason, place in the batch).");
+               "records' images; see lmim_fast.data.store.gather. Raises LmdbDamaged(reason, place in the batch), "
+               "LmdbRefused(errno, place) and LmdbBusy(reason, place).");
 }

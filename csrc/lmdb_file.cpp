@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
@@ -18,6 +19,7 @@ namespace {
 constexpr uint32_t kMagic = 0xBEEFC0DE, kVersion = 1;
 constexpr uint64_t kNone = ~0ull;  // a root's page number in an empty database
 constexpr uint64_t kPageHeader = 16, kNodeHeader = 8, kMetaEnd = kPageHeader + 136, kMetas = 2;
+constexpr uint64_t kTransaction = kPageHeader + 128;  // in a header's page; its writer writes it last
 constexpr uint64_t kLeastPage = 512, kLargestPage = 32768;
 constexpr uint64_t kRoom = 1ull << 32;  // bytes of the map behind the end of the file; addresses, no memory
 constexpr int kDeepest = 32;  // levels that LMDB's cursors have room for
@@ -53,10 +55,13 @@ struct Meta {
         if (version != kVersion)
             throw LmdbUnsupported("data format version " + number(version) + ", not " + number(kVersion));
         page_size = load<uint32_t>(page + 40);
+        // Read first, since it is written last: a header that is just being written then passes for the older one,
+        // and is outdated early.
+        transaction = load<uint64_t>(page + kTransaction);
+        std::atomic_thread_fence(std::memory_order_acquire);
         order = static_cast<uint16_t>(load<uint16_t>(page + 92) & kOrders);
         root = load<uint64_t>(page + 128);
         last_page = load<uint64_t>(page + 136);
-        transaction = load<uint64_t>(page + 144);
     }
 };
 
@@ -153,21 +158,30 @@ void LmdbFile::open() {
 uint64_t LmdbFile::readable() const {
     if (file_ < 0) return size_;
     struct stat status;
-    if (fstat(file_, &status) != 0) throw LmdbDamaged(std::string("no status: ") + std::strerror(errno));
+    if (fstat(file_, &status) != 0) throw LmdbRefused(errno, std::string("no status: ") + std::strerror(errno));
     return static_cast<uint64_t>(status.st_size);
 }
 
 LmdbFile::Snapshot LmdbFile::snapshot() const {
-    const uint64_t pages = std::min(size_, readable()) / page_size_;
-    if (pages < kMetas) throw LmdbDamaged("the file is cut short");
+    if (std::min(size_, readable()) / page_size_ < kMetas) throw LmdbDamaged("the file is cut short");
     const Meta first(data_), second(data_ + page_size_);
     const Meta& meta = first.transaction < second.transaction ? second : first;
     if (first.page_size != page_size_ || second.page_size != page_size_)
         throw LmdbDamaged("its two headers have different page sizes");
     if (meta.order != 0) throw LmdbUnsupported("its keys are in an order of their own");
+    const uint64_t pages = std::min(size_, readable()) / page_size_;  // after the header: the file may be growing
     if (meta.last_page >= pages)
         throw LmdbDamaged("it has " + number(pages) + " pages, its header needs more");  // or it has grown
-    return {meta.root, meta.last_page + 1, meta.root == kNone};
+    return {meta.root, meta.last_page + 1, meta.transaction, meta.root == kNone};
+}
+
+uint64_t LmdbFile::newest_transaction() const {
+    return std::max(load<uint64_t>(data_ + kTransaction), load<uint64_t>(data_ + page_size_ + kTransaction));
+}
+
+bool LmdbFile::outdated(const Snapshot& snapshot) const {
+    std::atomic_thread_fence(std::memory_order_acquire);  // what was read before is not read later
+    return newest_transaction() - snapshot.transaction > 1;
 }
 
 LmdbFile::Page LmdbFile::page(const Snapshot& snapshot, uint64_t at) const {
@@ -232,7 +246,7 @@ void LmdbFile::copy(uint64_t offset, uint8_t* header, uint64_t header_size, uint
     while (parts[0].iov_len + parts[1].iov_len > 0) {
         const ssize_t got = preadv(file_, parts, 2, static_cast<off_t>(offset));
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0) throw LmdbDamaged(std::string("cannot be read: ") + std::strerror(errno));
+        if (got < 0) throw LmdbRefused(errno, std::string("cannot be read: ") + std::strerror(errno));
         if (got == 0) throw LmdbDamaged("the file is cut short");
         offset += static_cast<uint64_t>(got);
         size_t left = static_cast<size_t>(got);

@@ -74,10 +74,10 @@ std::vector<std::string> images(const uint8_t* data, uint64_t size, size_t count
         };
         try {
             read(0, count);
-        } catch (const lmim::RecordDamaged&) {
+        } catch (const lmim::RecordUnreadable&) {
             for (size_t i = 0; i < count; ++i) try {
                     read(i, 1);
-                } catch (const lmim::RecordDamaged&) {
+                } catch (const lmim::RecordUnreadable&) {
                 }
         }
     } catch (const lmim::LmdbDamaged&) {

@@ -22,15 +22,11 @@ from lmim_fast.data.store.keys import (
     label_key,
     last_image,
 )
+from lmim_fast.data.store.snapshots import in_one_snapshot, lmdb
 from lmim_fast.data.store.tree import data_file, search
 from lmim_fast.errors import DataError
 
 __all__ = ["COUNT_KEY", "Database", "check_database", "find_databases", "image_key", "label_key", "lmdb"]
-
-try:
-    import lmdb
-except ImportError as error:  # a machine may have torch and nothing else
-    raise ImportError("reading records needs lmdb: pip install lmdb") from error
 
 # A map may be longer than its file. With room behind the end, what a writer appends is seen without a new
 # map, which could not be made while other threads read. It costs addresses, no memory.
@@ -106,9 +102,8 @@ def _identity(path: str) -> tuple[int, int] | str:
 
 def _holds_only_labels(path: str) -> bool:
     try:
-        with open_environment(path).begin() as transaction:
-            return has_only_labels(transaction)
-    except (DataError, lmdb.Error):  # opening it again tells
+        return in_one_snapshot(path, open_environment(path), has_only_labels)
+    except DataError:  # opening it again tells
         return False
 
 
@@ -194,24 +189,16 @@ _REFUSALS = {
     errno.ENODEV: "its file system cannot map files into memory; copy the database to a local disk",
     errno.EMFILE: "this process has as many files open as it may; raise that, for example `ulimit -n 65536`",
     errno.ENFILE: "this machine has as many files open as it may; close other programs, or raise fs.file-max",
+    errno.EIO: "the disk fails; copy the data to another one",
+    errno.ESTALE: "its network file system lost it; mount that again and give the same command again",
     errno.ENOMEM: "there are no addresses left to map it; raise the limit, for example `ulimit -v unlimited`",
 }
 
 
 def refusal(file: str, error: OSError) -> DataError:
-    """What the system said when a file was opened or mapped, and what to do: such a file is not damaged."""
+    """What the system said when a file was opened, mapped or read, and what to do: it is not damaged."""
     advice = _REFUSALS.get(error.errno or 0, "check that it is a readable file")
     return DataError(f"{file}: cannot be read ({error.strerror}); {advice}")
-
-
-def damage(path: str, what: str, error: lmdb.Error) -> DataError:
-    """What LMDB said when a record was read."""
-    if isinstance(error, lmdb.MapResizedError):
-        return DataError(
-            f"{path}: it has grown by more than {ROOM_IN_MAP} bytes since it was opened; give the same"
-            " command again"
-        )
-    return DataError(f"{path}: {what} cannot be read ({error}); copy or write the database again")
 
 
 def allow_open_files(count: int) -> None:
@@ -246,16 +233,16 @@ def check_database(path: str, first_index: int) -> Database:
             `num-samples` is absent, not a number or wrong.
     """
     environment = open_environment(path)
-    try:
+
+    def look(transaction: lmdb.Transaction) -> tuple[int, int, int, bool]:
         entries = environment.stat()["entries"]
         if entries == 0:
             raise DataError(f"{path}: the database is empty; write records into it or leave it out")
-        with environment.begin() as transaction:
-            first = first_number(transaction)
-            count = _count(transaction, path, first)
-            has_labels = has_label(transaction, first, count)
-    except lmdb.Error as error:
-        raise damage(path, "the database", error) from error
+        first = first_number(transaction)
+        count = _count(transaction, path, first)
+        return entries, first, count, has_label(transaction, first, count)
+
+    entries, first, count, has_labels = in_one_snapshot(path, environment, look)
     expected = 1 + count * (2 if has_labels else 1)
     if entries < expected:
         warnings.warn(

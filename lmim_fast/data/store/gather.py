@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lmim_fast.data.store import rare_formats
 from lmim_fast.data.store.databases import image_key, refusal
 from lmim_fast.data.store.probe import probe
+from lmim_fast.data.store.snapshots import busy
 from lmim_fast.data.store.tree import data_file
 from lmim_fast.errors import DataError
 from lmim_fast.native import native
@@ -104,26 +105,41 @@ class DatabaseFiles:
             max_pixels: see `probe`.
             workers:    `lmim_fast._C.Workers` that share the work, or None.
         Raises:
-            DataError: a database is damaged.
+            DataError: a database is damaged, its disk fails, or it is written too fast to be read.
         """
         reopened = 0
         while True:
             try:
                 return self._gather(databases, numbers, max_pixels, workers)
-            except self._native.LmdbDamaged as error:
-                reason, row = error.args
-                which, key = int(databases[row]), image_key(int(numbers[row])).decode()
+            except self._native.LmdbBusy as error:
+                path, key = self._record(error, databases, numbers)
+                raise busy(path, key) from error
+            except (self._native.LmdbDamaged, self._native.LmdbRefused) as error:
                 if reopened == _REOPENED_AT_MOST:
-                    raise DataError(
-                        f"{self._paths[which]}: {key} cannot be read ({reason}); copy or write the database"
-                        " again"
-                    ) from error
-            # Perhaps a database that is being written outgrew its map, or a page of it was used again.
+                    raise self._unreadable(error, databases, numbers) from error
+                which = int(databases[error.args[1]])
+            # Perhaps a database that is being written outgrew its map, or its disk comes back.
             reopened += 1
             try:
                 self._files[which] = self._open(self._paths[which])
             except self._native.LmdbUnsupported as error:
                 raise DataError(f"a database was changed while it was read ({error}); start again") from error
+
+    def _unreadable(
+        self, error: Exception, databases: NDArray[np.int64], numbers: NDArray[np.int64]
+    ) -> DataError:
+        path, key = self._record(error, databases, numbers)
+        reason = error.args[0]
+        if isinstance(error, self._native.LmdbRefused):
+            return refusal(f"{path}: {key}", OSError(reason, os.strerror(reason)))
+        return DataError(f"{path}: {key} cannot be read ({reason}); copy or write the database again")
+
+    def _record(
+        self, error: Exception, databases: NDArray[np.int64], numbers: NDArray[np.int64]
+    ) -> tuple[str, str]:
+        """Path and key of the record that an error of the native form names by its row."""
+        row = error.args[1]
+        return self._paths[int(databases[row])], image_key(int(numbers[row])).decode()
 
     def _gather(
         self, databases: NDArray[np.int64], numbers: NDArray[np.int64], max_pixels: int, workers: Any

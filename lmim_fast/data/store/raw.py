@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lmim_fast.data.store.databases import Database, damage, image_key, label_key, lmdb, open_environment
+from lmim_fast.data.store.databases import Database, image_key, label_key, open_environment
+from lmim_fast.data.store.snapshots import read_values
+
+_TOGETHER = 64  # records in memory
 
 RawRecord = tuple[bytes | None, bytes | None]
 
@@ -16,10 +19,9 @@ def raw_records(database: Database) -> Iterator[RawRecord]:
         DataError: the database is damaged.
     """
     environment = open_environment(database.path)
-    number = 0
-    try:
-        with environment.begin() as transaction:
-            for number in range(database.first_number, database.last_number + 1):
-                yield transaction.get(image_key(number)), transaction.get(label_key(number))
-    except lmdb.Error as error:
-        raise damage(database.path, f"record {number}", error) from error
+    numbers = range(database.first_number, database.last_number + 1)
+    for start in range(0, len(numbers), _TOGETHER):
+        some = numbers[start : start + _TOGETHER]
+        keys = [key for number in some for key in (image_key(number), label_key(number))]
+        values = read_values(database.path, environment, keys)
+        yield from zip(values, values, strict=True)  # image and label take turns

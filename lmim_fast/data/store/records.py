@@ -18,7 +18,6 @@ from lmim_fast.data.store.databases import (
     Database,
     allow_open_files,
     check_database,
-    damage,
     find_databases,
     image_key,
     label_key,
@@ -27,6 +26,7 @@ from lmim_fast.data.store.databases import (
 )
 from lmim_fast.data.store.gather import DatabaseFiles, Gathered, gather_in_python, open_files
 from lmim_fast.data.store.probe import check_max_pixels
+from lmim_fast.data.store.snapshots import read_values
 from lmim_fast.data.store.tree import data_file
 
 __all__ = ["Database", "Record", "RecordStore", "Records"]
@@ -176,7 +176,7 @@ class RecordStore:
         return self.labels([index])[0]
 
     def labels(self, indices: Sequence[int]) -> list[str | None]:
-        """Labels in the order of `indices`, each as `label` gives it, from one transaction a database.
+        """Labels in the order of `indices`, each as `label` gives it.
 
         Raises:
             IndexError: an index outside 0 .. len - 1.
@@ -252,16 +252,8 @@ class RecordStore:
         return which, int(index) - int(self._to_index[which])
 
     def _read(self, which: int, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values of the keys in one database, None where absent, from one read transaction."""
-        key = b""
-        try:
-            with self._opened()[which].begin() as transaction:
-                values: list[bytes | None] = []
-                for key in keys:
-                    values.append(transaction.get(key))
-                return values
-        except lmdb.Error as error:
-            raise damage(self.databases[which].path, key.decode() or "the database", error) from error
+        """Values of the keys in one database, None where absent."""
+        return list(read_values(self.databases[which].path, self._opened()[which], keys))
 
     def _opened(self) -> list[lmdb.Environment]:
         if self._process != os.getpid():
