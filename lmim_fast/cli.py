@@ -13,7 +13,7 @@ import lmim_fast
 from lmim_fast.cli_commands import COMMANDS
 from lmim_fast.cli_options import parse
 from lmim_fast.data.visible import visible
-from lmim_fast.errors import LmimError, UsageError, is_shared, shared
+from lmim_fast.errors import LmimError, UsageError, is_shared, shared_on_this_machine
 from lmim_fast.terminal import guarded
 
 _WIDTH = max(map(len, COMMANDS))
@@ -123,7 +123,7 @@ def _run(arguments: list[str]) -> int:
     words = 2 if first[0] in groups or " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
-        raise shared(UsageError(f"unknown command {name!r}; `lmim --help` lists them"))
+        raise shared_on_this_machine(UsageError(f"unknown command {name!r}; `lmim --help` lists them"))
     command = COMMANDS[name]
     command.entry(parse(command.config, arguments[words:], f"lmim {name}", command.about))
     return 0

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 
 from lmim_fast.config import FinetuneConfig, PretrainConfig, RunConfig, preset, recipe
 from lmim_fast.config.checks import refused_number, with_home_folders
-from lmim_fast.errors import UsageError, shared
+from lmim_fast.errors import UsageError, shared_on_this_machine
 
 Config = TypeVar("Config")
 
@@ -50,7 +50,7 @@ def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str
             raise UsageError(str(error)) from error
     except UsageError as error:
         message = _all_problems(kind, arguments, str(error), options)
-        raise shared(UsageError(f"{message}; see `{program} --help`")) from None
+        raise shared_on_this_machine(UsageError(f"{message}; see `{program} --help`")) from None
 
 
 def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
@@ -104,9 +104,7 @@ def _refuse_numbers(kind: type[Any], arguments: Sequence[str]) -> None:
     Raises:
         UsageError: the option and its value.
     """
-    numeric = {
-        option for option, hint in _options_of(kind) if {int, float} & {hint, *typing.get_args(hint)}
-    }
+    numeric = {option for option, hint in _options_of(kind) if {int, float} & {hint, *typing.get_args(hint)}}
     current = ""
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -140,7 +138,7 @@ def _defaults(kind: type[RunConfig], arguments: Sequence[str]) -> RunConfig:
             return kind(**{item.name: getattr(chosen, item.name) for item in dataclasses.fields(chosen)})
         model: Any = preset(size)
     except ValueError as error:
-        raise shared(UsageError(f"--preset, --recipe: {error}")) from error
+        raise shared_on_this_machine(UsageError(f"--preset, --recipe: {error}")) from error
     pretraining: Any = kind if issubclass(kind, PretrainConfig) else PretrainConfig
     default: RunConfig = pretraining(data=("",), model=model)
     return default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 
@@ -34,6 +35,11 @@ def shared(failure: Failure) -> Failure:
     """The same failure, marked as one that another rank reports too: `raise shared(error)`."""
     setattr(failure, _SHARED, True)
     return failure
+
+
+def shared_on_this_machine(failure: Failure) -> Failure:
+    """The same failure, marked unless this is the first process of its machine: each may have its own command."""
+    return failure if os.environ.get("LOCAL_RANK", "0") in ("", "0") else shared(failure)
 
 
 def is_shared(failure: Exception) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmim_fast.durable import flush_file, flush_folder
-from lmim_fast.train.checkpoint.files import explain, write_file
+from lmim_fast.train.checkpoint.files import explain, reading, write_file
 
 METRICS_FILE, HELD_OUT_FILE, VALIDATION_FILE = "metrics.jsonl", "eval.jsonl", "validation.jsonl"
 SKIPPED_FILE, BAD_RECORDS_FILE = "skipped.jsonl", "bad_records.jsonl"
@@ -90,10 +90,10 @@ def _split(
     path: Path, good: Callable[[dict[str, Any]], bool]
 ) -> tuple[list[tuple[bytes, dict[str, Any]]], list[int]]:
     """The whole lines with their objects, and the numbers of the damaged ones but a torn last one."""
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise explain(error, path) from error
+    if not path.exists():
+        return [], []
+    with reading(path):
+        content = path.read_bytes()
     whole, damaged = [], []
     lines = content.removeprefix(_BOM).split(b"\n")
     for number, line in enumerate(lines, 1):
