@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretrain_runs import options, write_lmdb
 
 from lmim_fast import cli
 from lmim_fast.errors import UsageError
 from lmim_fast.train.compiler import require_compiler
-from pretrain_runs import options, write_lmdb
 
 
 @pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
@@ -25,11 +25,15 @@ def test_a_compiler_that_works_passes_and_one_that_does_not_is_named_with_what_t
         "/bin/true": r"it wrote no file",
     }.items():
         monkeypatch.setenv(variable, compiler)
-        with pytest.raises(UsageError, match=rf"'{compiler}' does not work: {reason}; install one .*{variable}="):
+        with pytest.raises(
+            UsageError, match=rf"'{compiler}' does not work: {reason}; install one .*{variable}="
+        ):
             require_compiler(torch.device(device))
     monkeypatch.delenv(variable)
     monkeypatch.setattr(sysconfig, "get_paths", lambda **_: {"include": str(tmp_path)})
-    with pytest.raises(UsageError, match=r"Python\.h: No such file.*apt install python3-dev.*or drop --compile$"):
+    with pytest.raises(
+        UsageError, match=r"Python\.h: No such file.*apt install python3-dev.*or drop --compile$"
+    ):
         require_compiler(torch.device(device))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match=r"'g(cc|\+\+)' does not work: it cannot be started"):
