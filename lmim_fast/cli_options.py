@@ -60,7 +60,7 @@ def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
 
     Of an option with one value, or a fixed number of them, the last one counts.
     """
-    lists = {option for option, hint in _options_of(kind) if _is_list(hint)}
+    lists = {option for option, hint in _options_of(kind) if _is_list(hint)}  # type: ignore[arg-type]
     kept: list[str] = []
     places: dict[str, list[str]] = {}  # an option's values, in a list of their own until the end
     parts: list[list[str]] = [kept]
@@ -109,7 +109,7 @@ def _refuse_numbers(kind: type[Any], arguments: Sequence[str]) -> None:
     Raises:
         UsageError: the option and its value.
     """
-    numeric = {option for option, hint in _options_of(kind) if {int, float} & {hint, *typing.get_args(hint)}}
+    numeric = {option for option, hint in _options_of(kind) if {int, float} & {hint, *typing.get_args(hint)}}  # type: ignore[arg-type]
     current = ""
     for argument in arguments:
         option, _, value = argument.partition("=")
