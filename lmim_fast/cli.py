@@ -16,6 +16,7 @@ from lmim_fast.data.visible import visible
 from lmim_fast.errors import LmimError, UsageError, is_shared, shared_on_this_machine
 from lmim_fast.terminal import guarded
 
+_LESS = "use a smaller model or batch, fewer threads, or a machine with more memory"
 _WIDTH = max(map(len, COMMANDS))
 _LIST = "\n".join(f"  {name:{_WIDTH}}  {command.about}" for name, command in COMMANDS.items())
 _HELP = f"""\
@@ -90,6 +91,11 @@ def _run_and_complain(arguments: list[str]) -> int:
         if error.errno is None:  # raised by a package, not by the system
             raise
         _complain(error, _system_message(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's words
+            raise
+        _complain(error, f"not enough memory: {error or 'an allocation failed'}; {_LESS}")
         return 1
     except SystemExit as stop:  # tyro's way to end after --help
         return int(stop.code or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -11,10 +12,11 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from lmim_fast.config import FinetuneConfig, PretrainConfig, RunConfig, preset, recipe
 from lmim_fast.config.checks import refused_number, with_home_folders
+from lmim_fast.data.visible import beneath
 from lmim_fast.errors import UsageError, shared_on_this_machine
 
 Config = TypeVar("Config")
@@ -58,12 +60,12 @@ def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
 
     Of an option with one value, or a fixed number of them, the last one counts.
     """
-    lists = {option for option, hint in _options_of(kind) if _is_list(hint)}
+    lists = {option for option, hint in _options_of(kind) if _is_list(hint)}  # type: ignore[arg-type]
     kept: list[str] = []
     places: dict[str, list[str]] = {}  # an option's values, in a list of their own until the end
     parts: list[list[str]] = [kept]
     for argument in arguments:
-        option, equals, value = argument.partition("=")
+        option, _, value = argument.partition("=")
         option = option.replace("_", "-")
         if option in lists:
             if option not in places:
@@ -83,14 +85,17 @@ def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     return [argument for part in parts for argument in part]
 
 
-def _options_of(kind: type[Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
+@functools.cache
+def _options_of(kind: type[Any], prefix: str = "--") -> list[tuple[str, Any]]:
     """Every option of a config with its type."""
+    options: list[tuple[str, Any]] = []
     for name, hint in typing.get_type_hints(kind).items():
         option = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            yield from _options_of(hint, f"{option}.")  # type: ignore[arg-type]
+            options += _options_of(hint, f"{option}.")  # type: ignore[arg-type]
         else:
-            yield option, hint
+            options.append((option, hint))
+    return options
 
 
 def _is_list(hint: Any) -> bool:
@@ -104,10 +109,11 @@ def _refuse_numbers(kind: type[Any], arguments: Sequence[str]) -> None:
     Raises:
         UsageError: the option and its value.
     """
-    numeric = {option for option, hint in _options_of(kind) if {int, float} & {hint, *typing.get_args(hint)}}
+    kinds = ((option, {hint, *typing.get_args(hint)}) for option, hint in _options_of(kind))
+    numeric = {option for option, parts in kinds if {int, float} & parts}
     current = ""
     for argument in arguments:
-        option, equals, value = argument.partition("=")
+        option, _, value = argument.partition("=")
         if argument.startswith("--"):
             current = option.replace("_", "-")
             argument = value
@@ -176,22 +182,16 @@ def _tyro(kind: type[Any], arguments: Sequence[str], **options: Any) -> Any:
     import tyro
 
     asks_help = any(argument in ("-h", "--help") for argument in arguments)
-    # tyro draws ASCII for streams without encoding
+    # tyro colours its help, and draws ASCII for streams without encoding
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
-        with contextlib.redirect_stdout(_below()) if asks_help else _captured(printed):
+        with contextlib.redirect_stdout(beneath(sys.stdout)) if asks_help else _captured(printed):
             return tyro.cli(kind, args=list(arguments), **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         printed.seek(0)
         raise UsageError(_first_message(printed.read())) from None
-
-
-def _below() -> IO[str]:
-    """Standard output without what escapes control characters: tyro colours its help."""
-    stream: IO[str] = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-    return stream
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def shared(failure: Failure) -> Failure:
 
 
 def shared_on_this_machine(failure: Failure) -> Failure:
-    """The same failure, marked unless this is the first process of its machine: each may have its own command."""
+    """The same failure, marked unless this is the first process of its machine, which reports it."""
     return failure if os.environ.get("LOCAL_RANK", "0") in ("", "0") else shared(failure)
 
 

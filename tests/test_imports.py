@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "evaluation": ("train.world", "data", "models", "ops", "config", "errors"),
     "train.checkpoint": ("train.world", "train.optim", "models", "config", "errors", "durable", "faults"),
     "report": ("train", *_TRAIN),
-    "cli_options": ("config", "errors"),
+    "cli_options": ("data", "config", "errors"),
     "doctor": ("train", "native", *_TRAIN),
     "cli_commands": ("doctor", "report", "train", *_TRAIN),
     "terminal": ("data",),

@@ -2,15 +2,15 @@
 
 import dataclasses
 import typing
-from pathlib import Path
 
 import pytest
 
 from lmim_fast import cli
 from lmim_fast.cli_commands import COMMANDS
-from lmim_fast.cli_options import parse
+from lmim_fast.cli_options import _options_of, _refuse_numbers, parse
 from lmim_fast.config import EvaluateConfig, FinetuneConfig, PretrainConfig, RenderConfig
 from lmim_fast.config.checks import PATH, _metadata, require_numbers
+from lmim_fast.errors import UsageError
 
 NO_PATHS = {"wandb", "characters", "path_column", "label_column", "parts"}
 
@@ -76,10 +76,10 @@ def test_home_folders_are_expanded_in_paths_of_all_kinds(monkeypatch):
     [
         (["--output="], "output is empty"),
         (["--output=~nobody9/x"], "output: '~nobody9/x' is in no user's home folder"),
-        (["--optim.weight-decay", "inf"], "optim.weight_decay must be a finite number, got inf"),
-        (["--epochs", "1e400"], "epochs must be a finite number, got inf"),
-        (["--optim.final-lr", "nan"], "final_lr must be >= 0, got nan"),
-        (["--steps", str(10**30)], "steps must fit in 64 bits, got 1e+30"),
+        (["--optim.weight-decay", "inf"], "--optim.weight-decay must be a finite number, got inf"),
+        (["--epochs", "1e400"], "--epochs must be a finite number, got 1e400"),
+        (["--optim.final-lr", "nan"], "--optim.final-lr must be a finite number, got nan"),
+        (["--steps", str(10**30)], "--steps must fit in 64 bits, got 100000000000... (31 characters)"),
     ],
 )
 def test_a_value_that_nothing_can_use_is_one_line(capsys, arguments, message):
@@ -89,8 +89,57 @@ def test_a_value_that_nothing_can_use_is_one_line(capsys, arguments, message):
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_numbers_that_are_not_finite_are_refused_in_every_option(value):
+NUMBERS = {
+    "nan": "finite",
+    "-inf": "finite",
+    "1e400": "finite",
+    str(2**64): "64 bits",
+    "-" + "9" * 400: r"64 bits, got -99999999999\.\.\. \(401 characters\)",  # beyond what a float holds
+    "9" * 5000: r"64 bits, got 999999999999\.\.\. \(5000 characters\)",  # beyond what Python reads
+}
+
+
+@pytest.mark.parametrize(
+    "kind", {command.config for command in COMMANDS.values()}, ids=lambda kind: kind.__name__
+)
+def test_every_numeric_option_refuses_what_is_no_number_of_a_machine(kind):
+    for option, hint in _options_of(kind):
+        parts = {hint, *typing.get_args(hint)}
+        for value, message in NUMBERS.items():
+            if parts & {int, float}:
+                behind = ["--x", "1", option, "0", value]  # of a pair too
+                for arguments in (
+                    [f"{option}={value}"],
+                    ["--" + option[2:].replace("-", "_"), value],
+                    behind,
+                ):
+                    with pytest.raises(UsageError, match=f"{option} must .*{message}"):
+                        _refuse_numbers(kind, arguments)
+            else:
+                _refuse_numbers(kind, [option, value])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timeout", "1e12"], "timeout must be in (0, 1e8] seconds"),
+        (["--epochs", "1e308"], "epochs must be in (0, 1e9]"),
+        (["--optim.warmup-epochs", "1e308"], "warmup_epochs must be in [0, 1e9]"),
+        (["--loader.threads", "1000000000000"], "threads must be in [0, 4096]"),
+        (["--batch-size", "1000000000000"], "batch_size must be at most 2^24"),
+        (["--model.width", "1000000000000"], "width must be in [1, 65536]"),
+        (["--model.mlp-ratio", "1e300"], "mlp_ratio must be at most 1000"),
+        (["--model.mask-ratio", "1e308"], "mask_ratio must keep 1 to 255 of 256 patches"),
+    ],
+)
+def test_sizes_beyond_all_machines_are_refused_before_anything_is_made(capsys, arguments, message):
+    assert cli.main(["pretrain", "--data", "x", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_a_number_of_a_config_file_is_refused_by_name():
     @dataclasses.dataclass
     class Inner:
         share: tuple[float, float]
@@ -99,14 +148,24 @@ def test_numbers_that_are_not_finite_are_refused_in_every_option(value):
     class Outer:
         inner: Inner
 
-    with pytest.raises(ValueError, match=r"inner\.share must be a finite number"):
-        require_numbers(Outer(Inner((0.0, float(value)))))
+    for value in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(ValueError, match=r"inner\.share must (be a finite number|fit in 64 bits)"):
+            require_numbers(Outer(Inner((0.0, value))))
 
 
-def test_r31_no_control_character_reaches_the_terminal_whatever_its_encoding(capsys, tmp_path):
-    folder = tmp_path / "\x1b[31mred\u00e9"
-    assert cli.main(["data", "inspect", str(folder)]) == 2
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(capsys, monkeypatch, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "convert", COMMANDS["convert"]._replace(entry=fail))
+    assert cli.main(["convert", "a", "b"]) == 1
     told = capsys.readouterr().err
-    assert "\\x1b[31mred\u00e9" in told
-    assert "\x1b" not in told
-    assert Path(tmp_path).is_dir()
+    assert told.startswith("error: not enough memory: ")
+    assert told.count("\n") == 1

@@ -42,6 +42,11 @@ def require_numbers(config: Any, prefix: str = "") -> None:
             require(not reason, f"{name} {reason}")
 
 
+def require_size(name: str, value: int) -> None:
+    """Raise ValueError unless the size of a model is positive and no slip of the pen."""
+    require(0 < value <= 2**16, f"{name} must be in [1, {2**16}], got {value}")
+
+
 def refused_number(text: str) -> str:
     """Why no option takes this number: not finite, or a whole one beyond 64 bits; "" of anything else."""
     shown = text if len(text) <= 24 else f"{text[:12]}... ({len(text)} characters)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmim_fast.config.checks import PathName, require, require_seed
+from lmim_fast.config.run import MAX_THREADS
 
 ImportFormat = Literal["auto", "folder", "tsv", "csv", "mmocr", "paddleocr", "tar"]
 
@@ -51,7 +52,9 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "name at least one folder, list or archive")
-        require(self.workers >= 0, f"workers must be >= 0, got {self.workers}")
+        require(
+            0 <= self.workers <= MAX_THREADS, f"workers must be in [0, {MAX_THREADS}], got {self.workers}"
+        )
 
 
 @dataclass(frozen=True)

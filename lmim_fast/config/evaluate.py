@@ -38,4 +38,5 @@ class EvaluateConfig:
         require(len(self.data) > 0, "data must name at least one test set")
         for name in ("beam", "batch_size"):
             require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        require(self.batch_size <= 2**24, f"batch_size must be at most 2^24, got {self.batch_size}")
         require(self.errors >= 0, f"errors must be >= 0, got {self.errors}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lmim_fast.config.checks import require
+from lmim_fast.config.checks import require, require_size
 
 PresetName = Literal["tiny", "small", "base"]
 
@@ -74,19 +73,20 @@ class ModelConfig:
             "decoder_width",
             "decoder_depth",
             "decoder_heads",
+            "decoder_ffn",
+            "mae_decoder_depth",
         ):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        require(self.decoder_ffn > 0, f"decoder_ffn must be positive, got {self.decoder_ffn}")
-        require(
-            self.mae_decoder_depth > 0, f"mae_decoder_depth must be positive, got {self.mae_decoder_depth}"
-        )
+            require_size(name, getattr(self, name))
         narrowest = min(self.width, self.decoder_width)  # the MAE stage's decoder uses the ratio too
         require(
-            1 <= narrowest * self.mlp_ratio < math.inf,
-            f"mlp_ratio must give at least one hidden unit at width {narrowest}, got {self.mlp_ratio}",
+            1 <= narrowest * self.mlp_ratio <= narrowest * 1000,
+            f"mlp_ratio must be at most 1000 and give a unit at width {narrowest}, got {self.mlp_ratio}",
         )
         require(
-            height > 0 and width > 0 and height % self.patch_size == 0 and width % self.patch_size == 0,
+            0 < height <= 2**16
+            and 0 < width <= 2**16
+            and height % self.patch_size == 0
+            and width % self.patch_size == 0,
             f"image_size {self.image_size} must be positive multiples of patch_size {self.patch_size}",
         )
         for name, heads in (("width", self.heads), ("decoder_width", self.decoder_heads)):

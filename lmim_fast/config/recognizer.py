@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lmim_fast.config.checks import require
+from lmim_fast.config.checks import require, require_size
 from lmim_fast.config.model import ModelConfig
 
 SPECIAL_CLASSES = 3
@@ -42,9 +42,9 @@ class RecognizerConfig:
     """Share of a target that is spread evenly over all classes but PAD."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "decoder_width", "decoder_depth", "decoder_heads", "decoder_head_dim"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        require(self.decoder_ffn > 0, f"decoder_ffn must be positive, got {self.decoder_ffn}")
+        sizes = "decoder_width", "decoder_depth", "decoder_heads", "decoder_head_dim", "decoder_ffn"
+        for name in ("max_length", *sizes):
+            require_size(name, getattr(self, name))
         require(
             self.decoder_width % 2 == 0,
             f"decoder_width must be even (sin and cos positions), got {self.decoder_width}",

@@ -13,6 +13,8 @@ Objective = Literal["lmim", "mae", "recognizer"]
 
 MAX_PIXELS = 2**22
 """Twice the largest of 40,000 real word crops; a valid file of 1 MB can claim hundreds of times as many."""
+MAX_THREADS = 4096
+"""Largest number of threads of a process; more is a slip of the pen."""
 MAX_PIXELS_LIMIT = 2**40
 """Largest `DataConfig.max_pixels`: keeps every size in the header reader's arithmetic far below 2^64."""
 
@@ -36,8 +38,10 @@ class DataConfig:
     """Skip list of `lmim data verify`: its records are never read, others take their place."""
 
     def __post_init__(self) -> None:
-        require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
-        require(self.prefetch >= 1, f"prefetch must be >= 1, got {self.prefetch}")
+        require(
+            0 <= self.threads <= MAX_THREADS, f"threads must be in [0, {MAX_THREADS}], got {self.threads}"
+        )
+        require(1 <= self.prefetch <= 1000, f"prefetch must be in [1, 1000], got {self.prefetch}")
         require(
             0.0 <= self.max_bad_fraction <= 1.0,
             f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}",
@@ -83,7 +87,9 @@ class OptimConfig:
         require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
         require(all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}")
         require(self.eps > 0, f"eps must be positive, got {self.eps}")
-        require(self.warmup_epochs >= 0, f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
+        require(
+            0 <= self.warmup_epochs <= 1e9, f"warmup_epochs must be in [0, 1e9], got {self.warmup_epochs}"
+        )
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"warmup_steps must be >= 0, got {self.warmup_steps}",
@@ -177,7 +183,8 @@ class RunConfig(ABC):
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         require(self.steps is None or self.steps >= 1, f"steps must be >= 1, got {self.steps}")
-        require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        require(0 < self.epochs <= 1e9, f"epochs must be in (0, 1e9], got {self.epochs}")
+        require(self.batch_size <= 2**24, f"batch_size must be at most 2^24, got {self.batch_size}")
         require_seed(self.seed)
         for name in ("shard_size", "keep_every", "eval_every", "profile"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
@@ -187,7 +194,7 @@ class RunConfig(ABC):
             "eval_every and eval_data are given together or not at all",
         )
         require(self.max_time is None or self.max_time > 0, f"max_time must be positive, got {self.max_time}")
-        require(self.timeout > 0, f"timeout must be positive, got {self.timeout}")
+        require(0 < self.timeout <= 1e8, f"timeout must be in (0, 1e8] seconds, got {self.timeout}")
         require(
             self.cuda_graph != "on" or self.accumulation == 1,
             f"cuda_graph on needs accumulation 1, got {self.accumulation}",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmim_fast.config.checks import PathName, require, require_seed
-from lmim_fast.config.run import MAX_PIXELS, MAX_PIXELS_LIMIT
+from lmim_fast.config.run import MAX_PIXELS, MAX_PIXELS_LIMIT, MAX_THREADS
 from lmim_fast.config.view import GuidanceConfig
 
 
@@ -101,7 +101,9 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "name at least one LMDB folder")
-        require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
+        require(
+            0 <= self.threads <= MAX_THREADS, f"threads must be in [0, {MAX_THREADS}], got {self.threads}"
+        )
         require(
             1 <= self.max_pixels <= MAX_PIXELS_LIMIT,
             f"max_pixels must be in [1, 2^40], got {self.max_pixels}",

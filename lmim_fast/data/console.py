@@ -8,7 +8,7 @@ from typing import IO
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from lmim_fast.data.visible import visible_lines
+from lmim_fast.data.visible import beneath, visible_lines
 
 
 class SafeConsole(Console):
@@ -17,10 +17,7 @@ class SafeConsole(Console):
     @property
     def file(self) -> IO[str]:
         """The stream itself: what the command line or a progress bar puts around it would escape colours."""
-        file = super().file
-        while hasattr(file, "rich_proxied_file"):
-            file = file.rich_proxied_file
-        return file
+        return beneath(super().file)
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:

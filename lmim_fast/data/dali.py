@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmim_fast.data.guidance.kernels import Kernels
 from lmim_fast.data.store.gather import EncodedImages
+from lmim_fast.errors import LmimError
 from lmim_fast.native import native
 
 try:
@@ -82,6 +83,18 @@ class BrokenImages(Exception):
         self.rows = rows
 
 
+def start_workers(module: Any, threads: int) -> Any:
+    """The native module's threads.
+
+    Raises:
+        LmimError: the system does not start that many.
+    """
+    try:
+        return module.Workers(threads)
+    except RuntimeError as error:
+        raise LmimError(f"--loader.threads: {error}") from None
+
+
 class DaliViews:
     """Makes the views of one batch per call with a DALI pipeline.
 
@@ -107,7 +120,7 @@ class DaliViews:
     ) -> None:
         self._device, self._image_size, self._stage = device, image_size, stage
         self._native: Any = native() if device.type == "cpu" else None
-        self._workers = None if self._native is None else self._native.Workers(threads)
+        self._workers = None if self._native is None else start_workers(self._native, threads)
         device_id = None
         if device.type == "cuda":
             device_id = torch.cuda.current_device() if device.index is None else device.index

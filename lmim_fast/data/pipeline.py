@@ -26,7 +26,7 @@ from lmim_fast.data.augment.program import (
 )
 from lmim_fast.data.background import Background
 from lmim_fast.data.batch import Batch
-from lmim_fast.data.dali import BrokenImages, DaliViews, Stage
+from lmim_fast.data.dali import BrokenImages, DaliViews, Stage, start_workers
 from lmim_fast.data.guidance.parameters import GuidanceParameters, sample_parameters
 from lmim_fast.data.guidance.program import GuidanceProgram, make_program
 from lmim_fast.data.order import SampleOrder
@@ -106,8 +106,8 @@ class ViewPipeline:
         self.bad = BadRecords(store, loader.max_bad_fraction, skipped)
         threads = loader.threads or default_threads(world_size)
         module = native()
-        self._workers = None if module is None else module.Workers(threads)
-        readers = None if module is None else module.Workers(max(threads, _READERS))
+        self._workers = None if module is None else start_workers(module, threads)
+        readers = None if module is None else start_workers(module, max(threads, _READERS))
         self._reader = SampleReader(store, order, self.bad, loader.max_pixels, readers)
         views_on = self._device if loader.device != "cpu" else torch.device("cpu")
         self._pinned = views_on.type == "cuda"

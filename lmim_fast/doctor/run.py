@@ -17,7 +17,7 @@ from typing import TextIO
 from lmim_fast import durable
 from lmim_fast.config import DoctorConfig, DoctorFinetuneConfig, DoctorPretrainConfig, RunConfig
 from lmim_fast.config.io import run_from_dict, to_dict
-from lmim_fast.data.visible import visible
+from lmim_fast.data.visible import beneath, visible
 from lmim_fast.doctor.findings import Finding, Findings, Level
 from lmim_fast.doctor.machine import check_machine
 from lmim_fast.doctor.packages import check_packages
@@ -90,10 +90,8 @@ def _printer(stream: TextIO) -> Callable[[Finding], None]:
     colored = terminal and "NO_COLOR" not in os.environ
 
     def show(finding: Finding) -> None:
-        text = " ".join(visible(finding.text).split())
-        if finding.advice:
-            text += f" - {finding.advice}"
-        line = f"{finding.what:{_WHAT}}{text}"
+        text = f"{finding.text} - {finding.advice}" if finding.advice else finding.text
+        line = f"{visible(finding.what):{_WHAT}}{visible(' '.join(text.split()))}"
         if terminal:
             width = max(40, shutil.get_terminal_size().columns - 1 - _LEVEL)
             lines = textwrap.wrap(
@@ -103,7 +101,7 @@ def _printer(stream: TextIO) -> Callable[[Finding], None]:
         level = f"{finding.level:{_LEVEL}}"
         if colored:
             level = f"{_COLORS[finding.level]}{level}\x1b[0m"
-        print(level + line, file=stream, flush=True)
+        print(level + line, file=beneath(stream), flush=True)
 
     return show
 

@@ -163,6 +163,9 @@ class Telemetry:
             return None
         try:
             return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        except UnicodeEncodeError:
+            self.say(f"warning: no TensorBoard files: it cannot write to the name {run}, which is not UTF-8")
+            return None
         except OSError as error:
             raise explain(error, run / "tensorboard") from error
 

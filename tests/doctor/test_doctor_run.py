@@ -96,10 +96,10 @@ def test_broken_databases_are_named_and_the_good_ones_are_looked_at_too(tmp_path
     short = write_lmdb(tmp_path / "c", 60)
     content = (short / "data.mdb").read_bytes()
     (short / "data.mdb").write_bytes(content[: len(content) // 2])
-    paths = ("--data", str(good), str(wrong), str(short))
+    paths = ("--data", str(wrong), str(short))  # after `good`
     code, found, _ = doctor("pretrain", *options(good, tmp_path / "run", *paths))
     assert code == 1
-    assert level(found, "--data") == ["ok", "error", "error"], found
+    assert level(found, "--data") == ["ok", "error", "error"]
     assert "num-samples says 25, but the last image is image-000000020" in found["--data"][1][1]
     assert "cut short" in found["--data"][2][1]
     assert "records" not in found

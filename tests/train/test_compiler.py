@@ -26,13 +26,13 @@ def test_a_compiler_that_works_passes_and_one_that_does_not_is_named_with_what_t
     }.items():
         monkeypatch.setenv(variable, compiler)
         with pytest.raises(
-            UsageError, match=rf"'{compiler}' does not work: {reason}; install one .*{variable}="
+            UsageError, match=rf"'{compiler}' does not work: {reason}; install one .*{variable}"
         ):
             require_compiler(torch.device(device))
     monkeypatch.delenv(variable)
     monkeypatch.setattr(sysconfig, "get_paths", lambda **_: {"include": str(tmp_path)})
     with pytest.raises(
-        UsageError, match=r"Python\.h: No such file.*apt install python3-dev.*or drop --compile$"
+        UsageError, match=r"Python\.h: No such file.*apt install python3-dev.*drop --compile$"
     ):
         require_compiler(torch.device(device))
     monkeypatch.setenv("PATH", str(tmp_path))
