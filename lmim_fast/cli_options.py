@@ -65,7 +65,7 @@ def _lists_together(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     places: dict[str, list[str]] = {}  # an option's values, in a list of their own until the end
     parts: list[list[str]] = [kept]
     for argument in arguments:
-        option, _, value = argument.partition("=")
+        option, equals, value = argument.partition("=")
         option = option.replace("_", "-")
         if option in lists:
             if option not in places:
@@ -109,7 +109,7 @@ def _refuse_numbers(kind: type[Any], arguments: Sequence[str]) -> None:
     Raises:
         UsageError: the option and its value.
     """
-    kinds = ((option, {hint, *typing.get_args(hint)}) for option, hint in _options_of(kind))
+    kinds = ((option, {hint, *typing.get_args(hint)}) for option, hint in _options_of(kind))  # type: ignore[arg-type]
     numeric = {option for option, parts in kinds if {int, float} & parts}
     current = ""
     for argument in arguments:
