@@ -100,7 +100,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(
-    "kind", {command.config for command in COMMANDS.values()}, ids=lambda kind: kind.__name__
+    "kind", dict.fromkeys(command.config for command in COMMANDS.values()), ids=lambda kind: kind.__name__
 )
 def test_every_numeric_option_refuses_what_is_no_number_of_a_machine(kind):
     for option, hint in _options_of(kind):

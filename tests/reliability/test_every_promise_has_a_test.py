@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-PROMISES = [*range(1, 31)]
+PROMISES = [*range(1, 32)]
 NAME = re.compile(r"test_r(\d\d)_\w+")
 
 
