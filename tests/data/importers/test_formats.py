@@ -362,7 +362,7 @@ def test_whatever_bytes_a_tar_has_an_import_ends_in_words(tmp_path, capsys):
         (["list.tsv", "--root", "gone"], "no such folder"),
         (["lmdb"], "is an LMDB already; `lmim data merge`"),
         ([], "name at least one folder, list or archive"),
-        (["list.tsv", "--workers", "-1"], "workers must be >= 0"),
+        (["list.tsv", "--workers", "-1"], "workers must be in [0, 4096]"),
     ],
 )
 def test_a_wrong_source_or_option_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):
