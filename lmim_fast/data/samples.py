@@ -113,7 +113,7 @@ class BadRecords:
                 last = self.entries[-1]
                 raise DataError(
                     f"{self.count} broken records among the first {seen} seen, more than"
-                    f" max_bad_fraction = {self._max_fraction:g} allows; the last:"
+                    f" --loader.max-bad-fraction {self._max_fraction:g} allows; the last:"
                     f" {last.database} {last.key}: {last.reason}"
                 )
 

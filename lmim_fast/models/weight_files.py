@@ -230,8 +230,11 @@ def _foreign(path: Path, head: bytes, size: int) -> str | None:
     if head.startswith(b"PK\x03\x04"):
         return _foreign_zip(path, size)
     if tarfile.is_tarfile(path):
-        with tarfile.open(path) as archive:
-            names = _some(archive.getnames())
+        try:
+            with tarfile.open(path) as archive:
+                names = _some(archive.getnames())
+        except (tarfile.TarError, EOFError, OSError) as error:
+            return f"is a tar archive that was cut short ({error}): {_AGAIN}"
         return f"is a tar archive: unpack it with `tar xf` and name the weights in it ({names})"
     if path.suffix in _FOREIGN_SUFFIXES and head[:1] != b"\x80":
         return "is {}: {}".format(*_FOREIGN_SUFFIXES[path.suffix])

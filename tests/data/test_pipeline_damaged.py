@@ -115,7 +115,7 @@ def test_too_many_broken_records_stop_the_run_with_a_named_error(tmp_path):
     folder = database(tmp_path / "lmdb", dict.fromkeys(range(0, 40, 2), b""), count=40)
     with (
         pipeline(folder, loader=DataConfig(max_bad_fraction=0.25), end_step=100) as batches,
-        pytest.raises(DataError, match=r"max_bad_fraction = 0\.25 .*image-0000000\d+: empty"),
+        pytest.raises(DataError, match=r"max-bad-fraction 0\.25 .*image-0000000\d+: empty"),
     ):
         list(batches)
 

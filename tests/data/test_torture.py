@@ -103,7 +103,7 @@ def test_r12_too_many_of_them_stop_the_run_and_name_the_last(torture):
     loader = DataConfig(threads=2, max_bad_fraction=0.1)
     with (
         pipeline(torture, batch_size=BATCH, loader=loader, end_step=100) as batches,
-        pytest.raises(DataError, match=r"max_bad_fraction = 0\.1 .*words image-000000\d+: \w+"),
+        pytest.raises(DataError, match=r"max-bad-fraction 0\.1 .*words image-000000\d+: \w+"),
     ):
         list(batches)
 

@@ -140,6 +140,12 @@ def archive(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def cut_tar() -> bytes:
+    member = tarfile.TarInfo("vit/weights.pth")
+    member.size = 5000
+    return member.tobuf() + b"x" * 600
+
+
 def checkpoint() -> bytes:
     buffer = io.BytesIO()
     torch.save(tensors(), buffer)
@@ -149,6 +155,7 @@ def checkpoint() -> bytes:
 FOREIGN: dict[str, tuple[bytes, str]] = {
     "page.pth": (b"\n<!DOCTYPE html><html><body>Sign in", "is a web page, not weights"),
     "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "run `git lfs pull`"),
+    "half.pth": (cut_tar(), "is a tar archive that was cut short"),
     "tar.pth": (archive("tar"), r"is a tar archive: unpack it with `tar xf` .*\(vit/weights.pth\)"),
     "zip.pth": (archive("zip"), r"is a zip archive, but not of torch.save: .*\(vit/weights.pth\)"),
     "gz.pth": (gzip.compress(b"weights"), "is compressed by gzip: unpack it with `gunzip`"),
