@@ -155,10 +155,21 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys):
     "arguments",
     [["frob"], ["pretrain", "--frob"], ["pretrain", "--data", "x"], ["pretrain", "--preset", "huge"]],
 )
-def test_only_the_first_rank_prints_what_is_wrong_in_the_command_line(capsys, monkeypatch, arguments):
-    monkeypatch.setenv("RANK", "1")
+def test_the_first_rank_of_each_machine_prints_what_is_wrong_in_its_command_line(
+    capsys, monkeypatch, arguments
+):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main(arguments) == 2
+    machine = capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    by_parsing = arguments != ["pretrain", "--data", "x"]  # whose data rank 0 looks for, too
+    assert (told, machine.endswith("(rank 5)\n")) == ("", by_parsing)
 
 
 @pytest.mark.parametrize("kind", [LmimError, PermissionError])

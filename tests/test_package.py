@@ -102,7 +102,7 @@ def test_sizes_of_the_small_model() -> None:
         ({"decoder_dropout": 1.0}, r"\[0, 1\)"),
         ({"image_size": (30, 128)}, "patch_size 4"),
         ({"image_size": (32, 100)}, "square number of patches, got 200"),
-        ({"depth": 0}, "depth must be positive"),
+        ({"depth": 0}, r"depth must be in \[1, 65536\]"),
         ({"mlp_ratio": 0.001}, "mlp_ratio .* width 384, got 0.001"),
         ({"mlp_ratio": 0.01, "decoder_width": 96}, "mlp_ratio .* width 96, got 0.01"),
         ({"mlp_ratio": -4.0}, "mlp_ratio .*-4"),

@@ -11,7 +11,9 @@ import os, sys
 from lmim_fast import cli
 
 shared, other = sys.argv[1:sys.argv.index("--then")], sys.argv[sys.argv.index("--then") + 1:]
-sys.exit(cli.main(["pretrain", *shared, *(other if os.environ["RANK"] == "1" else [])]))
+if os.environ["RANK"] == "1":
+    shared = shared[2 if "--data" in other else 0 :] + other  # lists that are given again would add up
+sys.exit(cli.main(["pretrain", *shared]))
 """
 
 
