@@ -1,5 +1,8 @@
 """LMDB folders for tests, with the faults that users meet."""
 
+import contextlib
+import os
+
 import lmdb
 
 
@@ -26,3 +29,16 @@ def write_database(folder, count, *, claimed=None, labels=True, skip=(), extra=(
         for key in skip:
             transaction.delete(key)
     return folder
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """Permissions count inside: root may read everything."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)

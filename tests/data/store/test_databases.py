@@ -1,6 +1,5 @@
 """What a folder of LMDBs may look like, and the errors of those that cannot be used."""
 
-import contextlib
 import os
 import re
 import tempfile
@@ -8,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from lmdb_folders import image, write_database
+from lmdb_folders import image, ordinary_user, write_database
 
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError
@@ -123,19 +122,6 @@ def test_damaged_files_are_data_errors_and_never_kill_the_process(tmp_path):
     (folder / "data.mdb").mkdir()
     with pytest.raises(DataError, match="no LMDB here"):
         RecordStore([folder])
-
-
-@contextlib.contextmanager
-def ordinary_user():
-    """Permissions count inside: root may read everything."""
-    was_root = os.geteuid() == 0
-    if was_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if was_root:
-            os.seteuid(0)
 
 
 def test_what_may_not_be_read_is_a_data_error():
