@@ -125,13 +125,13 @@ def test_broken_records_are_replaced_counted_and_named(tmp_path, capsys):
 def test_too_many_broken_records_stop_the_run_with_one_line(tmp_path, capsys):
     data = write_lmdb(tmp_path / "words", 40, broken=tuple(range(1, 21)))
     assert pretrain(options(data, tmp_path / "run", steps=15)) == 1
-    assert "max_bad_fraction" in only_error(capsys).replace("-", "_")
+    assert "--loader.max-bad-fraction" in only_error(capsys)
 
 
 def test_broken_records_are_named_before_a_run_ends_for_too_many_of_them(tmp_path, capsys):
     data = write_lmdb(tmp_path / "words", 40, broken=tuple(range(1, 21)))
     assert pretrain(options(data, tmp_path / "run", "--log-every", "1000", steps=15)) == 1
-    assert "max_bad_fraction" in only_error(capsys)
+    assert "--loader.max-bad-fraction" in only_error(capsys)
     entries = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
     assert len({entry["key"] for entry in entries}) > 0.1 * 40
     assert all(entry["reason"] for entry in entries)
