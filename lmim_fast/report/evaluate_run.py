@@ -27,6 +27,7 @@ from lmim_fast.evaluation.scoring import RecognizerLike, evaluate_store
 from lmim_fast.models.weight_names import split_key
 from lmim_fast.owner import owned
 from lmim_fast.report.evaluation import evaluation_html
+from lmim_fast.train.agreement import refuse_different, start_of
 from lmim_fast.train.checkpoint.files import write_file
 from lmim_fast.train.recognizer_start import BEST, LAST, find_recognizer, recognizer_of
 from lmim_fast.train.run_weights import Place
@@ -45,10 +46,13 @@ def run_evaluate(config: EvaluateConfig) -> Path:
         DataError:    a database is damaged.
         LmimError:    the results cannot be written.
     """
-    with contextlib.ExitStack() as outside, join(config.device) as world:
+    agreed = start_of("evaluation", config, versions())
+    with contextlib.ExitStack() as outside, join(config.device, agreed=agreed) as world:
         with world.together():
             place = _find(config.model)
             test_sets = find_test_sets(config.data, config.layout)
+        refuse_different(world.gather({"sets": [entry.name for entry in test_sets]}))
+        with world.together():
             folder = _prepare_output(config, place, world)
             if world.is_main:
                 outside.enter_context(owned(folder, _say))

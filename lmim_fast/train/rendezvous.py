@@ -11,17 +11,21 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lmim_fast.errors import LmimError, UsageError, shared
+from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.process import Process
+from lmim_fast.train.agreement import refuse_different
 
 _START = (
     "start several processes by torchrun, which sets it; for one process "
     "`unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT` first"
 )
+
+_READ_WITHIN = 10.0  # seconds
 
 
 def _number(variable: str, default: int | None) -> int:
@@ -74,18 +78,23 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def meet(rank: int, size: int, timeout: float, backend: str) -> tuple[dist.Store, list[Process]]:
+def meet(
+    rank: int, size: int, timeout: float, backend: str, agreed: dict[str, Any]
+) -> tuple[dist.Store, list[Process]]:
     """The store of the group, and who its ranks are.
 
+    Args:
+        agreed: what must be equal on all ranks; compared here, before anything that they do together.
     Raises:
         LmimError:  names the ranks that have not come, or says where the store was looked for.
-        UsageError: ranks with GPUs and ranks without.
+        UsageError: ranks that were started differently, for one with GPUs and without.
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    agreed = {"WORLD_SIZE": size, "device": "cuda" if backend == "nccl" else "cpu", **agreed}
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
         store = dist.PrefixStore("lmim", store)
-        store.set(f"process {rank}", json.dumps([backend, *dataclasses.astuple(Process.this())]))
+        store.set(f"process {rank}", json.dumps([agreed, dataclasses.asdict(Process.this())]))
         keys, until = [f"process {other}" for other in range(size)], time.monotonic() + timeout
         while not store.check(keys):
             if time.monotonic() > until:
@@ -95,7 +104,13 @@ def meet(rank: int, size: int, timeout: float, backend: str) -> tuple[dist.Store
                     f"seconds: is it started, and can it reach {address}? Otherwise {_START}"
                 )
             time.sleep(0.05)
-        backends, peers = zip(*(_told(store.get(key)) for key in keys), strict=True)
+        told = [json.loads(store.get(key)) for key in keys]
+        try:
+            refuse_different([values for values, _ in told])
+        except UsageError:
+            _wait_for_readers(store, rank, size)
+            raise
+        peers = [Process(**fields) for _, fields in told]
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, LmimError):
             raise
@@ -103,18 +118,14 @@ def meet(rank: int, size: int, timeout: float, backend: str) -> tuple[dist.Store
         raise LmimError(
             f"rank {rank} of {size} found no group at {address} (MASTER_ADDR:MASTER_PORT): {first}. {_START}"
         ) from error
-    for other, name in enumerate(backends):
-        if name != backends[0]:
-            names = [
-                f"rank {n} {'a GPU' if b == 'nccl' else 'the CPU'}"
-                for n, b in ((0, backends[0]), (other, name))
-            ]
-            raise shared(
-                UsageError(f"rank {other} differs from rank 0: {', '.join(names)}; give all one --device")
-            )
-    return store, list(peers)
+    return store, peers
 
 
-def _told(text: bytes) -> tuple[str, Process]:
-    backend, *fields = json.loads(text)
-    return backend, Process(*fields)
+def _wait_for_readers(store: dist.Store, rank: int, size: int) -> None:
+    """The store ends with rank 0: it waits for the others to read there why the run ends."""
+    store.set(f"read {rank}", "")
+    until = time.monotonic() + _READ_WITHIN
+    while rank == 0 and time.monotonic() < until:
+        if store.check([f"read {other}" for other in range(size)]):
+            return
+        time.sleep(0.02)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import signal
 import traceback
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from torch import nn
 
 from lmim_fast import faults
 from lmim_fast.config import RunConfig
-from lmim_fast.config.io import config_hash, differences, to_dict
+from lmim_fast.config.io import config_hash, to_dict
 from lmim_fast.data.store.records import Records
-from lmim_fast.errors import LmimError, UsageError, shared
+from lmim_fast.errors import LmimError, UsageError
 from lmim_fast.owner import Owner
 from lmim_fast.train import optim, parallel, side_files
+from lmim_fast.train.agreement import refuse_different, start_of
 from lmim_fast.train.checkpoint import content, removal, resume
 from lmim_fast.train.checkpoint.files import explain, write_file
 from lmim_fast.train.checkpoint.folders import Checkpoint
@@ -44,11 +44,6 @@ from lmim_fast.train.world import World, join
 
 Say = Callable[[str], None]
 
-_MACHINES_OWN = re.compile(
-    r"run\.config\.((data|val|eval_data)\[\d+\]|loader\.(threads|skip))|run\.data\..*\.name"
-)
-_AGREED = ("config", "data", "versions", "skip list")
-
 
 def run_training(config: RunConfig) -> Path:
     """Run one training, or what is left of it; under torchrun every process calls this.
@@ -62,15 +57,17 @@ def run_training(config: RunConfig) -> Path:
         LmimError: data, weights, disk or training failed; the message says how to go on.
         KeyboardInterrupt: Ctrl-C, after a checkpoint.
     """
-    make_task(config).check()
-    require_wandb(config.wandb)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one run a process: the environment names its folder
         os.environ.update(flight_recorder_environment(Path(config.output)))
     faults.arm_from_environment()
     split = config.parallel in ("shard", "hybrid")
     timeout = config.timeout + COLLECTIVE_GRACE
-    with contextlib.ExitStack() as outside, join(config.device, timeout=timeout, grouped=split) as world:
+    agreed = start_of("training", config, versions())
+    meeting = join(config.device, timeout=timeout, grouped=split, agreed=agreed)
+    with contextlib.ExitStack() as outside, meeting as world:
         with world.together():
+            make_task(config).check()
+            require_wandb(config.wandb)
             config = parallel.resolve(config, world)
             if config.compile:
                 require_compiler(world.device)
@@ -86,8 +83,10 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         order = task.order(store)
         validation = task.validation(world)
         identity = _identity(config, store)
+    refuse_different(world.gather({"data": identity["data"]}))
+    with world.together():
         skipped = skip_list_digest(config, store, say)
-    _agree(world, {**identity, "skip list": skipped})
+    refuse_different(world.gather({"skip list": skipped}))
     owner = _own_folder(run, world, say, outside)
     saved = resume.find(run, config, identity["data"], world, say)
 
@@ -215,25 +214,6 @@ def _identity(config: RunConfig, store: Records) -> dict[str, Any]:
         "data": store.fingerprint(),
         "seed": config.seed,
     }
-
-
-def _agree(world: World, identity: dict[str, Any]) -> None:
-    """Refuse ranks that were started with other options, on other data or with other packages.
-
-    Where data and skip list are mounted may differ between machines, and how many threads read it.
-
-    Raises:
-        UsageError: names the first things that differ from rank 0's.
-    """
-    ranks = world.gather({name: identity[name] for name in _AGREED})
-    for rank, other in enumerate(ranks):
-        changed = [
-            f"{name} is {old!r}, there {new!r}"
-            for name, old, new in differences(ranks[0], other, "run")
-            if not _MACHINES_OWN.fullmatch(name)
-        ]
-        if changed:
-            raise shared(UsageError(f"rank {rank} differs from rank 0: {'; '.join(changed[:3])}"))
 
 
 def _at_its_end(task: Task, progress: Progress, records: int) -> str:

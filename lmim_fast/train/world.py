@@ -208,15 +208,23 @@ def _warn_about_restarts() -> None:
 
 
 @contextlib.contextmanager
-def join(device: str = "auto", *, timeout: float = TIMEOUT, grouped: bool = False) -> Iterator[World]:
+def join(
+    device: str = "auto",
+    *,
+    timeout: float = TIMEOUT,
+    grouped: bool = False,
+    agreed: dict[str, Any] | None = None,
+) -> Iterator[World]:
     """This process's `World`; under torchrun with several processes also their process groups.
 
     Args:
         device:  "auto", "cpu" or "cuda"; a CUDA process takes the GPU of its local rank.
         timeout: seconds that ranks wait for each other before they fail.
         grouped: make process groups for a single process too, if torchrun has started it.
+        agreed:  what must be equal on all ranks, as JSON has it.
     Raises:
-        UsageError: CUDA is asked for and not there, or there are fewer GPUs than local processes.
+        UsageError: CUDA is asked for and not there, there are fewer GPUs than local processes, or ranks
+            differ in what must be equal.
     """
     rank, size, local_rank, local_size = place_of_this_process()
     try:
@@ -234,7 +242,7 @@ def join(device: str = "auto", *, timeout: float = TIMEOUT, grouped: bool = Fals
         _warn_about_restarts()
     backend, limit = "nccl" if place.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
     with interruptible():
-        store, _peers[:] = meet(rank, size, timeout, backend)
+        store, _peers[:] = meet(rank, size, timeout, backend, agreed or {})
         where = place if place.type == "cuda" else None
         try:
             dist.init_process_group(

@@ -151,10 +151,10 @@ def test_a_group_of_gpu_and_cpu_ranks_is_refused_before_it_is_made(monkeypatch):
     set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     peer = torch.distributed.PrefixStore("lmim", store)
-    peer.set("process 1", json.dumps(["nccl", *dataclasses.astuple(Process.this())]))
-    with pytest.raises(
-        UsageError, match="rank 1 differs from rank 0: rank 0 the CPU, rank 1 a GPU; give all"
-    ):
+    told = {"WORLD_SIZE": 2, "device": "cuda"}
+    peer.set("process 1", json.dumps([told, dataclasses.asdict(Process.this())]))
+    peer.set("read 1", "")
+    with pytest.raises(UsageError, match="rank 1 differs from rank 0: device is 'cpu', there 'cuda'; start"):
         worlds.join("cpu", timeout=5).__enter__()
 
 
