@@ -98,4 +98,24 @@ Arena gather(const Wanted& wanted, const Images& images, uint64_t max_pixels, si
     return arena;
 }
 
+std::vector<std::optional<std::string>> values(const LmdbFile& file, const std::vector<std::string>& keys) {
+    std::vector<std::optional<std::string>> values(keys.size());
+    std::optional<LmdbFile::Snapshot> state;
+    for (size_t i = 0; i < keys.size(); ++i) {
+        try {
+            if (!state) state = file.snapshot();
+            file.in_one_snapshot(*state, [&](const LmdbFile::Snapshot& snapshot) {
+                values[i].reset();
+                const std::optional<LmdbFile::Value> value = file.find(snapshot, keys[i]);
+                if (!value) return;
+                std::string& bytes = values[i].emplace(value->length, '\0');
+                if (value->length > 0) file.read(snapshot, *value, reinterpret_cast<uint8_t*>(bytes.data()));
+            });
+        } catch (const std::runtime_error& error) {
+            std::throw_with_nested(RecordUnreadable(i, error.what()));
+        }
+    }
+    return values;
+}
+
 }  // namespace lmim

@@ -1,11 +1,14 @@
-// The images of a batch from LMDB files into one block of memory, with the verdicts on their headers. No Python in here.
+// Values of LMDB files: the images of a batch in one block of memory with the verdicts on their headers, and the values
+// of any keys. No Python in here.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "image_headers.h"
@@ -44,5 +47,8 @@ struct Arena {
 // left as it was. Throws RecordUnreadable.
 Arena gather(const Wanted& wanted, const Images& images, uint64_t max_pixels, size_t rectangle_bytes,
              Workers& workers);
+
+// The values of the keys, none where a key is absent. Throws RecordUnreadable.
+std::vector<std::optional<std::string>> values(const LmdbFile& file, const std::vector<std::string>& keys);
 
 }  // namespace lmim

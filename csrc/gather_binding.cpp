@@ -64,6 +64,20 @@ py::tuple gather_batch(const std::vector<std::shared_ptr<lmim::LmdbFile>>& files
     return py::make_tuple(block, arena.stride, offsets, lengths, status, heights, widths);
 }
 
+py::list find_values(const lmim::LmdbFile& file, const std::vector<std::string>& keys) {
+    std::vector<std::optional<std::string>> found;
+    try {
+        const lmim::WithoutGil without_gil;
+        found = lmim::values(file, keys);
+    } catch (const lmim::RecordUnreadable& error) {
+        raise(error);
+    }
+    py::list list;
+    for (const std::optional<std::string>& value : found)
+        list.append(value ? py::object(py::bytes(*value)) : py::none());
+    return list;
+}
+
 std::shared_ptr<lmim::LmdbFile> open_file(const std::string& path, bool readahead) {
     try {
         return std::make_shared<lmim::LmdbFile>(path, readahead);
@@ -88,4 +102,6 @@ void lmim::bind_gather(py::module_& module) {
                "Arena (uint8), stride, offsets and lengths (int64), status (uint8), heights and widths (int32) of "
                "records' images; see lmim_fast.data.store.gather. Raises LmdbDamaged(reason, place in the batch), "
                "LmdbRefused(errno, place) and LmdbBusy(reason, place).");
+    module.def("values", &find_values, py::arg("file"), py::arg("keys"),
+               "The values of keys (bytes), None where one is absent. Raises as `gather`, with the place in `keys`.");
 }

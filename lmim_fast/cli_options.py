@@ -36,14 +36,14 @@ def parse(kind: type[Config], arguments: Sequence[str], program: str, about: str
 
     arguments = _lists_together(kind, arguments)
     options: dict[str, Any] = dict(prog=program, description=about)
-    if issubclass(kind, RunConfig):
-        # With a default no required field becomes positional.
-        default: Any = _defaults(kind, arguments)
-        object.__setattr__(default, "data", tyro.MISSING)
-        options["default"] = default
-    else:
-        options["config"] = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
     try:
+        if issubclass(kind, RunConfig):
+            # With a default no required field becomes positional.
+            default: Any = _defaults(kind, arguments)
+            object.__setattr__(default, "data", tyro.MISSING)
+            options["default"] = default
+        else:
+            options["config"] = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
         _refuse_numbers(kind, arguments)
         config: Config = _tyro(kind, arguments, **options)
         try:
@@ -124,13 +124,13 @@ def _refuse_numbers(kind: type[Any], arguments: Sequence[str]) -> None:
 
 def _all_problems(kind: type[Any], arguments: Sequence[str], first: str, options: dict[str, Any]) -> str:
     """Unknown options, and what else is wrong: tyro names one of the two, `first`."""
+    if not first.startswith("Unrecognized"):
+        unknown = ", ".join(_unknown_options(kind, arguments))
+        return f"{first}; Unrecognized options: {unknown}" if unknown else first
     try:
         _tyro(kind, arguments, return_unknown_args=True, **options)
     except UsageError as error:
-        if first.startswith("Unrecognized"):
-            return f"{error}; {first}"
-        unknown = ", ".join(_unknown_options(kind, arguments))
-        return f"{error}; Unrecognized options: {unknown}" if unknown else first
+        return f"{error}; {first}"
     return first
 
 
@@ -144,7 +144,7 @@ def _defaults(kind: type[RunConfig], arguments: Sequence[str]) -> RunConfig:
             return kind(**{item.name: getattr(chosen, item.name) for item in dataclasses.fields(chosen)})
         model: Any = preset(size)
     except ValueError as error:
-        raise shared_on_this_machine(UsageError(f"--preset, --recipe: {error}")) from error
+        raise UsageError(f"--preset, --recipe: {error}") from error
     pretraining: Any = kind if issubclass(kind, PretrainConfig) else PretrainConfig
     default: RunConfig = pretraining(data=("",), model=model)
     return default
@@ -161,20 +161,14 @@ def _named(option: str, default: str, arguments: Sequence[str]) -> str:
 
 
 def _unknown_options(kind: type[Any], arguments: Sequence[str]) -> list[str]:
-    """Options that a config does not have, whether or not required ones are missing."""
-    hints = typing.get_type_hints(kind)
-    complete = kind(
-        **{
-            field.name: "x" if hints[field.name] is str else ("x",)
-            for field in dataclasses.fields(kind)
-            if field.default is field.default_factory is dataclasses.MISSING
-        }
-    )
-    try:
-        _, rest = _tyro(kind, arguments, default=complete, return_unknown_args=True)
-    except UsageError:  # of a wrong value, which is named already
-        return []
-    return [argument for argument in rest if argument.startswith("-")]
+    """Options that a config does not have, whatever else is missing or wrong."""
+    known = {"--help"}
+    for option, hint in _options_of(kind):  # type: ignore[arg-type]
+        known.add(option)
+        if hint is bool:
+            known.add(re.sub(r"([^.-]+)$", r"no-\1", option) if "." in option else f"--no-{option[2:]}")
+    names = [argument.partition("=")[0] for argument in arguments]
+    return [name for name in names if name.startswith("--") and name.replace("_", "-") not in known]
 
 
 def _tyro(kind: type[Any], arguments: Sequence[str], **options: Any) -> Any:

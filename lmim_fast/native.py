@@ -7,7 +7,7 @@ import importlib
 import warnings
 from typing import Any
 
-_INTERFACE = 3  # as in csrc/module.cpp
+_INTERFACE = 4  # as in csrc/module.cpp
 
 
 @functools.cache

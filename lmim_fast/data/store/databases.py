@@ -252,6 +252,7 @@ def check_database(path: str, first_index: int) -> Database:
     return Database(path, count, first_index, has_labels, first)
 
 
+_HOW = "'Other keys' in docs/DATA.md says how"
 _WANTED = "records need the keys num-samples, image-000000001, label-000000001, ... (nine digits)"
 
 
@@ -269,8 +270,8 @@ def _count(transaction: lmdb.Transaction, path: str, first: int) -> int:
             else f"num-samples says {_text(value)}, but there is no image"
         )
         raise DataError(
-            f"{path}: {says}; its keys are {kinds_of_keys(transaction)}; {_WANTED}: rename them ('Other keys'"
-            " in docs/DATA.md) or leave the database out"
+            f"{path}: {says}; its keys are {kinds_of_keys(transaction)}; {_WANTED}: rename them ({_HOW})"
+            " or leave the database out"
         )
     right = last - first + 1
     if first == 0 or value is None:
@@ -278,14 +279,16 @@ def _count(transaction: lmdb.Transaction, path: str, first: int) -> int:
     else:
         images = f"the last image is {image_key(last).decode()}"
     if value is None:
-        raise DataError(f"{path}: no key 'num-samples', {images}; write {right} there")
+        raise DataError(f"{path}: no key 'num-samples', {images}; write {right} there ({_HOW})")
     text = bytes(value).strip(b" \t\r\n\0")
     if not text.isdigit():
-        raise DataError(f"{path}: num-samples is {_text(value)}, not a number, {images}; write {right} there")
+        raise DataError(
+            f"{path}: num-samples is {_text(value)}, not a number, {images}; write {right} there ({_HOW})"
+        )
     if len(text) > 18 or int(text) != right:
         raise DataError(
-            f"{path}: num-samples says {_text(text)}, but {images}; write {right} there, or write the"
-            " database again"
+            f"{path}: num-samples says {_text(text)}, but {images}; write {right} there ({_HOW}), or write"
+            " the database again"
         )
     return right
 

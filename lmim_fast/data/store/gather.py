@@ -1,16 +1,17 @@
-"""The images of a batch in one block of memory, with the verdicts on their headers.
+"""The images of a batch in one block of memory, with the verdicts on their headers; and values of any keys.
 
 Two forms with equal results. The native one walks the databases' trees itself (`csrc/lmdb_file.h`), so that
-several threads look up, read and probe without the interpreter's lock; the Python one asks py-lmdb.
+several threads look up, read and probe without the interpreter's lock, and that pages which a writer uses
+again meanwhile are no danger; the Python one asks py-lmdb.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from lmim_fast.native import native
 # Images lie at equal distances if that takes no more: 128 KB for each of 256. Other batches are packed.
 RECTANGLE_BYTES = 2**25
 _REOPENED_AT_MOST = 5  # times a batch is tried again after a database was opened anew
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -107,17 +110,39 @@ class DatabaseFiles:
         Raises:
             DataError: a database is damaged, its disk fails, or it is written too fast to be read.
         """
+        return self._retried(
+            lambda: self._gather(databases, numbers, max_pixels, workers),
+            lambda row: (int(databases[row]), image_key(int(numbers[row]))),
+        )
+
+    def values(self, which: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of the keys in the database at place `which`, None where absent.
+
+        Raises:
+            DataError: as `gather`.
+        """
+        found: list[bytes | None] = self._retried(
+            lambda: self._native.values(self._files[which], keys), lambda row: (which, keys[row])
+        )
+        return found
+
+    def _retried(self, read: Callable[[], T], asked: Callable[[int], tuple[int, bytes]]) -> T:
+        """What `read` returns; a database that it cannot read is opened anew a few times.
+
+        Args:
+            asked: place of the database and key, by the row that an error of the native form names.
+        """
         reopened = 0
         while True:
             try:
-                return self._gather(databases, numbers, max_pixels, workers)
+                return read()
             except self._native.LmdbBusy as error:
-                path, key = self._record(error, databases, numbers)
-                raise busy(path, key) from error
+                which, key = asked(error.args[1])
+                raise busy(self._paths[which], key.decode()) from error
             except (self._native.LmdbDamaged, self._native.LmdbRefused) as error:
+                which, key = asked(error.args[1])
                 if reopened == _REOPENED_AT_MOST:
-                    raise self._unreadable(error, databases, numbers) from error
-                which = int(databases[error.args[1]])
+                    raise self._unreadable(error, f"{self._paths[which]}: {key.decode()}") from error
             # Perhaps a database that is being written outgrew its map, or its disk comes back.
             reopened += 1
             try:
@@ -125,21 +150,11 @@ class DatabaseFiles:
             except self._native.LmdbUnsupported as error:
                 raise DataError(f"a database was changed while it was read ({error}); start again") from error
 
-    def _unreadable(
-        self, error: Exception, databases: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> DataError:
-        path, key = self._record(error, databases, numbers)
+    def _unreadable(self, error: Exception, record: str) -> DataError:
         reason = error.args[0]
         if isinstance(error, self._native.LmdbRefused):
-            return refusal(f"{path}: {key}", OSError(reason, os.strerror(reason)))
-        return DataError(f"{path}: {key} cannot be read ({reason}); copy or write the database again")
-
-    def _record(
-        self, error: Exception, databases: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> tuple[str, str]:
-        """Path and key of the record that an error of the native form names by its row."""
-        row = error.args[1]
-        return self._paths[int(databases[row])], image_key(int(numbers[row])).decode()
+            return refusal(record, OSError(reason, os.strerror(reason)))
+        return DataError(f"{record} cannot be read ({reason}); copy or write the database again")
 
     def _gather(
         self, databases: NDArray[np.int64], numbers: NDArray[np.int64], max_pixels: int, workers: Any

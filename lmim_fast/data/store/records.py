@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from lmim_fast.data.store.tree import data_file
 
 __all__ = ["Database", "Record", "RecordStore", "Records"]
 
+_TOGETHER = 64  # raw records in memory
 _FINGERPRINT_RECORDS = 64  # per database: bounded, so that ten million records cost what a hundred do
 
 
@@ -119,7 +120,7 @@ class RecordStore:
         self._to_index = np.array([d.first_index - d.first_number for d in databases], np.int64)
         """Added to the number in a record's key."""
         self._count = databases[-1].first_index + databases[-1].count
-        self._environments: list[lmdb.Environment] = []
+        self._environments: list[lmdb.Environment] = []  # or
         self._files: DatabaseFiles | None = None
         self._process = -1
 
@@ -164,8 +165,7 @@ class RecordStore:
         asked = np.asarray(indices, np.int64)
         if (strange := asked[(asked < 0) | (asked >= self._count)]).size:
             raise IndexError(f"record index {strange[0]} is outside 0 .. {self._count - 1}")
-        self._opened()
-        files = self._files
+        files = self._opened()
         if files is None:
             return gather_in_python(self.images(asked.tolist()), max_pixels)
         databases = np.searchsorted(np.array(self._starts), asked, side="right") - 1
@@ -190,6 +190,22 @@ class RecordStore:
     def label_bytes(self, indices: Sequence[int]) -> list[bytes | None]:
         """Labels as the databases hold them, UTF-8 or not; otherwise as `labels`."""
         return self._values(indices, label_key)
+
+    def raw_records(self, which: int) -> Iterator[tuple[bytes | None, bytes | None]]:
+        """Image and label bytes of every record of the database at place `which`, in order, for copies.
+
+        Yields:
+            What is stored, None for what is absent.
+        Raises:
+            DataError: the database is damaged.
+        """
+        database = self.databases[which]
+        numbers = range(database.first_number, database.last_number + 1)
+        for start in range(0, len(numbers), _TOGETHER):
+            some = numbers[start : start + _TOGETHER]
+            keys = [key for number in some for key in (image_key(number), label_key(number))]
+            values = self._read(which, keys)
+            yield from zip(values[::2], values[1::2], strict=True)  # image and label take turns
 
     def locate(self, index: int) -> tuple[str, str]:
         """Database path and image key of `index`."""
@@ -253,17 +269,22 @@ class RecordStore:
 
     def _read(self, which: int, keys: Sequence[bytes]) -> list[bytes | None]:
         """Values of the keys in one database, None where absent."""
-        return list(read_values(self.databases[which].path, self._opened()[which], keys))
+        files = self._opened()
+        if files is not None:
+            return files.values(which, keys)
+        return list(read_values(self.databases[which].path, self._environments[which], keys))
 
-    def _opened(self) -> list[lmdb.Environment]:
+    def _opened(self) -> DatabaseFiles | None:
+        """The databases for the native form; None if they are open for the Python one."""
         if self._process != os.getpid():
             paths = [database.path for database in self.databases]
             readahead = _fits_in_memory(paths)
-            allow_open_files(2 * len(paths))  # for either form of reading
-            self._environments = [open_environment(path, readahead=readahead) for path in paths]
+            allow_open_files(len(paths))
             self._files = open_files(paths, readahead)
+            if self._files is None:
+                self._environments = [open_environment(path, readahead=readahead) for path in paths]
             self._process = os.getpid()
-        return self._environments
+        return self._files
 
     def _hashes(self, which: int) -> dict[str, str]:
         count, first = self.databases[which].count, self.databases[which].first_number

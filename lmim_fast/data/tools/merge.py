@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lmim_fast.config.collections import MergeConfig
 from lmim_fast.data.progress import progress_bar
-from lmim_fast.data.store.raw import raw_records
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.store.writer import LmdbWriter, check_output_is_free
 from lmim_fast.data.visible import visible
@@ -35,8 +34,9 @@ def merge(config: MergeConfig) -> list[str]:
     empty = duplicates = 0
     try:
         with LmdbWriter(output, len(store)) as writer, progress_bar("Merging") as advance:
-            for database in store.databases:
-                for number, (image, label) in enumerate(raw_records(database), database.first_index):
+            for which, database in enumerate(store.databases):
+                records = store.raw_records(which)
+                for number, (image, label) in enumerate(records, database.first_index):
                     if number % _SHOWN_EVERY == 0:
                         advance(number / len(store), number)
                     if not image:

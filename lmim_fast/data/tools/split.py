@@ -14,7 +14,6 @@ import numpy as np
 
 from lmim_fast.config.collections import SplitConfig
 from lmim_fast.data.progress import progress_bar
-from lmim_fast.data.store.raw import raw_records
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.store.writer import LmdbWriter, check_output_is_free
 from lmim_fast.data.visible import visible
@@ -44,8 +43,9 @@ def split(config: SplitConfig) -> list[str]:
         with contextlib.ExitStack() as stack:
             advance = stack.enter_context(progress_bar("Splitting"))
             writers = [stack.enter_context(LmdbWriter(output / name, len(store))) for name in shares]
-            for database in store.databases:
-                for number, (image, label) in enumerate(raw_records(database), database.first_index):
+            for which, database in enumerate(store.databases):
+                records = store.raw_records(which)
+                for number, (image, label) in enumerate(records, database.first_index):
                     if number % _SHOWN_EVERY == 0:
                         advance(number / len(store), number)
                     if image:

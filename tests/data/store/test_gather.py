@@ -10,6 +10,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from other_threads import other_threads_run_during
 from lmim_fast.config import LabelConfig
 from lmim_fast.data.charset import Charset
 from lmim_fast.data.labels import LabelledRecords, LabelTable
-from lmim_fast.data.store import gather
+from lmim_fast.data.store import gather, records
 from lmim_fast.data.store.gather import EncodedImages, gather_in_python
 from lmim_fast.data.store.probe import Status
 from lmim_fast.data.store.records import RecordStore
@@ -45,10 +46,18 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(first, second, err_msg=name)
 
 
+def by_lmdb(store):
+    """The same records, read by py-lmdb."""
+    copy = pickle.loads(pickle.dumps(store))
+    with patch.object(records, "open_files", lambda *_: None):
+        assert copy._opened() is None
+    return copy
+
+
 def both_forms(store, indices, workers=None):
     """What is gathered, after checking that the forms agree."""
     ours = store.gather(indices, MAX_PIXELS, workers)
-    assert_equal(ours, gather_in_python(store.images(list(indices)), MAX_PIXELS))
+    assert_equal(ours, gather_in_python(by_lmdb(store).images(list(indices)), MAX_PIXELS))
     return ours
 
 
@@ -132,6 +141,23 @@ def test_without_the_native_form_python_gives_the_same(store, monkeypatch):
     assert_equal(actual, expected)
 
 
+def test_labels_and_raw_records_of_both_forms_are_equal(tmp_path):
+    rows = [
+        (b"label-000000002", b""),
+        (b"label-000000003", bytes(range(256)) * 50),
+        (b"image-000000004", b""),
+    ]
+    folder = write_database(
+        tmp_path / "crops", 300, extra=rows, skip=[b"label-000000009", b"image-000000010"]
+    )
+    store = RecordStore([folder])
+    found = [store.label_bytes(range(300)), list(store.raw_records(0)), store.fingerprint()]
+    assert (found[0][1:3], found[0][8], found[1][9][0]) == ([b"", rows[1][1]], None, None)
+    other = by_lmdb(store)
+    assert [other.label_bytes(range(300)), list(other.raw_records(0)), other.fingerprint()] == found
+    assert len(store._environments) == 0 < len(other._environments)
+
+
 def test_an_image_put_in_a_row_is_the_rows_from_then_on():
     encoded = gather_in_python([b"first", b"2", b"", b"fourth"], MAX_PIXELS).encoded
     assert encoded.stride == 6
@@ -199,8 +225,8 @@ def _mapped(folder):
 def test_close_unmaps_the_files_and_ends_no_read(tmp_path):
     folder = write_database(tmp_path / "crops", 2000)
     store = RecordStore([folder])
-    both_forms(store, [1])
-    assert _mapped(folder) == 2  # LMDB's map and this one
+    store.gather([1], MAX_PIXELS)
+    assert _mapped(folder) == 1
     expected = store.images([0, 1999])
     done = threading.Event()
 

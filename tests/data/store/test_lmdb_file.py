@@ -168,14 +168,12 @@ def test_what_is_written_after_the_file_was_opened_is_found(tmp_path):
     folder = write_database(tmp_path / "crops", 3)
     store = RecordStore([folder])
     assert store.gather([2], 2**26).encoded[0].tobytes() == store.images([2])[0]
-    store.close()  # LMDB opens a file once in a process
-    store.gather([2], 2**26)
     files = store._files
-    store._environments = []
     for number in range(20):
         write(folder, [[(image_key(3), b"%d" % number * 20_000)]])
         found = files.gather(np.array([0]), np.array([3]), 2**26, None)
         assert found.encoded[0].tobytes() == b"%d" % number * 20_000
+        assert store.images([2]) == [b"%d" % number * 20_000]
 
 
 def test_no_mutation_of_a_tree_does_more_than_an_error(tmp_path):
