@@ -82,11 +82,11 @@ def test_a_changed_count_or_other_keys_are_refused_with_what_is_there_and_what_t
     cases = {
         "zero": (
             lambda f: from_zero(f, 39, claimed=38),
-            "num-samples says 38, but its images are image-000000000 .. image-000000038; write 39 there .'Other keys' .*, or",
+            "num-samples says 38, but its images are image-000000000 .. image-000000038; write 39 there .",
         ),
         "holes": (
             lambda f: write_database(f, 39, claimed=20, skip=images[3:9]),
-            "num-samples says 20, but the last image is image-000000039; write 39 there .'Other keys' .*, or write the",
+            "num-samples says 20, but the last image is image-000000039; write 39 there .",
         ),
         "digits": (
             lambda f: write_database(f, 39, claimed="9" * 5000),
@@ -95,14 +95,14 @@ def test_a_changed_count_or_other_keys_are_refused_with_what_is_there_and_what_t
         "huge": (lambda f: write_database(f, 3, claimed=10**18), "num-samples says 10{18}, but the last"),
         "negative": (
             lambda f: write_database(f, 3, claimed=-3),
-            r"num-samples is b'-3', not a number, the last image is image-000000003; write 3 there .'Other",
+            r"num-samples is b'-3', not a number, the last image is image-000000003; write 3 there",
         ),
         "float": (lambda f: write_database(f, 3, claimed="1e3"), "num-samples is b'1e3', not a number"),
         "inside": (lambda f: write_database(f, 3, claimed="3 3"), "num-samples is b'3 3', not a number"),
         "nul": (lambda f: write_database(f, 3, claimed="\0" * 40), r"num-samples is b'\\x00.*40 bytes"),
         "none": (
             lambda f: write_database(f, 3, skip=[b"num-samples"]),
-            "no key 'num-samples', the|its images are image-000000001 .. image-000000003; write 3 there .'Other",
+            "no key 'num-samples', the|its images are image-000000001 .. image-000000003; write 3 there",
         ),
         "six": (
             lambda f: with_keys(f, *(b"%s-%06d" % (kind, n) for kind in (b"image", b"label") for n in (1, 2))),  # noqa: E501
