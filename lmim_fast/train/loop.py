@@ -5,86 +5,26 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from lmim_fast import faults
-from lmim_fast.config import RunConfig
 from lmim_fast.data.batch import Batch
-from lmim_fast.data.order import SampleOrder
 from lmim_fast.data.pipeline import ViewPipeline
 from lmim_fast.errors import LmimError
-from lmim_fast.owner import Owner
 from lmim_fast.train import optim, parallel
-from lmim_fast.train.checkpoint.saver import SLOWEST, Saver
-from lmim_fast.train.held_out import HeldOut
+from lmim_fast.train.checkpoint.saver import SLOWEST
 from lmim_fast.train.memory import explain_out_of_memory
-from lmim_fast.train.profiling import Trace
+from lmim_fast.train.session import Clock, Session
 from lmim_fast.train.side_files import BAD_RECORDS_FILE, SKIPPED_FILE, add_new_lines, flush
 from lmim_fast.train.signals import name_of, stop_signals
-from lmim_fast.train.step import TrainStep
-from lmim_fast.train.telemetry import Meter, Telemetry, Value, memory_bytes
-from lmim_fast.train.validation import Validation
-from lmim_fast.train.watchdog import Watchdog
-from lmim_fast.train.world import World, answered
+from lmim_fast.train.telemetry import Value, memory_bytes
+from lmim_fast.train.world import answered
 
 # A bad batch or two pass; a run that diverged does not come back.
 MAX_SKIPPED_IN_A_ROW = 20
 MAX_TIME = "--max-time"
 _LOOK_EVERY = 0.05  # seconds, while a checkpoint is waited for
-
-
-@dataclass
-class Progress:
-    """Where a run stands: with weights and optimiser, all that a resume needs."""
-
-    meter: Meter
-    step: int = 0
-    """Optimiser steps done."""
-    seconds: float = 0.0
-    """Training time of the sittings before this one."""
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], loss_names: tuple[str, ...], device: torch.device) -> Progress:
-        """What a checkpoint's state.json says."""
-        meter = Meter.from_state(state["meter"], loss_names, device)
-        return cls(meter, state["step"], state["seconds"])
-
-
-@dataclass
-class Session:
-    """Everything one process trains with."""
-
-    config: RunConfig
-    run: Path
-    world: World
-    model: nn.Module
-    optimizer: optim.SkippingAdamW
-    run_step: TrainStep
-    order: SampleOrder
-    progress: Progress
-    telemetry: Telemetry
-    identity: dict[str, Any]
-    """What every checkpoint of this run says of it: config, versions, data, seed, teacher."""
-    saver: Saver
-    watchdog: Watchdog
-    trace: Trace
-    validation: Validation | None = None
-    held_out: HeldOut | None = None
-    bad_named: int = 0
-    """Broken records of this process that are in bad_records.jsonl."""
-    bad_records: int = 0
-    """Distinct broken records that the run met; counted on rank 0."""
-    saved_step: int | None = None
-    """Step of the newest checkpoint."""
-    score: float | None = None
-    """Held-out loss of the weights as they are; None where it was not measured after the last step."""
-    owner: Owner | None = None
-    """Of the run folder; rank 0 has it."""
 
 
 def train(session: Session, batches: ViewPipeline) -> str | None:
@@ -103,7 +43,7 @@ def train(session: Session, batches: ViewPipeline) -> str | None:
     warmup = optim.warmup_steps(config, session.order.num_samples)
     peak = optim.peak_learning_rate(config)
     schedule, final = config.optim.schedule, config.optim.final_lr
-    clock = _Clock(progress.seconds)
+    clock = Clock(progress.seconds)
 
     def others() -> Iterator[Batch]:
         for _ in range(1, config.accumulation):
@@ -174,7 +114,7 @@ def _stop_if_lost(session: Session, lost: int, total: int) -> None:
         )
 
 
-def _end(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
+def _end(session: Session, batches: ViewPipeline, clock: Clock) -> None:
     """Save the last step, and wait until that is on the disk."""
     if session.saved_step != session.progress.step:
         _save(session, batches, clock)
@@ -209,40 +149,7 @@ def _next_batch(session: Session, batches: ViewPipeline, *values: int) -> tuple[
         raise
 
 
-@dataclass
-class _Clock:
-    """Times of this sitting and of the window that the next line of metrics covers."""
-
-    before: float
-    steps: int = 0
-    waited: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.started = self.window_started = time.monotonic()
-
-    def count(self, batch: Batch) -> Batch:
-        """The batch, whose time of waiting is added up."""
-        self.waited += batch.wait_seconds
-        return batch
-
-    def sitting(self) -> float:
-        """Seconds of this sitting."""
-        return time.monotonic() - self.started
-
-    def elapsed(self) -> float:
-        """Training time of the run, earlier sittings included."""
-        return self.before + self.sitting()
-
-    def close_window(self) -> tuple[float, float]:
-        """Steps per second and share of the time spent waiting for data; starts the next window."""
-        now = time.monotonic()
-        seconds = max(now - self.window_started, 1e-9)
-        rates = self.steps / seconds, min(1.0, self.waited / seconds)
-        self.window_started, self.steps, self.waited = now, 0, 0.0
-        return rates
-
-
-def _log(session: Session, batches: ViewPipeline, clock: _Clock, lr: float) -> None:
+def _log(session: Session, batches: ViewPipeline, clock: Clock, lr: float) -> None:
     """Read the window's numbers and write their line."""
     config, world, progress = session.config, session.world, session.progress
     means, skipped = progress.meter.close_window()
@@ -320,7 +227,7 @@ def _write(session: Session, line: dict[str, Value], skipped: list[int]) -> None
         )
 
 
-def _save(session: Session, batches: ViewPipeline, clock: _Clock) -> None:
+def _save(session: Session, batches: ViewPipeline, clock: Clock) -> None:
     """Name the broken records known by now, and begin a checkpoint; training waits for a copy only."""
     _check_owner(session)
     _name_bad_records(session, batches)

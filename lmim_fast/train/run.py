@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import signal
 import traceback
@@ -20,19 +18,18 @@ from lmim_fast import faults
 from lmim_fast.config import RunConfig
 from lmim_fast.config.io import config_hash, to_dict
 from lmim_fast.data.store.records import Records
-from lmim_fast.errors import LmimError, UsageError
-from lmim_fast.owner import Owner
-from lmim_fast.train import optim, parallel, side_files
+from lmim_fast.errors import LmimError
+from lmim_fast.train import optim, parallel, run_folder, side_files
 from lmim_fast.train.agreement import refuse_different, start_of
-from lmim_fast.train.checkpoint import content, removal, resume
-from lmim_fast.train.checkpoint.files import explain, write_file
+from lmim_fast.train.checkpoint import content, resume
 from lmim_fast.train.checkpoint.folders import Checkpoint
 from lmim_fast.train.checkpoint.saver import Saver
 from lmim_fast.train.compiler import require_compiler
 from lmim_fast.train.held_out import HeldOut
-from lmim_fast.train.loop import Progress, Session, train
+from lmim_fast.train.loop import train
 from lmim_fast.train.memory import explain_out_of_memory
 from lmim_fast.train.profiling import Trace
+from lmim_fast.train.session import Progress, Session
 from lmim_fast.train.start import skip_list_digest, versions
 from lmim_fast.train.step import TrainStep
 from lmim_fast.train.task import Task
@@ -87,7 +84,7 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
     with world.together():
         skipped = skip_list_digest(config, store, say)
     refuse_different(world.gather({"skip list": skipped}))
-    owner = _own_folder(run, world, say, outside)
+    owner = run_folder.take(run, world, say, outside)
     saved = resume.find(run, config, identity["data"], world, say)
 
     with world.together():
@@ -103,7 +100,7 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
         if saved is not None:
             content.load_teacher(run, saved.state["teacher"], model)
         if world.is_main:
-            _prepare_folder(run, identity)
+            run_folder.describe(run, identity)
             if saved is None:
                 restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
                 side_files.start_afresh(run, say, restarted=restarted)
@@ -240,53 +237,6 @@ def _mend_teacher(task: Task, model: nn.Module, run: Path, saved: Checkpoint, sa
         now = getattr(config, option, None)
         if now is not None and now != saved.state["config"][option]:
             say(f"--{option} {now} is not read: the run keeps the weights that it has")
-
-
-def _own_folder(run: Path, world: World, say: Say, outside: contextlib.ExitStack) -> Owner | None:
-    """Make the run folder this run's alone, before anything in it counts; the owner is a process: rank 0's.
-
-    An owner on another machine may have to be watched for longer than ranks wait for each other, so they talk
-    meanwhile.
-
-    Raises:
-        UsageError: another run has it, or it cannot be made or written.
-    """
-    owner = Owner(run) if world.is_main else None
-    if owner is not None:
-        outside.callback(owner.release)
-    waiting = 1
-    while waiting:
-        with world.together():
-            ours = owner is None or _try_to_own(owner, run, say)
-        (waiting,) = world.largest(not ours)
-    return owner
-
-
-def _try_to_own(owner: Owner, run: Path, say: Say) -> bool:
-    _check_folder(run)
-    try:
-        return owner.acquire(say)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise explain(error, run) from error
-        what = "written" if run.is_dir() else "made"
-        raise UsageError(f"--output {run}: cannot be {what} ({error.strerror})") from error
-
-
-def _check_folder(run: Path) -> None:
-    """Refuse a run folder in which this run could not write, as far as that is seen."""
-    for folder in (run, run / "checkpoints", run / "tensorboard"):
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--output {run}: {folder} is in the way, it should be a folder")
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"--output {run}: no permission to write in {folder}")
-
-
-def _prepare_folder(run: Path, identity: dict[str, Any]) -> None:
-    """Clear what an interrupted save left, and write down what the run is."""
-    removal.remove_unfinished(run)
-    description = {name: identity[name] for name in ("config", "versions", "data")}
-    write_file(run / "config.json", json.dumps(description, indent=1).encode())
 
 
 def _summarise(config: RunConfig, world: World, model: nn.Module, store: Records, say: Say) -> None:
