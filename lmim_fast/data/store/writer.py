@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -226,4 +227,6 @@ def _to_stderr(line: str) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    if os.strerror(errno.ENODEV) in str(error):  # as LMDB says it
+        return f"{error}; its file system cannot map files into memory; write on a local disk, then copy it"
     return str(error)

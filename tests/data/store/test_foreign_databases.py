@@ -291,7 +291,7 @@ void *mmap(void *at, size_t size, int protection, int flags, int file, off_t off
     if (!real) real = dlsym(RTLD_NEXT, "mmap");
     char link[64], name[4096] = "";
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    if (file >= 0 && readlink(link, name, sizeof name - 1) > 0 && strstr(name, "data.mdb")) {
+    if (file >= 0 && readlink(link, name, sizeof name - 1) > 0 && strstr(name, "unmappable")) {
         errno = ENODEV;
         return MAP_FAILED;
     }
@@ -320,16 +320,26 @@ def _preload(folder, source):
     return {**os.environ, "LD_PRELOAD": str(folder / "shim.so")}
 
 
-@pytest.mark.slow
 def test_a_file_system_without_maps_is_named(tmp_path):
-    folder = write_database(tmp_path / "crops", 2)
-    command = [sys.executable, "-m", "lmim_fast.cli", "data", "inspect", str(folder)]
+    folder = write_database(tmp_path / "unmappable", 2)
+    program = (
+        "from pathlib import Path\n"
+        "from lmim_fast.data.store.records import RecordStore\n"
+        "from lmim_fast.data.store.writer import LmdbWriter\n"
+        "from lmim_fast.errors import LmimError\n"
+        f"folder = Path({str(folder)!r})\n"
+        "for use in (lambda: RecordStore([folder]), LmdbWriter(folder / 'new', 3).__enter__):\n"
+        "    try: use()\n"
+        "    except LmimError as error: print(error)"
+    )
     environment = _preload(tmp_path, _SHIM)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith(
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == (
         f"{folder}/data.mdb: cannot be read (No such device); its file system cannot map files into memory;"
-        " copy the database to a local disk"
+        " copy the database to a local disk\n"
+        f"cannot write the LMDB {folder}/new: {folder}/new.partial/records.partial: No such device; its file"
+        " system cannot map files into memory; write on a local disk, then copy it\n"
     )
 
 
