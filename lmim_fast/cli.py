@@ -42,6 +42,7 @@ _SYSTEM = {
     errno.EROFS: _PERMISSION,
     errno.EIO: _FAILED,
     errno.ESTALE: _FAILED,
+    errno.ENOTCONN: ("the mount has gone", "mount it again, then run the same command again"),
     errno.EMFILE: ("too many open files", "raise the limit with `ulimit -n`"),
     errno.ENFILE: ("too many open files on this machine", "end other processes, or raise fs.file-max"),
     errno.ENAMETOOLONG: ("a name is too long", "choose a shorter one"),

@@ -191,6 +191,7 @@ _REFUSALS = {
     errno.ENFILE: "this machine has as many files open as it may; close other programs, or raise fs.file-max",
     errno.EIO: "the disk fails; copy the data to another one",
     errno.ESTALE: "its network file system lost it; mount that again and give the same command again",
+    errno.ENOTCONN: "the program behind its mount has ended; mount it again and give the same command again",
     errno.ENOMEM: "there are no addresses left to map it; raise the limit, for example `ulimit -v unlimited`",
 }
 

@@ -118,6 +118,10 @@ def test_a_disk_that_fails_in_the_middle_is_named_and_the_data_not_called_damage
             "image-000000002: cannot be read (Stale file handle); its network file system lost it; mount that"
             " again and give the same command again"
         ),
+        native().LmdbRefused(errno.ENOTCONN, 0): (
+            "image-000000002: cannot be read (Transport endpoint is not connected); the program behind its"
+            " mount has ended; mount it again and give the same command again"
+        ),
         native().LmdbBusy("tried 100 times", 0): (
             "another process writes this database so fast that image-000000002 could not be read; let the"
             " writer finish, or read a copy of the database"
