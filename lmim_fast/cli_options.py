@@ -222,6 +222,9 @@ def _first_message(box: str) -> str:
         first = first[: first.index("Got errors:")]
     text = " ".join(" ".join(first).split())
     text = re.sub(r"^Error parsing (\w+(Config|Options): )?", "", text).rstrip(". ")
+    text = text.replace("invalid literal for int() with base 10:", "must be a whole number, got")
+    text = text.replace("could not convert string to float:", "must be a number, got")
+    text = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]", r"must be \1, got \2", text)
     guesses = [
         line.split()[0]
         for section in sections[1:]

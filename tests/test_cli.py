@@ -76,7 +76,11 @@ def test_a_missing_option_is_named(capsys):
     ("arguments", "problem"),
     [
         (["pretrain"], "missing: --data"),
-        (["pretrain", "--data", "x", "--batch-size", "q"], "--batch-size: invalid literal"),
+        (
+            ["pretrain", "--data", "x", "--batch-size", "1e3"],
+            "--batch-size: must be a whole number, got '1e3'",
+        ),
+        (["pretrain", "--data", "x", "--optim.lr", "q"], "--optim.lr: must be a number, got 'q'"),
         (["pretrain", "--data", "x", "--seed", "-1"], "seed must be in"),
         (["pretrain", "--data", "x", "--optim.lr", "inf"], "--optim.lr must be a finite number, got inf"),
         (["finetune", "--data", "x", "--preset", "huge"], "unknown preset 'huge'"),

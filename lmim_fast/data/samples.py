@@ -112,7 +112,7 @@ class BadRecords:
             if self.count > self._max_fraction * seen:
                 last = self.entries[-1]
                 raise DataError(
-                    f"{self.count} broken records among the first {seen} seen, more than"
+                    f"{self.count} of the first {seen} records seen are broken, more than"
                     f" --loader.max-bad-fraction {self._max_fraction:g} allows; the last:"
                     f" {last.database} {last.key}: {last.reason}"
                 )

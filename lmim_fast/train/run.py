@@ -178,7 +178,8 @@ def _run(task: Task, world: World, say: Say, outside: contextlib.ExitStack) -> P
             left = task.finish(complete, run, progress.step)
     if session.bad_records:
         named = run / side_files.BAD_RECORDS_FILE
-        say(f"{session.bad_records} broken records were replaced by others: {named}")
+        were = "record was" if session.bad_records == 1 else "records were"
+        say(f"{session.bad_records} broken {were} replaced: {named}")
     if world.is_main:
         say(f"finished: {run}, {left}")
     return run

@@ -35,7 +35,7 @@ def test_r19_a_run_that_ends_early_leaves_no_process_and_no_shared_memory(tmp_pa
                 os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode == 0) == (how == "early stop"), (out, err)
     if how == "exception":
-        assert "broken records among the first" in err
+        assert "records seen are broken" in err
     assert [other.pid for other in psutil.process_iter() if _is_of(other, process.pid)] == []
     assert left(shared) == []
 

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -136,6 +137,15 @@ def test_missing_tensorboard_is_said_once_and_the_curve_is_still_written(tmp_pat
         telemetry.log({**LINE, "step": 4})
     assert capsys.readouterr().out.count("no TensorBoard") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_name_that_tensorboard_cannot_write_is_said_and_the_curve_is_still_written(tmp_path, capsys):
+    run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    run.mkdir()
+    with Telemetry(run, LOSSES, total=4, start_step=0) as telemetry:
+        telemetry.log(LINE)
+    assert "warning: no TensorBoard files: it cannot write to the name " in capsys.readouterr().out
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_ranks_other_than_the_first_write_and_say_nothing(tmp_path, capsys, monkeypatch):
