@@ -80,6 +80,16 @@ std::vector<std::string> images(const uint8_t* data, uint64_t size, size_t count
                 } catch (const lmim::RecordUnreadable&) {
                 }
         }
+        for (size_t i = 0; i < count; ++i) {  // by key: the same
+            std::string value = "error";
+            char key[32];
+            std::snprintf(key, sizeof key, "image-%09zu", i);
+            try {
+                value = lmim::values(*files[0], {key})[0].value_or("");
+            } catch (const lmim::RecordUnreadable&) {
+            }
+            if (value != found[i]) throw std::logic_error(std::string(key) + " has two values");
+        }
     } catch (const lmim::LmdbDamaged&) {
     } catch (const lmim::LmdbUnsupported&) {
     }
