@@ -22,6 +22,7 @@ constexpr uint64_t kPageHeader = 16, kNodeHeader = 8, kMetaEnd = kPageHeader + 1
 constexpr uint64_t kTransaction = kPageHeader + 128;  // in a header's page; its writer writes it last
 constexpr uint64_t kLeastPage = 512, kLargestPage = 32768;
 constexpr uint64_t kRoom = 1ull << 32;  // bytes of the map behind the end of the file; addresses, no memory
+constexpr uint64_t kShort = 256;       // bytes of a value that are copied from the map
 constexpr int kDeepest = 32;  // levels that LMDB's cursors have room for
 constexpr uint16_t kBranch = 0x01, kLeaf = 0x02, kOverflow = 0x04, kMeta = 0x08, kFixed = 0x20, kSubPage = 0x40;
 constexpr uint16_t kBigData = 0x01, kDuplicates = 0x04;
@@ -226,6 +227,10 @@ std::optional<LmdbFile::Value> LmdbFile::find(const Snapshot& snapshot, std::str
 }
 
 void LmdbFile::read(const Snapshot& snapshot, const Value& value, uint8_t* to) const {
+    if (!value.own_pages && value.length <= kShort) {
+        std::memcpy(to, data_ + value.offset, value.length);
+        return;
+    }
     if (!value.own_pages) return copy(value.offset, nullptr, 0, to, value.length);
     uint8_t header[kPageHeader];
     copy(value.offset - kPageHeader, header, kPageHeader, to, value.length);

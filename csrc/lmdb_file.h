@@ -35,7 +35,8 @@ struct LmdbBusy : std::runtime_error {
 };
 
 // The tree is walked in a map of the file, and a value is read in one piece from the file itself: one request to the
-// disk where a map needs one for each page, and a disk that fails there is an error and no signal. Every number found
+// disk where a map needs one for each page, and a disk that fails there is an error and no signal. Short values, as
+// labels are, lie on the page that was walked last: they are copied from the map. Every number found
 // in the file is checked before it is used, so a damaged file is LmdbDamaged and never a read outside of it; only a file
 // that is cut while its tree is walked takes the map away from under the walk (SIGBUS). The map is longer than the
 // file: what a writer appends is seen in it.
