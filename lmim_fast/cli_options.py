@@ -162,13 +162,13 @@ def _named(option: str, default: str, arguments: Sequence[str]) -> str:
 
 def _unknown_options(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     """Options that a config does not have, whatever else is missing or wrong."""
-    known = {"--help"}
+    known = {"-h", "--help"}
     for option, hint in _options_of(kind):  # type: ignore[arg-type]
         known.add(option)
         if hint is bool:
-            known.add(re.sub(r"([^.-]+)$", r"no-\1", option) if "." in option else f"--no-{option[2:]}")
-    names = [argument.partition("=")[0] for argument in arguments]
-    return [name for name in names if name.startswith("--") and name.replace("_", "-") not in known]
+            known.add(re.sub(r"^(--(.*\.)?)", r"\1no-", option))
+    names = [argument.partition("=")[0] for argument in arguments if re.match(r"--?[A-Za-z]", argument)]
+    return [name for name in names if name.replace("_", "-") not in known and name not in ("-inf", "-nan")]
 
 
 def _tyro(kind: type[Any], arguments: Sequence[str], **options: Any) -> Any:

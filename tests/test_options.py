@@ -7,7 +7,7 @@ import pytest
 
 from lmim_fast import cli
 from lmim_fast.cli_commands import COMMANDS
-from lmim_fast.cli_options import _options_of, _refuse_numbers, parse
+from lmim_fast.cli_options import _options_of, _refuse_numbers, _unknown_options, parse
 from lmim_fast.config import EvaluateConfig, FinetuneConfig, PretrainConfig, RenderConfig
 from lmim_fast.config.checks import PATH, _metadata, require_numbers
 from lmim_fast.errors import UsageError
@@ -169,3 +169,23 @@ def test_a_lack_of_memory_is_one_line(capsys, monkeypatch, error):
     told = capsys.readouterr().err
     assert told.startswith("error: not enough memory: ")
     assert told.count("\n") == 1
+
+
+def test_options_that_a_command_has_are_never_called_unknown():
+    given = [
+        "--no-resume",
+        "--optim.lr=-inf",
+        "--loader_threads",
+        "-5",
+        "-inf",
+        "--frob=1",
+        "-x",
+        "--loader.no-frob",
+    ]
+    known = [option for option, _ in _options_of(PretrainConfig)]
+    assert _unknown_options(PretrainConfig, [*given, *known, "-h"]) == [
+        "--loader_threads",
+        "--frob",
+        "-x",
+        "--loader.no-frob",
+    ]
