@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from lmim_fast.kernels import runtime
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.gelu import bias_gelu
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -138,10 +138,8 @@ for arch in static_build.ARCHES:
     report = static_build.compile_build(build, arch)
     assert not report.failures, report.failures
 """
-    result = subprocess.run(
-        [sys.executable, "-c", f"import os; del os.environ['TRITON_INTERPRET']\n{code}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = forked.run("-c", code, env=environment)
     assert result.returncode == 0, result.stderr
 
 
