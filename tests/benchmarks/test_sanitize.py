@@ -24,8 +24,10 @@ CPU = torch.device("cpu")
 
 def test_the_operations_launch_every_kernel_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are recorded, not run: so at real lengths, in the 16 bits that the interpreter has."""
-    launched = set()
-    for operation in operations.every(1):
+    launched, shipped = set[str](), operations.shipped_kernels()
+    for operation in sorted(operations.every(1), key=lambda operation: not operation.leading):
+        if launched >= shipped:  # the products of the others, which are run, take long
+            break
         for form in operation.ours.values():
             with runtime.recording((9, 0)) as recording, dispatch.backend("triton"):
                 inputs = operation.inputs(CPU, torch.float16)
@@ -37,7 +39,7 @@ def test_the_operations_launch_every_kernel_that_ships(monkeypatch: pytest.Monke
                 if any(output.requires_grad for output in outputs):
                     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             launched |= {kernel_name(launch.kernel) for launch in recording.launches}
-    assert launched == operations.shipped_kernels()
+    assert launched == shipped
     assert len(launched) == 22
 
 
