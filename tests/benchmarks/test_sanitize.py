@@ -25,8 +25,10 @@ CPU = torch.device("cpu")
 def test_the_operations_launch_every_kernel_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are recorded, not run: so at real lengths, in the 16 bits that the interpreter has."""
     launched, shipped = set[str](), operations.shipped_kernels()
-    for operation in sorted(operations.every(1), key=lambda operation: not operation.leading):
-        if launched >= shipped:  # the products of the others, which are run, take long
+    # The products of an MLP are run, which takes long at other sizes than the leading one.
+    found = sorted(operations.every(1), key=lambda one: (not one.leading, one.name == "mlp"))
+    for operation in found:
+        if launched >= shipped:
             break
         for form in operation.ours.values():
             with runtime.recording((9, 0)) as recording, dispatch.backend("triton"):
