@@ -57,9 +57,14 @@ def test_loss_and_every_gradient_equal_the_oracle(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "form"), [(norm_step.VARIABLE, "recompute"), (attention.BIAS_VARIABLE, "product")]
+    ("name", "variable", "form"),
+    [
+        ("ca_sa", norm_step.VARIABLE, "recompute"),
+        ("GELU in a separate pass", attention.BIAS_VARIABLE, "product"),
+        pytest.param("ca_sa", attention.BIAS_VARIABLE, "product", marks=pytest.mark.slow),
+        pytest.param("GELU in a separate pass", norm_step.VARIABLE, "recompute", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["ca_sa", "GELU in a separate pass"])
 def test_other_forms_give_the_oracles_loss_and_gradients_too(
     name: str, variable: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,7 @@ def two_launches(draw: st.DrawFn) -> tuple[runtime.Launch, runtime.Launch]:
     return first, second
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(two_launches())
 def test_keys_are_equal_where_tritons_are_and_only_there(
     launches: tuple[runtime.Launch, runtime.Launch],
