@@ -138,7 +138,11 @@ for rank in range(2):
     if not process:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         sys.argv[:1] = []
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code)  # else the store would wait for threads that a fork does not have
     ranks.append(process)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) != 0 for rank in ranks))
 """
