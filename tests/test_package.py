@@ -2,9 +2,8 @@
 
 import dataclasses
 import importlib
-import subprocess
-import sys
 
+import forked
 import pytest
 
 from lmim_fast.config import (
@@ -34,7 +33,7 @@ OPTIONAL = (
 
 
 def run_python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = forked.run("-c", code)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

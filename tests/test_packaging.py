@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,9 @@ def test_kernels_are_one_folder_that_a_checkout_imports_without_an_installation(
     assert os.readlink(folder / "lmim_fast/kernels") == "../kernels"
     assert not [path for path in (folder / "kernels").iterdir() if path.is_symlink()]
     code = "import lmim_fast.kernels.runtime as module; print(module.__file__)"
-    assert run(code, tmp_path, folder) == f"{folder}/lmim_fast/kernels/runtime.py\n"
+    result = forked.run("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(folder)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{folder}/lmim_fast/kernels/runtime.py\n"
 
 
 def expected(folder: Path) -> set[str]:

@@ -93,7 +93,7 @@ def test_a_replica_of_data_parallel_runs_the_original_on_its_own_weights() -> No
     assert bound(layer)
 
 
-@pytest.mark.parametrize("name", ["torch", "scaled ViT", "public MAE"])
+@pytest.mark.parametrize("name", ["torch", pytest.param("scaled ViT", marks=pytest.mark.slow), "public MAE"])
 def test_a_swapped_model_compiles_without_graph_breaks(name: str) -> None:
     swapped, inputs, calls = Swapped(FAMILIES[name].model()), FAMILIES[name].inputs(), []
 

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -234,8 +233,7 @@ def test_launches_are_timed_on_both_paths(tmp_path):
         "import json; from benchmarks import host_launch; print(json.dumps(host_launch.measure(5, calls=50)))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    result = forked.run("-c", code, env=environment)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     assert [(row["kernel"], row["arguments"]) for row in rows] == [

@@ -1,5 +1,7 @@
 """A stage of the GPU run: its parts, their time, what it leaves however it ends."""
 
+import argparse
+import importlib
 import json
 import random
 import re
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -150,29 +153,30 @@ def test_suspicious_kernels_that_fail_are_left_out_of_the_parts_after_them(
     assert "REMEDY" not in (tmp_path / "summary.txt").read_text()
 
 
+# Sends itself the signal so long after a part begins.
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+folder, seconds, kind, part = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+def interrupt():
+    while not list(folder.glob(f"light_{part}.log")):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.kill(os.getpid(), kind)
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+
+
 def interrupted_stage(
     folder: Path, seconds: float, kind: signal.Signals, code: str, part: str = "*"
 ) -> tuple[int, str]:
     """Interrupt a stage so long after a part begins; its exit code and what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a script
-    )
-    while not list(folder.glob(f"light_{part}.log")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(seconds)
-    process.send_signal(kind)
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output
+    result = forked.run("-c", INTERRUPTED + code, str(folder), str(seconds), str(int(kind)), part)
+    return result.returncode, result.stdout + result.stderr
 
 
 FAKE_STAGE = """
-import sys
 from benchmarks import gpu, gpu_stages
 from benchmarks.gpu_stages import Part
 names = ["few", "figures", "never"]
@@ -200,7 +204,7 @@ def test_an_interrupt_at_any_instant_leaves_whole_results(number: int, tmp_path:
     assert len((folder / "summary.txt").read_text().splitlines()) == 1 + len(found)
 
 
-STAGE_ONE = "import sys; from benchmarks import gpu; sys.exit(gpu.main([sys.argv[1], '--dry-run']))"
+STAGE_ONE = "from benchmarks import gpu; sys.exit(gpu.main([sys.argv[1], '--dry-run']))"
 
 
 @pytest.mark.slow
@@ -233,6 +237,7 @@ def dry_run(folder: Path, stage: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_light_stage_has_every_part_in_order_with_figures(tmp_path: Path) -> None:
     found = dry_run(tmp_path, 1)
     assert sorted(found, key=lambda name: found[name]["order"]) == [
@@ -258,6 +263,31 @@ def test_a_dry_run_of_the_other_stages_has_every_part_in_order_with_figures(
     if stage == 2:
         assert [row["variant"] for row in found["step"]["rows"]] == ["ours", "compiled", "ours+compile"]
         assert found["dropout"]["rows"][0]["dropout"] == 0.1
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("stage", gpu_stages.NAMES)
+def test_every_part_is_a_program_that_takes_its_options(
+    stage: int, dry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parsed(self: argparse.ArgumentParser, *arguments: Any) -> Any:
+        _, rest = parse(self, *arguments)
+        raise Parsed(rest)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
+    for part in gpu_stages.parts(stage, tmp_path, "sm_90", dry):
+        _, _, name, *options = part.line(tmp_path / "x.json", 50)
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        with pytest.raises(Parsed) as caught:
+            importlib.import_module(name).main()
+        to_pytest = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/benchmarks/test_floors.py"]
+        assert caught.value.args[0] == (to_pytest if name == "benchmarks.gpu_tests" and dry else [])
 
 
 @pytest.mark.parametrize("stage", gpu_stages.NAMES)
@@ -316,8 +346,7 @@ def test_failing_tests_turn_their_part_red_with_the_reason(tmp_path: Path) -> No
         "no:cacheprovider",
         str(path),
     ]
-    command = [sys.executable, "-m", "benchmarks.gpu_tests", *arguments]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 1
+    assert forked.run("-m", "benchmarks.gpu_tests", *arguments).returncode == 1
     found = json.loads((tmp_path / "tests.json").read_text())
     assert [row["outcome"] for row in found["rows"]] == ["passed", "failed"]
     assert "assert 1 == 2" in found["failed"][0]["error"]
@@ -327,21 +356,28 @@ def test_failing_tests_turn_their_part_red_with_the_reason(tmp_path: Path) -> No
 def test_tests_that_are_stopped_by_their_time_are_not_red(tmp_path: Path) -> None:
     path, results = tmp_path / "test_long.py", tmp_path / "tests.json"
     path.write_text("import time\ndef test_good(): pass\ndef test_long(): time.sleep(60)\n")
-    arguments = ["--results", str(results), "-q", "-n", "0", "-p", "no:cacheprovider", str(path)]
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_tests", *arguments], cwd=ROOT)
+    code = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+from benchmarks import gpu_tests
+results = Path(sys.argv[2])
+def interrupt():
     while not results.exists() or not json.loads(results.read_text())["rows"]:
-        assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+sys.exit(gpu_tests.main(sys.argv[1:]))
+"""
+    arguments = ["--results", str(results), "-q", "-n", "0", "-p", "no:cacheprovider", str(path)]
+    result = forked.run("-c", code, *arguments)
+    assert result.returncode == 130, result.stdout + result.stderr
     found = json.loads(results.read_text())
     assert (found["verdict"], found["headline"]) == ("unfinished", "1 passed, 0 failed, 0 skipped")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_cuda_device_a_stage_is_absent(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path / "results"), "--stage", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = forked.run("-m", "benchmarks.gpu", str(tmp_path / "results"), "--stage", "1")
     assert result.returncode == 3
     assert result.stderr.startswith("make gpu needs a CUDA device")
     assert not (tmp_path / "results").exists()

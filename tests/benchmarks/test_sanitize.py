@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -18,14 +19,17 @@ from lmim_fast.kernels import runtime
 from lmim_fast.ops import dispatch
 from lmim_fast.ops.gelu import bias_gelu
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 def test_the_operations_launch_every_kernel_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are recorded, not run: so at real lengths, in the 16 bits that the interpreter has."""
-    launched = set()
-    for operation in operations.every(1):
+    launched, shipped = set[str](), operations.shipped_kernels()
+    # The products of an MLP are run, which takes long at other sizes than the leading one.
+    found = sorted(operations.every(1), key=lambda one: (not one.leading, one.name == "mlp"))
+    for operation in found:
+        if launched >= shipped:
+            break
         for form in operation.ours.values():
             with runtime.recording((9, 0)) as recording, dispatch.backend("triton"):
                 inputs = operation.inputs(CPU, torch.float16)
@@ -37,7 +41,7 @@ def test_the_operations_launch_every_kernel_that_ships(monkeypatch: pytest.Monke
                 if any(output.requires_grad for output in outputs):
                     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             launched |= {kernel_name(launch.kernel) for launch in recording.launches}
-    assert launched == operations.shipped_kernels()
+    assert launched == shipped
     assert len(launched) == 22
 
 
@@ -138,10 +142,8 @@ for arch in static_build.ARCHES:
     report = static_build.compile_build(build, arch)
     assert not report.failures, report.failures
 """
-    result = subprocess.run(
-        [sys.executable, "-c", f"import os; del os.environ['TRITON_INTERPRET']\n{code}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = forked.run("-c", code, env=environment)
     assert result.returncode == 0, result.stderr
 
 

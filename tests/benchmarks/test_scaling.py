@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -292,7 +293,16 @@ def test_a_check_compares_the_sum_of_the_parts_with_the_whole(tmp_path: Path, ca
 
 
 def test_two_real_processes_are_measured() -> None:
-    measured = scaling_check.measure_two_ranks("tiny", batch=2, rounds=2)
+    code = """
+import functools, json
+import torch.multiprocessing as mp
+from benchmarks import scaling_check
+mp.spawn = functools.partial(mp.start_processes, start_method="fork")
+print(json.dumps(scaling_check.measure_two_ranks("tiny", batch=2, rounds=2)))
+"""
+    done = forked.run("-c", code)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
     parameters = sum(
         parameter.numel()
         for parameter in LMIM(scaling.preset("tiny")).parameters()

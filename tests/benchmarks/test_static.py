@@ -3,10 +3,11 @@
 import ast
 import json
 import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from benchmarks import static_cases
@@ -21,9 +22,7 @@ def run_static(*arguments: str, code: str | None = None) -> subprocess.Completed
     """`python -m benchmarks.static`, or a snippet; the environment asks for the interpreter, as in tests."""
     command = ["-c", code] if code else ["-m", "benchmarks.static", *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return forked.run(*command, env=environment)
 
 
 # Several calls of the program in one process: name, what is compiled, limits of other devices.
@@ -155,29 +154,33 @@ def launched_kernels() -> set[str]:
     return {key for key, name in functions.items() if name not in called}
 
 
+# Two processes that differ only in the order of the keys.
 _KEYS = """
-import json, sys
+import json, os
+del os.environ["TRITON_INTERPRET"]
 from benchmarks import static_cases
 from benchmarks.operation import kernel_name
 from lmim_fast.kernels import runtime
 with runtime.recording((9, 0)) as recording:
     for _, call in static_cases.cases():
         call()
-kernels = {{kernel_name(one.kernel): one.kernel for one in recording.launches}}
-for name in sorted(kernels, reverse={reverse}):
+kernels = {kernel_name(one.kernel): one.kernel for one in recording.launches}
+reverse = not os.fork()
+for name in sorted(kernels, reverse=reverse):
     runtime.settle_key(kernels[name])
-print(json.dumps({{name: kernel.cache_key for name, kernel in sorted(kernels.items())}}))
+if not reverse:
+    _, status = os.wait()
+    assert status == 0
+print(json.dumps({name: kernel.cache_key for name, kernel in sorted(kernels.items())}))
 """
 
 
 def test_what_is_compiled_once_is_found_again_whatever_ran_before() -> None:
-    results = [
-        run_static(code="import os; del os.environ['TRITON_INTERPRET']" + _KEYS.format(reverse=reverse))
-        for reverse in (False, True)
-    ]
-    keys = [json.loads(result.stdout) for result in results]
-    assert keys[0] == keys[1]
-    assert len(keys[0]) == 22
+    result = run_static(code=_KEYS)
+    assert result.returncode == 0, result.stderr
+    backwards, forwards = map(json.loads, result.stdout.splitlines())
+    assert backwards == forwards
+    assert len(forwards) == 22
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -193,8 +196,24 @@ def test_every_kernel_has_cases(arch: str) -> None:
     assert recorded == launched_kernels()
 
 
+# What a step runs; make static compiles all.
+OF_A_STEP = [
+    r"attention ViT-S 257 bfloat16",
+    r"attention ViT-S 25 \+ 52 bfloat16, p=0\.0",
+    r"attention decoder .* bfloat16, p=0\.1",
+    r"feature loss .* bfloat16",
+    r"GELU ViT-S .* bfloat16",
+    r"LayerNorm ViT-S .* residual bfloat16(, p=0\.0)?(, rows, more from 1)?$",
+    r"LayerNorm decoder .* residual bfloat16, p=0\.1$",
+    r"patch embed ViT-S bfloat16, uint8 images, bfloat16",
+    r"photometric ViT-S both views 32x128 bfloat16",
+]
+
+
 def test_kernels_of_the_small_model_and_of_the_decoder_in_bf16_compile_for_sm_90_without_spills() -> None:
-    result = run_static("--arch", "sm_90", "--only", "ViT-S.*bfloat16|decoder.*bfloat16.*p=0.1")
+    labels = [label for label, _ in static_cases.cases()]
+    assert all(any(re.search(one, label) for label in labels) for one in OF_A_STEP)
+    result = run_static("--arch", "sm_90", "--only", "|".join(OF_A_STEP))
     assert result.returncode == 0, result.stderr
 
 

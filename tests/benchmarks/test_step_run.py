@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import dying
 import pytest
 import torch
 
@@ -47,22 +48,19 @@ def test_a_variant_that_fails_is_told_and_the_others_are_measured() -> None:
     assert 1e5 < row["peak_memory"] < 1e9
     assert row["share_of_floor"] is None
     assert "preliminary" not in row
-
-
-def test_memory_of_a_step_grows_with_the_batch() -> None:
-    small, large = (peak_bytes("released", ON_CPU._replace(batch=batch), None) for batch in (2, 16))
-    assert large > 3 * small
     assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
 
+@pytest.mark.slow
+def test_memory_of_a_step_grows_with_the_batch() -> None:
+    small, large = (peak_bytes("released", ON_CPU._replace(batch=batch), None) for batch in (2, 16))
+    assert large > 3 * small
+
+
 def test_a_process_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_memory, "_measure", _die)
+    monkeypatch.setattr(step_memory, "_measure", dying.die)
     with pytest.raises(BrokenProcessPool):
-        peak_bytes("ours", ON_CPU, None)
-
-
-def _die(*arguments: Any) -> int:
-    os._exit(7)
+        peak_bytes("ours", None, None)  # a setting is of a module that takes seconds to import
 
 
 def written(path: Path) -> list[tuple[str, int, bool]]:
@@ -200,10 +198,14 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_a_graph_needs_a_cuda_device() -> None:
-    result = run_benchmark("--variants", "ours", "ours+graph")
-    assert result.returncode == 2
-    assert "ours+graph needs a CUDA device" in result.stderr
+def test_a_graph_needs_a_cuda_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--device", "cpu", "--preset", "tiny", "--variants", "ours", "ours+graph"]
+    monkeypatch.setattr(sys, "argv", ["bench_step", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        bench_step.main()
+    assert "ours+graph needs a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from benchmarks.tune_static import Attempt, Compiled
 from benchmarks.tune_studies import BACKEND_STUDY, SHIPPED, Candidate, Study, Trial, studies
 from lmim_fast.kernels import attention, attention_backward, gelu, runtime
 from lmim_fast.ops import attention_backends
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
@@ -110,16 +107,9 @@ def test_values_are_tried_in_all_combinations_and_named() -> None:
 def test_without_a_gpu_configurations_are_compiled_once_and_told(tmp_path: Path) -> None:
     """Of six combinations one is what is shipped."""
     path = tmp_path / "tune.json"
-    command = [sys.executable, "-m", "benchmarks.tune", "--static", "--only", "tokens forward", "--jobs", "1"]
+    command = ["-m", "benchmarks.tune", "--static", "--only", "tokens forward", "--jobs", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [*command, "--results", str(path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = forked.run(*command, "--results", str(path), env=environment)
     assert result.returncode == 0, result.stderr
     found = json.loads(path.read_text())
     assert found["device"] == "sm_90"
@@ -283,13 +273,6 @@ def test_no_study_is_begun_after_its_time(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_only_compiling_is_offered() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tune"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = forked.run("-m", "benchmarks.tune", env=environment)
     assert result.returncode == 1
     assert "sees no CUDA device; --static needs none" in result.stderr

@@ -1,15 +1,12 @@
 """Operands of wgmma decoded from PTX, and the pattern that Hopper may read past the end of shared memory."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 
 from benchmarks.wgmma import Operand, Range, hazards, operands
 
-ROOT = Path(__file__).parents[2]
 # 64-byte swizzle, 512 bytes between 8 rows; and 128-byte swizzle, 1024 bytes.
 NARROW, WIDE = 2 << 62 | 32 << 32, 1 << 62 | 64 << 32
 
@@ -164,8 +161,7 @@ with mock.patch.object(attention_backward, "_blocks", lambda *given, **named: fo
 
 def test_the_former_blocks_of_the_decoders_backward_pass_fail() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", FORMER]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = forked.run("-c", FORMER, env=environment)
     assert result.returncode == 1, result.stderr
     assert (
         "attention_backward for self-attention decoder 257 bfloat16, p=0.0: b of m64n32k16" in result.stderr

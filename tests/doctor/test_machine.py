@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 
+import forked
 import pytest
 import torch
 from pretrain_runs import ENVIRONMENT, options, write_lmdb
@@ -37,9 +38,11 @@ dry_run._SECONDS = 0.1
 from lmim_fast.cli import main
 sys.exit(main({["doctor", *arguments]!r}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
+    if "torch" in modules:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    else:
+        done = forked.run("-c", code, env=ENVIRONMENT)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout.splitlines(), done.stderr
 

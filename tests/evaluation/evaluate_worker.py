@@ -1,4 +1,4 @@
-"""`lmim evaluate` with the reader of colours; run by torchrun in the tests."""
+"""`lmim evaluate` with the reader of colours; run in two processes by the tests."""
 
 import sys
 

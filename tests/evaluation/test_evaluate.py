@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import lmdb
 import pytest
 from evaluation_sets import install_files, reading, word, write_set
@@ -125,25 +124,36 @@ def test_a_damaged_database_is_named(tmp_path, model, capsys):
     assert "num-samples says 9" in error_of(capsys, model, folder, code=1)
 
 
+# The program in two processes with the environment of torchrun; their parent has the store.
+RANKS = """
+import os, runpy, sys
+from torch.distributed import TCPStore
+import lmim_fast.evaluate
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+os.environ.update(place, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+ranks = []
+for rank in range(2):
+    process = os.fork()
+    if not process:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.argv[:1] = []
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code)  # else the store would wait for threads that a fork does not have
+    ranks.append(process)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) != 0 for rank in ranks))
+"""
+
+
 def launch(*arguments):
-    """`lmim evaluate` in two processes of torchrun."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            str(Path(__file__).with_name("evaluate_worker.py")),
-            *(*map(str, arguments), "--device", "cpu"),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """`lmim evaluate` in two processes."""
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | settings | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    worker = str(Path(__file__).with_name("evaluate_worker.py"))
+    return forked.run("-c", RANKS, worker, *map(str, arguments), "--device", "cpu", env=environment)
 
 
 def test_two_processes_evaluate_1015_images_as_one_does(tmp_path, model):

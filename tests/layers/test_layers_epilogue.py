@@ -201,8 +201,11 @@ def test_dropout_between_the_matmuls_runs_the_gelu_in_a_separate_pass(name: str)
 @pytest.mark.parametrize(
     ("name", "setting", "low"),
     [
-        *[("Mlp", "on", False), ("Mlp", "on", True), ("Mlp", "off", True)],
         *[("Block", "on", True), ("DecoderLayer", "on", False), ("DecoderLayer", "off", True)],
+        *(
+            pytest.param("Mlp", *form, marks=pytest.mark.slow)  # a part of the others
+            for form in (("on", False), ("on", True), ("off", True))
+        ),
     ],
 )
 def test_the_whole_layer_is_one_compiled_graph_equal_to_eager(name: str, setting: str, low: bool) -> None:

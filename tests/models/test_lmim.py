@@ -43,7 +43,7 @@ SMALLEST = preset(
 )
 CASES = {
     "tiny": TINY,
-    "small": preset("small", decoder_dropout=0.0),
+    "small": preset("small", depth=2, decoder_dropout=0.0),
     "odd": ODD,
     "true_grid": dataclasses.replace(TINY, pos_grid="true"),
     "align_weight": dataclasses.replace(TINY, align_weight=0.3),
@@ -120,7 +120,7 @@ def test_two_threads_give_the_same_bits_every_time(kind: type[nn.Module]) -> Non
     runs = []
     torch.set_num_threads(2)
     try:
-        for _ in range(12):
+        for _ in range(6):
             model.zero_grad()
             torch.manual_seed(1)
             model(*batch).loss.backward()
@@ -193,7 +193,7 @@ def test_wrong_inputs_are_named() -> None:
 
 def test_a_hundred_steps_follow_the_oracle() -> None:
     """New crops and masks in every step; measured: 2e-7, and a sixth of the first loss at the end."""
-    config = dataclasses.replace(SMALLEST, depth=2, decoder_depth=2)
+    config = dataclasses.replace(SMALLEST, decoder_depth=1)
     oracle, fast = ReferenceLMIM(config), LMIM(config)
     twins(oracle, fast)
     curves = []
@@ -258,9 +258,7 @@ def test_the_model_compiles_into_one_graph_with_the_same_loss_and_gradients(kind
 def test_models_of_other_mask_ratios_compile_one_after_the_other() -> None:
     torch.compiler.reset()
     first = dataclasses.replace(SMALLEST, decoder_depth=1)
-    for config in (first, dataclasses.replace(first, mask_ratio=0.6)):
-        model = LMIM(config)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for size in (2, 3):
-            batch = batch_of(config, size)
-            torch.testing.assert_close(compiled(*batch).loss, model(*batch).loss)
+    for size, config in ((2, first), (3, dataclasses.replace(first, mask_ratio=0.6))):
+        model, batch = LMIM(config), batch_of(config, size)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*batch).loss, model(*batch).loss)

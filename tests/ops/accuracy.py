@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +18,20 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # Kernels run here: on a device, or in the interpreter, where bf16 products are wrong.
 DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
+
+
+def every_second(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations of the axes, of which in the interpreter every second one is slow.
+
+    So each value of an axis meets half of the others'. A tuple in an axis stands for several parameters.
+    """
+    combinations = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        chosen = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        values = [one for value in chosen for one in (value if isinstance(value, tuple) else (value,))]
+        marks = [pytest.mark.slow] if sum(places) % 2 and not CUDA else []
+        combinations.append(pytest.param(*values, marks=marks))
+    return combinations
 
 
 def assert_as_accurate(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES
+from accuracy import DEVICE, DTYPES, every_second
 from attention_cases import (
     assert_kernel_is_accurate,
     assert_nearly_equal,
@@ -58,8 +58,7 @@ CROSS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "segments"), SELF)
+@pytest.mark.parametrize(("heads", "dim", "segments", "dtype"), every_second(SELF, DTYPES))
 def test_self_attention_is_as_accurate_as_eager(
     heads: int, dim: int, segments: Segments, dtype: torch.dtype
 ) -> None:
@@ -67,8 +66,7 @@ def test_self_attention_is_as_accurate_as_eager(
     assert_kernel_is_accurate(*packed(heads, dim, segments, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "sizes"), CROSS)
+@pytest.mark.parametrize(("heads", "dim", "sizes", "dtype"), every_second(CROSS, DTYPES))
 def test_cross_attention_is_as_accurate_as_eager(
     heads: int, dim: int, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
@@ -76,28 +74,26 @@ def test_cross_attention_is_as_accurate_as_eager(
     assert_kernel_is_accurate(*crossed(heads, dim, sizes, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [52, 257])
+@pytest.mark.parametrize(("tokens", "dtype"), every_second([52, 257], DTYPES))
 def test_attention_without_biases_is_as_accurate_as_eager(tokens: int, dtype: torch.dtype) -> None:
     skip_where_too_long(tokens)
     assert_kernel_is_accurate(*packed(2, 32, [(1, tokens)], dtype, bias=False))
     assert_kernel_is_accurate(*crossed(2, 32, (1, 20, tokens), dtype, bias=False))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("heads", "dim", "segments", "p"),
-    [
-        (2, 32, [(2, 16), (3, 20)], 0.5),
-        (3, 32, [(1, 51)], 0.1),
-        (2, 64, [(1, 64), (2, 52)], 0.1),
-        (1, 64, [(1, 70)], 0.1),
-        (1, 64, [(1, 129)], 0.3),
-        (2, 32, [(1, 65), (1, 129)], 0.1),
-        (1, 32, [(1, 255)], 0.1),
-        (1, 32, [(2, 9), (1, 257)], 0.1),
-    ],
-)
+SELF_DROPPED = [
+    (2, 32, [(2, 16), (3, 20)], 0.5),
+    (3, 32, [(1, 51)], 0.1),
+    (2, 64, [(1, 64), (2, 52)], 0.1),
+    (1, 64, [(1, 70)], 0.1),
+    (1, 64, [(1, 129)], 0.3),
+    (2, 32, [(1, 65), (1, 129)], 0.1),
+    (1, 32, [(1, 255)], 0.1),
+    (1, 32, [(2, 9), (1, 257)], 0.1),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "segments", "p", "dtype"), every_second(SELF_DROPPED, DTYPES))
 def test_self_attention_drops_what_the_seed_says(
     heads: int, dim: int, segments: Segments, p: float, dtype: torch.dtype
 ) -> None:
@@ -105,18 +101,17 @@ def test_self_attention_drops_what_the_seed_says(
     assert_kernel_is_accurate(*packed(heads, dim, segments, dtype), p=p, seed=seed())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("heads", "dim", "sizes", "bias"),
-    [
-        (2, 32, (3, 70, 52), True),
-        (2, 64, (1, 33, 129), True),
-        (1, 64, (1, 65, 100), True),
-        (1, 32, (1, 205, 257), True),
-        (2, 32, (2, 20, 257), False),
-        (1, 64, (1, 25, 257), True),
-    ],
-)
+CROSS_DROPPED = [
+    (2, 32, (3, 70, 52), True),
+    (2, 64, (1, 33, 129), True),
+    (1, 64, (1, 65, 100), True),
+    (1, 32, (1, 205, 257), True),
+    (2, 32, (2, 20, 257), False),
+    (1, 64, (1, 25, 257), True),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "sizes", "bias", "dtype"), every_second(CROSS_DROPPED, DTYPES))
 def test_cross_attention_drops_what_the_seed_says(
     heads: int, dim: int, sizes: tuple[int, int, int], bias: bool, dtype: torch.dtype
 ) -> None:

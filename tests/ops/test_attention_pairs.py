@@ -78,7 +78,13 @@ def assert_same(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradien
 
 @pytest.mark.parametrize(
     ("problem", "form"),
-    [(problem, form) for number, problem in enumerate(PROBLEMS) for form in FORMS[number % 2 :: 2]],
+    [
+        pytest.param(
+            problem, form, marks=[pytest.mark.slow] if form is not FORMS[number % 4] and not CUDA else []
+        )
+        for number, problem in enumerate(PROBLEMS)
+        for form in FORMS[number % 2 :: 2]
+    ],
 )
 def test_one_launch_gives_the_bits_of_two(
     problem: tuple[int, int, Segments, list[str]], form: tuple[torch.dtype, bool, float]

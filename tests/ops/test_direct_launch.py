@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from accuracy import interpreted
@@ -139,7 +138,7 @@ def two_launches(draw: st.DrawFn) -> tuple[runtime.Launch, runtime.Launch]:
     return first, second
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(two_launches())
 def test_keys_are_equal_where_tritons_are_and_only_there(
     launches: tuple[runtime.Launch, runtime.Launch],
@@ -186,8 +185,7 @@ def told() -> dict[str, Any]:
     """What `direct_launches.py` prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(Path(__file__).with_name("direct_launches.py"))]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = forked.run(str(Path(__file__).with_name("direct_launches.py")), env=environment)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found

@@ -15,6 +15,7 @@ from accuracy import (
     OUTPUT_FACTOR,
     assert_as_accurate,
     assert_rms_as_accurate,
+    every_second,
 )
 from torch import Tensor
 
@@ -164,17 +165,19 @@ def test_eager_gradients_are_right_for_every_input() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("compute", [torch.float32, HALF])
-@pytest.mark.parametrize("images", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("images", "compute", "dtype"),
+    every_second([torch.uint8, torch.float32], [torch.float32, HALF], [torch.float32, HALF]),
+)
 def test_kernel_is_as_accurate_as_the_eager_form(
     images: torch.dtype, compute: torch.dtype, dtype: torch.dtype
 ) -> None:
     assert_kernel_is_accurate(example_views(images), parameters(40, 12, 4), compute, dtype)
 
 
-@pytest.mark.parametrize(("patch", "width"), [(1, 24), (2, 100), (3, 16), (8, 20)])
-@pytest.mark.parametrize("images", [torch.uint8, HALF])
+@pytest.mark.parametrize(
+    ("patch", "width", "images"), every_second([(1, 24), (2, 100), (3, 16), (8, 20)], [torch.uint8, HALF])
+)
 def test_other_patches_and_widths_are_as_accurate(images: torch.dtype, patch: int, width: int) -> None:
     views = example_views(images, batch=2, patch=patch, grid=(2, 3), kept=3)
     assert_kernel_is_accurate(views, parameters(width, 6, patch), HALF, HALF)

@@ -36,15 +36,16 @@ def trained(task, store, steps):
 
 def assert_replayed(task, store, steps):
     samples = trained(task, store, steps)
+    replayed = {}
     for (epoch, index), (plain, second, mask) in samples.items():
-        sample = replay_sample(task, store, epoch, index)
+        sample = replayed[epoch, index] = replay_sample(task, store, epoch, index)
         shown = sample.second if task.without_augmentation() else sample.plain
         assert torch.equal(shown, plain), (epoch, index)
         if second is not None:
             assert torch.equal(sample.second, second)
         if mask is not None:
             assert torch.equal(sample.ids_masked, mask)
-    return samples
+    return replayed
 
 
 @pytest.mark.parametrize("objective", ["lmim", "mae"])
@@ -75,8 +76,7 @@ def test_mixed_and_augmented_crops_of_fine_tuning_are_those_of_the_batches(tmp_p
         task = make_task(parse(FinetuneConfig, arguments, "lmim finetune", ""))
         store = task.records(lambda _: None)
         samples = assert_replayed(task, store, 4)
-        broken = {key: replay_sample(task, store, *key) for key in samples}
-        broken = {key: sample for key, sample in broken.items() if sample.broken}
+        broken = {key: sample for key, sample in samples.items() if sample.broken}
         assert broken
         for (_, index), sample in broken.items():  # of the same path of data
             assert (index < 9) == (sample.source < 9)
