@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from rendering import DEJAVU
 
 from lmim_fast.config import RenderConfig
 from lmim_fast.data.render import pool
@@ -28,20 +29,20 @@ from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError, LmimError
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = """
+SCRIPT = f"""
 import sys
 from lmim_fast.config import RenderConfig
 from lmim_fast.data.render.database import render
 from lmim_fast.data.store import resumable
 resumable.SECONDS_PER_COMMIT = 0.5
 print("the script runs", flush=True)
-render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2))
+render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2, fonts=({DEJAVU!r},)))
 """
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    config = RenderConfig(seed=5)
+    config = RenderConfig(seed=5, fonts=(DEJAVU,))  # one font loads in no time
     return Recipe(load_vocabulary(config)[0], LayoutShares.of(config), config.seed)
 
 
@@ -93,7 +94,7 @@ def test_a_render_that_is_killed_at_its_start_leaves_no_database_and_no_process_
     assert code == -signal.SIGKILL
     with pytest.raises(DataError, match="no LMDB"):
         RecordStore([tmp_path])
-    config = RenderConfig(output=str(tmp_path / "words"), count=5, restart=True)
+    config = RenderConfig(output=str(tmp_path / "words"), count=5, restart=True, fonts=(DEJAVU,))
     assert len(RecordStore([render(config)])) == 5
     assert os.listdir(tmp_path) == ["words"]
 
