@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 import cv2
 import lmdb
 import numpy as np
-from pretrain_runs import ENVIRONMENT
+import warm
+
+from lmim_fast import cli
+from lmim_fast.train.telemetry import Telemetry
 
 SMALL_READER = [
     *("--model.encoder.width", "32", "--model.encoder.depth", "1", "--model.encoder.heads", "1"),
@@ -60,24 +63,6 @@ def options(data: Path, output: Path, *more: str, steps: int = 12) -> list[str]:
     ]
 
 
-def launch(arguments: Sequence[str], *, processes: int) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m lmim_fast.finetune` with that many processes."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
-    return subprocess.run(
-        [*launcher, "-m", "lmim_fast.finetune", *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def validation(run: Path) -> list[dict[str, Any]]:
     """validation.jsonl."""
     return [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
@@ -92,21 +77,19 @@ def files(run: Path) -> set[str]:
     }
 
 
-KILLED = """
-import os, signal, sys
-from lmim_fast import cli
-from lmim_fast.train.telemetry import Telemetry
+def _killed(step: int, arguments: Sequence[str]) -> int:
+    def advance(self: Telemetry, done: int) -> None:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-Telemetry.advance = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else None
-sys.exit(cli.main(["finetune", *sys.argv[1:]]))
-"""
+    Telemetry.advance = advance  # type: ignore[method-assign]
+    return cli.main(["finetune", *arguments])
 
 
 def kill_at(step: int, arguments: Sequence[str]) -> None:
     """Run until that step is done, then kill -9."""
-    code = KILLED.format(step=step)
-    process = subprocess.run([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True)
-    assert process.returncode == -9, process.stderr.decode()
+    done = warm.Program(_killed, step, arguments).wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-__all__ = ["WORDS", "drawn", "files", "kill_at", "launch", "options", "validation", "write_words"]
+__all__ = ["WORDS", "drawn", "files", "kill_at", "options", "validation", "write_words"]

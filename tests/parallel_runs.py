@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     mae_decoder_depth=1,
     decoder_dropout=0.0,
 )
-STEPS, IMAGES = 4, 8
+STEPS, IMAGES = 3, 8
 
 
 def config_of(**changes):

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import warm
 from torch.distributed import TCPStore
 
 from lmim_fast.train import world as worlds
@@ -25,14 +26,13 @@ def run_ranks(
     function: Callable[..., Any], *arguments: Any, size: int = 2, grouped: bool = False
 ) -> list[Any]:
     """What `function(world, *arguments)` returns in `size` processes of one thread, rank 0 first."""
-    context = multiprocessing.get_context("spawn")
     # As under torchrun, the store is its parent's: a port that was only found free may be taken meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, ends = [], []
     for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
-        place = rank, size, store.port, grouped
-        process = context.Process(target=_work, args=(place, theirs, function, arguments))
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        settings = {**os.environ, **warm.place(rank, size, store.port)}
+        process = warm.process(_work, settings, grouped, theirs, function, arguments)
         process.start()
         theirs.close()
         processes.append(process)
@@ -54,20 +54,19 @@ def _receive(end: Connection) -> Any:
 
 
 def _work(
-    place: tuple[int, int, int, bool],
+    settings: dict[str, str],
+    grouped: bool,
     end: Connection,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    rank, size, port, grouped = place
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ.clear()
+    os.environ.update(settings)
     torch.set_num_threads(1)
     answer: Any
     try:
         with worlds.join("cpu", timeout=60.0, grouped=grouped) as world:
             answer = function(world, *arguments)
     except BaseException:  # whatever it is, the test shows it
-        answer = _Failure(f"rank {rank}: {traceback.format_exc()}")
+        answer = _Failure(f"rank {settings['RANK']}: {traceback.format_exc()}")
     end.send(answer)

@@ -3,20 +3,20 @@
 import itertools
 import logging
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import warm
 from crop_views import png
 from encoded_images import by_opencv, by_pillow, mutations, patched, variants
 from pipeline_runs import COUNT, assert_same, database, pipeline, samples, smooth_image
 
 from lmim_fast.config import AugmentConfig, DataConfig
 from lmim_fast.data.order import SampleOrder
+from lmim_fast.data.pipeline import ViewPipeline
+from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError
 
 
@@ -172,33 +172,21 @@ def damaged_headers():
     }
 
 
-RUN_OF_64 = """
-import sys
-from lmim_fast.config import AugmentConfig, DataConfig
-from lmim_fast.data.order import SampleOrder
-from lmim_fast.data.pipeline import ViewPipeline
-from lmim_fast.data.store.records import RecordStore
-store = RecordStore([sys.argv[1]])
-for seed in range(8):
-    loader = DataConfig(threads=4, max_bad_fraction=1.0)
-    order = SampleOrder(len(store), 64, seed)
-    with ViewPipeline(store, order, guidance=None, loader=loader, seed=seed, end_step=2) as batches:
-        assert [batch.plain.shape[0] for batch in batches] == [64, 64]
-        reasons = {int(entry.key[-9:]) - 1: entry.reason for entry in batches.bad.entries}
-print(sorted(reasons.items()))
-"""
+def _run_of_64(folder):
+    store = RecordStore([folder])
+    for seed in range(8):
+        loader = DataConfig(threads=4, max_bad_fraction=1.0)
+        order = SampleOrder(len(store), 64, seed)
+        with ViewPipeline(store, order, guidance=None, loader=loader, seed=seed, end_step=2) as batches:
+            assert [batch.plain.shape[0] for batch in batches] == [64, 64]
+            reasons = {int(entry.key[-9:]) - 1: entry.reason for entry in batches.bad.entries}
+    print(sorted(reasons.items()))
 
 
 def test_large_batches_survive_images_that_fail_in_the_decoders_header_step(tmp_path):
     files = list(damaged_headers()) * 4
     folder = database(tmp_path / "lmdb", dict(enumerate(files)), count=64)
-    run = subprocess.run(  # DALI's decoder would end the process
-        [sys.executable, "-c", RUN_OF_64, str(folder)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = warm.Program(_run_of_64, folder).wait()  # DALI's decoder would end the process
     assert run.returncode == 0, run.stderr[-2000:]
     reasons = list(damaged_headers().values()) * 4
     assert run.stdout.strip() == str(list(enumerate(reasons)))

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from finetune_runs import WORDS, files, launch, options, validation, write_words
+import warm
+from finetune_runs import WORDS, files, options, validation, write_words
 from pretrain_runs import curve, lines, write_lmdb
 from pretrain_runs import options as pretrain_options
 from safetensors.torch import load_file
@@ -144,8 +145,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished, data, held
 def test_two_ranks_train_and_validate_as_one(data, held_out, tmp_path):
     more = ["--val", str(held_out), "--model.dropout", "0", "--augment.kind", "none"]
     assert cli.main(["finetune", *options(data, tmp_path / "one", *more, steps=6)]) == 0
-    result = launch(options(data, tmp_path / "two", *more, steps=6), processes=2)
-    assert result.returncode == 0, result.stderr
+    warm.finish(["finetune", *options(data, tmp_path / "two", *more, steps=6)])
     for ours, theirs in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     ours, theirs = (validation(tmp_path / name)[-1]["sets"]["held"] for name in ("two", "one"))

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from pretrain_runs import ENVIRONMENT, curve, launch, lines, options, start, weights_of, write_lmdb
+import warm
+from pretrain_runs import ENVIRONMENT, curve, launch, lines, options, weights_of, write_lmdb
 
 from lmim_fast import cli
 
@@ -95,11 +96,9 @@ def torchrun_script(tmp_path, kind, arguments):
 
 def test_r21_two_processes_give_the_curve_of_one_and_one_process_can_continue_them(data, one, tmp_path):
     run = tmp_path / "two"
-    process = start(options(data, run, "--accumulation", "2", steps=STEPS), processes=2)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    ranks = warm.finish(["pretrain", *options(data, run, "--accumulation", "2", steps=STEPS)])
     assert_close(run, one)
-    assert out.count("learning rate: ") == 1  # only the first rank talks
+    assert [rank.stdout.count("learning rate: ") for rank in ranks] == [1, 0]  # only the first rank talks
     for folder in (run / "checkpoints").glob("step-00000006"):  # go back to step 4 and finish it alone
         folder.rename(tmp_path / folder.name)
     before = curve(run)

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
-from pretrain_runs import ENVIRONMENT, curve, options, weights_of, write_lmdb
+import warm
+from pretrain_runs import curve, options, weights_of, write_lmdb
 
 from lmim_fast import cli
 from lmim_fast.train.checkpoint import folders
@@ -16,21 +15,17 @@ from lmim_fast.train.telemetry import Telemetry
 
 STEPS = 14  # of 8 images each: several epochs of 30 records; checkpoints at 4, 8, 12, 14
 
-KILLED = """
-import os, signal, sys
-from lmim_fast import cli
-from lmim_fast.train.telemetry import Telemetry
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+def _killed(arguments, where, step):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-if {where!r} == "step":
-    Telemetry.advance = lambda self, step: die() if step == {step} else None
-else:
     fsync = os.fsync
-    os.fsync = lambda fd: die() if {where!r} in os.readlink(f"/proc/self/fd/{{fd}}") else fsync(fd)
-sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
-"""
+    if where == "step":
+        Telemetry.advance = lambda self, done: die() if done == step else None
+    else:
+        os.fsync = lambda fd: die() if where in os.readlink(f"/proc/self/fd/{fd}") else fsync(fd)
+    return cli.main(["pretrain", *arguments])
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +69,8 @@ def assert_same_run(run, other):
 
 
 def kill(arguments, where, step=0):
-    code = KILLED.format(where=where, step=step)
-    process = subprocess.run([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    done = warm.Program(_killed, arguments, where, step).wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["mae", "lmim"])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import warm
 from pretrain_runs import ENVIRONMENT
 from recorded import recording
 
@@ -55,6 +56,11 @@ def command(script: list[str], processes: int | None) -> list[str]:
     return [sys.executable, *torchrun, *script]
 
 
+def _record(folder: Path, arguments: list[str]) -> int:
+    with recording(folder):
+        return cli.main(arguments)
+
+
 class Sittings:
     """Sittings of one run.
 
@@ -73,7 +79,7 @@ class Sittings:
 
         Args:
             more:      options of this sitting.
-            processes: of torchrun; None: this process.
+            processes: that train together, of torchrun if one is killed; None: this process.
             steps:     after that many a SIGTERM comes; None: to the end of the run.
             killed:    before that step of the sitting, from 1, rank 0 is killed by signal 9.
         """
@@ -87,8 +93,13 @@ class Sittings:
             with recording(here), injected(*faults), contextlib.redirect_stdout(said):
                 code = cli.main(arguments)
             out, err = said.getvalue(), ""
+        elif killed is None:
+            text = f"step@{steps}:rank0=term" if steps else ""
+            ranks = warm.Ranks(_record, here, arguments, size=processes, faults=text).wait()
+            code, out = max(abs(rank.returncode) for rank in ranks), ranks[0].stdout
+            err = "".join(rank.stderr for rank in ranks)
         else:
-            text = f"step@{steps}:rank0=term" if steps else f"step@{killed}:rank0=kill" if killed else ""
+            text = f"step@{killed}:rank0=kill"
             done = run_limited(command([str(RECORDED), str(here), *arguments], processes), faults=text)
             code, out, err = done.returncode, done.stdout, done.stderr
         assert (code == 0) == (killed is None), err

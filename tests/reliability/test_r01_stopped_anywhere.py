@@ -1,32 +1,31 @@
 """R1: where a run is stopped leaves no trace in its curve, its weights and its moments."""
 
+import os
 import signal
-import sys
 
 import pytest
+import warm
 from pretrain_runs import curve, options, weights_of, write_lmdb
-from sittings import run_limited
 
 from lmim_fast import cli
 from lmim_fast.faults import Fault, injected
+from lmim_fast.train.step import TrainStep
 
 STEPS = 9  # of 8 images; 16 records: every second step ends an epoch
 
-KILLED = """
-import os, signal, sys
-from lmim_fast import cli
-from lmim_fast.train.step import TrainStep
 
-differentiate, passes = TrainStep._differentiate, []
-def dying(self, batch):
-    losses = differentiate(self, batch)
-    passes.append((batch.step, batch.micro))
-    if passes[-1] == (6, 0):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return losses
-TrainStep._differentiate = dying
-sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
-"""
+def _killed(arguments):
+    differentiate, passes = TrainStep._differentiate, []
+
+    def dying(self, batch):
+        losses = differentiate(self, batch)
+        passes.append((batch.step, batch.micro))
+        if passes[-1] == (6, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses
+
+    TrainStep._differentiate = dying
+    return cli.main(["pretrain", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_r01_a_run_killed_between_two_passes_of_a_step_is_bitwise_the_one_that_n
     data, whole, tmp_path
 ):
     arguments = arguments_of(data, tmp_path / "run")
-    process = run_limited([sys.executable, "-c", KILLED, *arguments])
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    done = warm.Program(_killed, arguments).wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert cli.main(["pretrain", *arguments]) == 0
     assert_same_run(tmp_path / "run", whole)

@@ -1,8 +1,10 @@
 """R4: signal 9 to any rank, anywhere: torchrun restarts the group, and the run ends as if it had not been."""
 
 import random
+import signal
 
 import pytest
+import warm
 from fault_runs import Group, assert_same_run, curve, finish, same_bits
 from pretrain_runs import options, write_lmdb
 
@@ -64,7 +66,8 @@ def measured(data, held_out):
 def whole(measured, tmp_path_factory):
     """The run that was never killed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    return finish(measured(run), run)
+    warm.finish(["pretrain", *measured(run)])
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,26 @@ def killed(arguments, run, *points):
     return group
 
 
+def test_r04_kill_9_in_a_step_is_resumed_by_torchrun_to_the_same_bits(measured, whole, tmp_path):
+    run = tmp_path / "run"
+    group = killed(measured(run), run, "step@7:rank1")
+    assert [steps for steps, _ in group.returns()] == [2]  # from 6 back to 4
+    assert_same_run(run, whole, STEPS)
+
+
+def test_r04_kill_9_at_a_commit_ends_the_other_rank_too_and_the_same_command_gives_the_same_bits(
+    measured, whole, tmp_path
+):
+    run = tmp_path / "run"
+    first, second = warm.lmim_ranks(["pretrain", *measured(run)], faults="commit@2:rank0=kill").wait()
+    assert first.returncode == -signal.SIGKILL
+    assert second.returncode == 1, second.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-00000008.tmp"
+    warm.finish(["pretrain", *measured(run)])
+    assert_same_run(run, whole, STEPS)
+
+
+@pytest.mark.slow
 def test_r04_kill_9_in_a_step_and_at_a_commit_is_resumed_by_torchrun_to_the_same_bits(
     measured, whole, tmp_path
 ):

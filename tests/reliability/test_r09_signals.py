@@ -7,7 +7,8 @@ import sys
 
 import psutil
 import pytest
-from fault_runs import SETTINGS, Group, assert_same_run, finish
+import warm
+from fault_runs import SETTINGS, Group, assert_same_run
 from pretrain_runs import curve, options, write_lmdb
 
 from lmim_fast.train.checkpoint import folders
@@ -25,13 +26,18 @@ def data(tmp_path_factory):
 def whole(data, tmp_path_factory):
     """The run that no signal reached."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    return finish(options(data, run, steps=STEPS), run)
+    warm.finish(["pretrain", *options(data, run, steps=STEPS)])
+    return run
+
+
+def slowly(data, run):
+    """Options: no checkpoint but that of the signal, which comes before the end of steps that are slow."""
+    return options(data, run, "--checkpoint-every", "100", steps=STEPS)
 
 
 def stopped(data, run, number, rank=None):
     """A run that one signal has ended in its midst: to a rank, or to the launcher."""
-    # No checkpoint but that of the signal; the steps are slow, so that it comes before the end.
-    arguments = options(data, run, "--checkpoint-every", "100", steps=STEPS)
+    arguments = slowly(data, run)
     with Group(arguments, run, faults="step=slow") as group:
         group.wait_for("step 2/")
         target = group.launcher.pid if rank is None else group.rank(rank).pid
@@ -39,37 +45,50 @@ def stopped(data, run, number, rank=None):
         os.kill(target, number)
         code = group.wait(60)
         assert not group.processes()
+    assert_stopped(run, number, group.text)
+    return code, arguments
+
+
+def assert_stopped(run, number, text):
+    """It has saved after the step in which the signal came, and ended as one that was asked to."""
     (saved,) = folders.steps(run)
     assert 3 <= saved <= 5
     assert [line["step"] for line in curve(run)] == list(range(1, saved + 1))
-    assert f"stopped by {number.name} after step {saved} of {STEPS}" in group.text
-    assert "lmim_fast/" not in group.text, (
-        group.text
-    )  # a traceback would name our files; torchrun's own does not
-    assert "error: " not in group.text.replace("ChildFailedError: ", "")
+    assert f"stopped by {number.name} after step {saved} of {STEPS}" in text
+    assert "lmim_fast/" not in text, text  # a traceback would name our files; torchrun's own does not
+    assert "error: " not in text.replace("ChildFailedError: ", "")
     assert not (run / "encoder.safetensors").exists()
-    return code, arguments
 
 
 def assert_one_signal_and_the_same_command_give_the_same_run(data, whole, run, number, rank):
     code, arguments = stopped(data, run, number, rank)
     assert (code == 0) == (rank is not None)  # torchrun tells that it was stopped itself
-    assert_same_run(finish(arguments, run), whole, STEPS)
+    warm.finish(["pretrain", *arguments])
+    assert_same_run(run, whole, STEPS)
 
 
 def test_r09_sigterm_to_one_rank_alone_stops_all_with_a_checkpoint_that_continues_bitwise(
     data, whole, tmp_path
 ):
-    assert_one_signal_and_the_same_command_give_the_same_run(
-        data, whole, tmp_path / "run", signal.SIGTERM, rank=1
-    )
+    run = tmp_path / "run"
+    group = warm.lmim_ranks(["pretrain", *slowly(data, run)], faults="step=slow")
+    group.ranks[0].wait_for("step 3/")
+    os.kill(group.ranks[1].pid, signal.SIGTERM)
+    done = group.wait(60)
+    assert [rank.returncode for rank in done] == [0, 0]
+    assert_stopped(run, signal.SIGTERM, "".join(rank.stdout + rank.stderr for rank in done))
+    warm.finish(["pretrain", *slowly(data, run)])
+    assert_same_run(run, whole, STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "rank"),
-    [(signal.SIGTERM, None), (signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGUSR1, 1)],
-    ids=["launcher-SIGTERM", "rank0-SIGTERM", "rank0-SIGUSR1", "rank1-SIGUSR1"],
+    [
+        *((signal.SIGTERM, None), (signal.SIGTERM, 0), (signal.SIGTERM, 1)),
+        *((signal.SIGUSR1, 0), (signal.SIGUSR1, 1)),
+    ],
+    ids=["launcher-SIGTERM", "rank0-SIGTERM", "rank1-SIGTERM", "rank0-SIGUSR1", "rank1-SIGUSR1"],
 )
 def test_r09_a_signal_to_launcher_or_rank_stops_all_with_a_checkpoint_that_continues_bitwise(
     data, whole, tmp_path, number, rank
@@ -92,7 +111,8 @@ def test_r09_ranks_whose_launcher_is_gone_save_and_end(data, whole, tmp_path, nu
     assert 3 <= saved <= 6
     assert "stopped by the end of torchrun (the process that started the ranks" in group.text
     assert f"after step {saved} of {STEPS}" in group.text
-    assert_same_run(finish(arguments, run), whole, STEPS)
+    warm.finish(["pretrain", *arguments])
+    assert_same_run(run, whole, STEPS)
 
 
 @pytest.mark.slow

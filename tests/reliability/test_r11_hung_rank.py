@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import warm
 from fault_runs import Group, assert_same_run, finish
 from pretrain_runs import options, write_lmdb
 
@@ -26,6 +27,20 @@ def assert_both_ranks_said_where_they_stand(run, output):
     assert "in all_reduce" in (run / "stacks-rank0.txt").read_text()  # it waits for rank 1
 
 
+def test_r11_a_hung_rank_and_those_that_wait_for_it_end_in_time_with_their_stacks(data, tmp_path):
+    run = tmp_path / "run"
+    group = warm.lmim_ranks(["pretrain", *options(data, run, "--timeout", "6", steps=STEPS)], faults=HANGS)
+    group.ranks[1].wait_for("fault: hang ")
+    hung = time.monotonic()
+    done = group.wait(60)
+    assert time.monotonic() - hung < 40  # 6 of --timeout, 15 from the stacks to the end, and some more
+    assert all(rank.returncode > 0 for rank in done)  # none had to be killed
+    output = "".join(rank.stdout + rank.stderr for rank in done)
+    assert_both_ranks_said_where_they_stand(run, output)
+    assert "step 3/" not in output
+
+
+@pytest.mark.slow
 def test_r11_a_hung_rank_ends_the_run_in_time_with_the_stacks_of_all_ranks(data, tmp_path):
     run = tmp_path / "run"
     with Group(options(data, run, "--timeout", "6", steps=STEPS), run, faults=HANGS) as group:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import warm
 from pretrain_runs import options, write_lmdb
 from safetensors.torch import load_file
-from sittings import command, run_limited
 from torch.distributed import checkpoint as dcp
 
 from lmim_fast import cli
@@ -20,8 +20,7 @@ def run(tmp_path_factory):
     data = write_lmdb(folder / "words", 30)
     more = ("--teacher", "random", "--parallel", "shard", "--checkpoint-layout", "sharded")
     arguments = options(data, folder / "run", *more, objective="lmim", steps=STEPS)
-    done = run_limited(command(["-m", "lmim_fast.pretrain", *arguments], 2))
-    assert done.returncode == 0, done.stderr
+    warm.finish(["pretrain", *arguments])
     return folder / "run"
 
 

@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from fault_runs import SETTINGS, Group, assert_same_run, finish
+import warm
+from fault_runs import Group, assert_same_run, finish
 from pretrain_runs import options, write_lmdb
 
 from lmim_fast import cli
@@ -195,18 +195,14 @@ def test_r23_a_second_run_in_the_folder_of_a_running_one_is_refused_and_changes_
 ):
     run = tmp_path / "run"
     arguments = options(data, run, steps=40)
-    with subprocess.Popen(
-        [sys.executable, "-m", "lmim_fast.pretrain", *arguments],
-        env={**SETTINGS, "LMIM_FAST_FAULTS": "step=slow"},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as first:
-        assert any("step 1/" in line for line in first.stdout)
-        before = (run / "config.json").read_bytes()
-        assert cli.main(["pretrain", *arguments, "--seed", "5"]) == 2
-        assert f"error: {run} is being written by process {first.pid} on " in capsys.readouterr().err
-        assert (run / "config.json").read_bytes() == before
-        first.kill()
+    first = warm.lmim(["pretrain", *arguments], faults="step=slow")
+    first.wait_for("step 1/")
+    before = (run / "config.json").read_bytes()
+    assert cli.main(["pretrain", *arguments, "--seed", "5"]) == 2
+    assert f"error: {run} is being written by process {first.pid} on " in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == before
+    first.process.kill()
+    first.wait()
     assert [name for name in os.listdir(run) if name.startswith("owner-")]
     acquire(run).release()  # free at once after kill -9
     assert not [name for name in os.listdir(run) if name.startswith("owner-")]

@@ -1,26 +1,20 @@
 """R24: ranks that were started differently are refused before the first step, by what differs."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
+import os
 
 import pytest
-from pretrain_runs import ENVIRONMENT, options, write_lmdb
-from sittings import command, run_limited
+import warm
+from pretrain_runs import options, write_lmdb
 from torch.distributed import TCPStore
 
+from lmim_fast import cli
 from lmim_fast.data.skip_list import skip_list_text
 from lmim_fast.data.store.records import RecordStore
+from lmim_fast.train import run
 
-SCRIPT = """
-import os, sys
-from lmim_fast import cli
-
-shared, other = sys.argv[1:sys.argv.index("--then")], sys.argv[sys.argv.index("--then") + 1:]
-if os.environ["RANK"] == "1":
-    shared = shared[2 if "--data" in other else 0 :] + other  # lists that are given again would add up
-sys.exit(cli.main(["pretrain", *shared]))
-"""
 SEED = ["--seed", "3"]
 # What rank 1 is started with, beside or in place of what rank 0 is: command, options, environment, and what
 # both say of it.
@@ -68,36 +62,35 @@ CASES = {
         "--steps is 4, there 5; --seed is 0, there 3; start",
     ),
 }
-# One of two processes that are started by hand: all cases, one after the other.
-RANK = """
-import contextlib, io, json, os, sys
-from lmim_fast import cli
-from lmim_fast.train import run
-
-rank, cases = sys.argv[1], json.loads(sys.argv[2])
-versions, told = run.versions(), []
-for port, arguments, variables in cases:
-    os.environ.update(variables, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    run.versions = lambda: {**versions, "torch": os.environ["TEST_TORCH"]}
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
-        code = cli.main(arguments)
-    told.append((code, stderr.getvalue()))
-    for name in variables:
-        del os.environ[name]
-print(json.dumps(told))
-"""
 
 
-def start_apart(cases):
+def _answer(rank, cases, path):
+    """One of two processes that are started by hand: all cases, one after the other."""
+    versions, told = run.versions(), []
+    for port, arguments, variables in cases:
+        apart = {name: text for name, text in warm.place(rank, 2, port).items() if "LOCAL" not in name}
+        os.environ.update(variables | apart)  # each is the first of its machine, which tells
+        run.versions = lambda: {**versions, "torch": os.environ["TEST_TORCH"]}
+        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+            code = cli.main(arguments)
+        told.append((code, stderr.getvalue()))
+        for name in variables:
+            del os.environ[name]
+    path.write_text(json.dumps(told))
+
+
+def start_apart(cases, folder):
     """Exit code and stderr of two processes for each case: for each rank its arguments and variables."""
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
-    environment = {**ENVIRONMENT, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    ranks = []
+    ranks, answers = [], []
     for rank in (0, 1):
         plan = [(store.port, *case[rank]) for store, case in zip(stores, cases, strict=True)]
-        arguments = [sys.executable, "-c", RANK, str(rank), json.dumps(plan)]
-        ranks.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True))
-    return list(zip(*(json.loads(rank.communicate(timeout=120)[0]) for rank in ranks), strict=True))
+        answers.append(folder / f"rank-{rank}.json")
+        ranks.append(warm.Program(_answer, rank, plan, answers[-1]))
+    for rank in ranks:
+        done = rank.wait()
+        assert done.returncode == 0, done.stderr
+    return list(zip(*(json.loads(answer.read_text()) for answer in answers), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -121,21 +114,21 @@ def told(tmp_path_factory):
         plan.append(((["pretrain", *common], versions), (there, {**versions, **variables})))
     answers = [
         [(code, text.replace(str(data), "DATA").replace(str(other), "OTHER")) for code, text in ranks]
-        for ranks in start_apart(plan)
+        for ranks in start_apart(plan, folder)
     ]
     return dict(zip(CASES, answers, strict=True)), folder / "run"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_r24_ranks_that_were_started_apart_are_refused_by_name_and_nothing_is_written(told, case):
-    answers, run = told
+    answers, folder = told
     for code, text in answers[case]:
         assert code == 2, text
         assert text.startswith("error: rank 1 differs from rank 0: ")
         assert CASES[case][3] in text
         assert "start all ranks by the same command, on the same data" in text
         assert text.count("\n") == 1
-    assert not run.exists()
+    assert not folder.exists()
 
 
 def listed(path, data, number):
@@ -146,11 +139,15 @@ def listed(path, data, number):
     return ["--loader.skip", str(path)]
 
 
+def _pretrain(shared, *more):
+    return cli.main(["pretrain", *shared, *more[int(os.environ["RANK"])]])
+
+
 def test_r24_the_same_data_and_skip_list_may_be_mounted_elsewhere_on_another_machine(tmp_path):
     data, moved = write_lmdb(tmp_path / "words", 30), write_lmdb(tmp_path / "moved" / "elsewhere", 30)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     here, there = (listed(tmp_path / name, data, 1) for name in ("here", "there"))
-    changed = ["--then", "--data", str(moved), "--loader.threads", "2", *there]
-    done = run_limited(command([str(script), *options(data, tmp_path / "run", *here, steps=2), *changed], 2))
-    assert done.returncode == 0, done.stderr
+    shared = options(data, tmp_path / "run", *here, steps=2)
+    assert shared[:2] == ["--data", str(data)]  # a list that is given again would add up
+    arguments = shared[2:], ["--data", str(data)], ["--data", str(moved), "--loader.threads", "2", *there]
+    for done in warm.Ranks(_pretrain, *arguments).wait():
+        assert done.returncode == 0, done.stderr

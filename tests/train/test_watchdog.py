@@ -1,42 +1,49 @@
 """A process that hangs says where and ends: real processes, real threads."""
 
+import ctypes
 import os
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 
 from lmim_fast.train.watchdog import PAUSED, Watchdog, flight_recorder_environment
 
-HANGING = """
-import ctypes, sys, threading, time
-from pathlib import Path
-from lmim_fast.train.watchdog import Watchdog
 
-def waits_for_ever():
-    {hang}
+def _hang(folder: Path, how: Callable[[], object]) -> None:
+    def waits_for_ever():
+        how()
 
-with Watchdog(0.5, Path(sys.argv[1]), rank=3, grace=0.5) as watchdog:
-    watchdog.beat("step 120")
-    threading.Thread(target=time.sleep, args=(60,), name="lmim-views", daemon=True).start()
-    waits_for_ever()
-"""
+    with Watchdog(0.5, folder, rank=3, grace=0.5) as watchdog:
+        watchdog.beat("step 120")
+        threading.Thread(target=time.sleep, args=(60,), name="lmim-views", daemon=True).start()
+        waits_for_ever()
 
 
-def hang(folder: Path, how: str) -> tuple[subprocess.CompletedProcess[str], float]:
+def _sleep():
+    time.sleep(60)
+
+
+def _wait_for_an_event():
+    threading.Event().wait()
+
+
+def _keep_the_interpreter():
+    ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the lock
+
+
+def hang(folder: Path, how: Callable[[], object]) -> tuple[subprocess.CompletedProcess[str], float]:
     """A process that hangs so at step 120, ended; and the seconds that it lasted."""
     start = time.monotonic()
-    code = HANGING.format(hang=how)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=30
-    )
+    done = warm.Program(_hang, folder, how).wait(30)
     return done, time.monotonic() - start
 
 
-@pytest.mark.parametrize("how", ["time.sleep(60)", "threading.Event().wait()"])
+@pytest.mark.parametrize("how", [_sleep, _wait_for_an_event])
 def test_a_hung_process_writes_the_stacks_of_all_threads_and_ends(tmp_path, how):
     done, seconds = hang(tmp_path, how)
     assert done.returncode == 1
@@ -51,7 +58,7 @@ def test_a_hung_process_writes_the_stacks_of_all_threads_and_ends(tmp_path, how)
 
 
 def test_a_process_whose_c_code_keeps_the_interpreter_ends_with_its_stacks_too(tmp_path):
-    done, seconds = hang(tmp_path, "ctypes.PyDLL(None).sleep(60)")  # PyDLL keeps the lock
+    done, seconds = hang(tmp_path, _keep_the_interpreter)
     assert done.returncode == 1
     assert seconds < 20
     assert "Timeout" in done.stderr
@@ -60,7 +67,7 @@ def test_a_process_whose_c_code_keeps_the_interpreter_ends_with_its_stacks_too(t
 
 def test_stacks_of_an_earlier_hang_are_kept(tmp_path):
     (tmp_path / "stacks-rank3.txt").write_text("an earlier one\n")
-    hang(tmp_path, "time.sleep(60)")
+    hang(tmp_path, _sleep)
     assert (tmp_path / "stacks-rank3.txt").read_text().startswith("an earlier one\n\n")
 
 

@@ -4,26 +4,22 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+import warm
 from import_sources import SOURCES, content, encoded, imported, refused, rejects, write_source, write_tar
 
 from lmim_fast import cli
 from lmim_fast.data.store import resumable
-from lmim_fast.faults import Fault, injected
+from lmim_fast.faults import VARIABLE, Fault, injected
 
 COUNT = 60
-COMMAND = """
-import sys
-from lmim_fast import cli
-from lmim_fast.data.store import resumable
-resumable.RECORDS_PER_COMMIT = 5
-sys.exit(cli.main(sys.argv[1:]))
-"""
+
+
+def _often_committing(arguments):
+    resumable.RECORDS_PER_COMMIT = 5
+    return cli.main(arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +29,8 @@ def _often_committed(monkeypatch):
 
 def start(source, output, *options, fault=""):
     """The command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "data", "import", str(source), "--output", str(output), *options],
-        env={**os.environ, "LMIM_FAST_FAULTS": fault},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[3],
-    )
+    arguments = ["data", "import", str(source), "--output", str(output), *options]
+    return warm.Program(_often_committing, arguments, environment={VARIABLE: fault})
 
 
 def write(kind, folder):
@@ -64,8 +54,8 @@ def test_an_import_killed_in_the_middle_is_continued_and_every_record_is_there_o
     source = write(kind, tmp_path / "source")
     imported(capsys, source, "--output", tmp_path / "whole")
     process = start(source, tmp_path / "out", fault="records@6=kill")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, error
+    done = process.wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     said = imported(capsys, source, "--output", tmp_path / "out")
     assert "continuing behind 2" in said
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -78,8 +68,7 @@ def test_an_import_killed_at_its_ends_is_continued(tmp_path, capsys, fault):
     source = write("tsv", tmp_path / "source")
     imported(capsys, source, "--output", tmp_path / "whole")
     process = start(source, tmp_path / "out", fault=f"{fault}=kill")
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait().returncode == -signal.SIGKILL
     said = imported(capsys, source, "--output", tmp_path / "out")
     assert "57 records in" in said
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -93,14 +82,13 @@ def test_an_import_killed_again_and_again_at_any_moment_ends_with_every_record_o
     rng, partial = random.Random(3), tmp_path / "out.partial" / "records.partial"
     for _ in range(3):
         process = start(source, tmp_path / "out", fault="records=slow")
-        assert process.stdout.readline()  # the sources are opened
         # 8 KiB are the two meta pages of an empty database.
         while not partial.exists() or partial.stat().st_size <= 8192:
-            assert process.poll() is None
+            assert process.process.is_alive()
             time.sleep(0.01)
         time.sleep(rng.uniform(0.1, 1.1))
-        process.kill()
-        process.communicate(timeout=60)
+        process.process.kill()
+        process.wait()
         assert not (tmp_path / "out").exists()
     said = imported(capsys, source, "--output", tmp_path / "out")
     assert "continuing behind" in said
@@ -111,11 +99,12 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_continues(tmp_path, capsy
     source = write("folder", tmp_path / "source")
     imported(capsys, source, "--output", tmp_path / "whole")
     process = start(source, tmp_path / "out", fault="records@3=hang")
-    while "hang" not in (line := process.stderr.readline()):
-        assert line
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.wait_for("fault: hang")
+    os.kill(process.pid, signal.SIGINT)
+    done = process.wait()
+    assert done.returncode == 130
+    fault, error = done.stderr.split("\n", 1)
+    assert fault.startswith("fault: hang")
     assert error.startswith("interrupted: 10 records are kept in ")
     assert error.endswith("and the same command continues from there\n")
     imported(capsys, source, "--output", tmp_path / "out")
@@ -126,9 +115,9 @@ def test_a_full_disk_is_one_line_and_the_import_continues_when_there_is_room(tmp
     source = write("csv", tmp_path / "source")
     imported(capsys, source, "--output", tmp_path / "whole")
     process = start(source, tmp_path / "out", fault="records@4=full")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    lines = error.splitlines()
+    done = process.wait()
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
     assert len(lines) == 2  # the fault's own, and the error
     assert "No space left on device" in lines[1]
     assert "15 records are kept in" in lines[1]

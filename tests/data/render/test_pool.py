@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from rendering import DEJAVU
 
 from lmim_fast.config import RenderConfig
 from lmim_fast.data.render import pool
@@ -28,20 +29,20 @@ from lmim_fast.data.store.records import RecordStore
 from lmim_fast.errors import DataError, LmimError
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = """
+SCRIPT = f"""
 import sys
 from lmim_fast.config import RenderConfig
 from lmim_fast.data.render.database import render
 from lmim_fast.data.store import resumable
 resumable.SECONDS_PER_COMMIT = 0.5
 print("the script runs", flush=True)
-render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2))
+render(RenderConfig(output=sys.argv[1], count=int(sys.argv[2]), processes=2, fonts=({DEJAVU!r},)))
 """
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    config = RenderConfig(seed=5)
+    config = RenderConfig(seed=5, fonts=(DEJAVU,))  # one font loads in no time
     return Recipe(load_vocabulary(config)[0], LayoutShares.of(config), config.seed)
 
 
@@ -93,7 +94,7 @@ def test_a_render_that_is_killed_at_its_start_leaves_no_database_and_no_process_
     assert code == -signal.SIGKILL
     with pytest.raises(DataError, match="no LMDB"):
         RecordStore([tmp_path])
-    config = RenderConfig(output=str(tmp_path / "words"), count=5, restart=True)
+    config = RenderConfig(output=str(tmp_path / "words"), count=5, restart=True, fonts=(DEJAVU,))
     assert len(RecordStore([render(config)])) == 5
     assert os.listdir(tmp_path) == ["words"]
 
@@ -148,7 +149,7 @@ def test_a_process_computes_in_one_thread(recipe):
 
 
 def test_records_come_in_order_and_the_vocabulary_is_sent_once_to_each_process(recipe, monkeypatch):
-    count = 3 * CHUNK * 4 + 1
+    count = 3 * CHUNK + 1
     expected = [recipe.crop(index) for index in range(count)]  # and fills the caches
     sent = []
 
@@ -209,7 +210,13 @@ def test_a_font_that_a_process_cannot_read_is_an_error(recipe):
         list(render_records(gone, range(2 * CHUNK), 2))
 
 
-@pytest.mark.parametrize("form", ["script", "standard input", "module", "command"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("script", "module"),  # multiprocessing runs these two again, by their path and by their name
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("standard input", "command")),
+    ],
+)
 def test_a_program_without_a_main_guard_runs_once(tmp_path, form):
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -221,7 +228,7 @@ def test_a_program_without_a_main_guard_runs_once(tmp_path, form):
         "command": ["-c", SCRIPT],
     }[form]
     done = subprocess.run(
-        [sys.executable, *start, tmp_path / "words", str(4 * CHUNK)],
+        [sys.executable, *start, tmp_path / "words", str(2 * CHUNK)],
         input=SCRIPT,
         capture_output=True,
         text=True,
@@ -229,7 +236,7 @@ def test_a_program_without_a_main_guard_runs_once(tmp_path, form):
         cwd=programs if form == "module" else ROOT,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
-    assert len(RecordStore([tmp_path / "words"])) == 4 * CHUNK
+    assert len(RecordStore([tmp_path / "words"])) == 2 * CHUNK
 
 
 def test_a_file_in_the_working_directory_does_not_replace_a_standard_module(tmp_path):
@@ -238,7 +245,7 @@ def test_a_file_in_the_working_directory_does_not_replace_a_standard_module(tmp_
     elsewhere.mkdir()
     (elsewhere / "socket.py").write_text("raise AssertionError('imported')")
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), "words", str(4 * CHUNK)],
+        [sys.executable, str(tmp_path / "program.py"), "words", str(2 * CHUNK)],
         capture_output=True,
         text=True,
         timeout=60,

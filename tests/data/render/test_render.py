@@ -31,10 +31,9 @@ def crops(tmp_path_factory):
     return rendered(tmp_path_factory.mktemp("render") / "words", count=200, seed=7)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_number_of_processes_changes_no_byte(crops, tmp_path, processes):
-    output = render(RenderConfig(output=str(tmp_path / "words"), count=200, seed=7, processes=processes))
-    assert records(output) == crops
+def test_the_number_of_processes_changes_no_byte(crops, tmp_path):
+    output = render(RenderConfig(output=str(tmp_path / "words"), count=100, seed=7, processes=3))
+    assert records(output) == crops[:100]
 
 
 def test_a_longer_render_begins_with_the_shorter_one(crops, tmp_path):

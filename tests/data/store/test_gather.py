@@ -237,7 +237,7 @@ def test_close_unmaps_the_files_and_ends_no_read(tmp_path):
     thread = threading.Thread(target=close_again_and_again)
     thread.start()
     try:
-        for _ in range(50):
+        for _ in range(20):
             found = store.gather(range(2000), MAX_PIXELS)
             assert [found.encoded[row].tobytes() for row in (0, 1999)] == expected
     finally:
@@ -254,7 +254,7 @@ def test_memory_files_and_threads_stay_flat_over_many_batches(tmp_path):
     threads = threading.active_count(), len(os.listdir("/proc/self/task"))
     store, workers = RecordStore([folder]), _C.Workers(3)
     for batch in range(1500):
-        store.gather(rng.integers(0, 300, 256), MAX_PIXELS, workers)
+        store.gather(rng.integers(0, 300, 128), MAX_PIXELS, workers)
         if batch % 100 == 99:
             store.close()  # its files are opened again
         if batch in (550, 1450):

@@ -1,16 +1,17 @@
 """`lmim data verify`: it finds what training would replace, says so, and writes it whole or not at all."""
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import psutil
 import pytest
+import warm
 from encoded_images import mutations
 from lmdb_folders import write_database
 from pipeline_runs import database, pipeline
@@ -21,7 +22,7 @@ from lmim_fast.config import DataConfig
 from lmim_fast.data.skip_list import SkipList
 from lmim_fast.data.store.records import RecordStore
 from lmim_fast.data.tools import verify as verify_module
-from lmim_fast.data.tools.verify import check_records
+from lmim_fast.data.tools.verify import DaliViews, check_records
 from lmim_fast.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
@@ -167,53 +168,36 @@ def test_lines_of_decoders_do_not_reach_the_terminal(tmp_path):
     at = image.index(b"\xff\xc4") + 5
     image[at : at + 16] = b"\xff" * 16
     folder = write(tmp_path / "words", [bytes(image)] * 3, [b"w"] * 3)
-    run = subprocess.run(
-        [sys.executable, "-m", "lmim_fast.cli", "data", "verify", str(folder), "--strict"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    run = warm.lmim(["data", "verify", str(folder), "--strict"]).wait()
     assert run.returncode == 1
     assert "pixel data cannot be decoded" in run.stdout
     assert run.stderr.strip() == "error: 3 of 3 records are broken"
 
 
-SLOW = """
-import sys, time
-from lmim_fast import cli
-from lmim_fast.data.tools.verify import DaliViews
+def _slowly(arguments):
+    decode = DaliViews.__call__
 
-decode = DaliViews.__call__
+    def slowly(views, *batch):
+        print("decoding", flush=True)
+        time.sleep(0.3)
+        return decode(views, *batch)
 
-def slowly(views, *batch):
-    print("decoding", flush=True)
-    time.sleep(0.3)
-    return decode(views, *batch)
-
-DaliViews.__call__ = slowly
-sys.exit(cli.main(["data", "verify", *sys.argv[1:]]))
-"""
+    DaliViews.__call__ = slowly
+    return cli.main(["data", "verify", *arguments])
 
 
 def test_r19_ctrl_c_leaves_no_half_written_file_no_process_and_no_shared_memory(tmp_path):
     folder = write(tmp_path / "words", [encoded()] * 5000, [b"w"] * 5000)  # 20 blocks, 6 seconds
     output = tmp_path / "out"
-    run = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(folder), "--output", str(output)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = warm.Program(_slowly, [str(folder), "--output", str(output)])
     process = psutil.Process(run.pid)
     with watched(process) as shared:
-        assert run.stdout.readline() == "decoding\n"
+        run.wait_for("decoding\n")
         children = process.children(recursive=True)
-        run.send_signal(signal.SIGINT)
-        out, err = run.communicate(timeout=60)
-    assert run.returncode == 130, (out, err)
-    assert err == ""
+        os.kill(run.pid, signal.SIGINT)
+        done = run.wait()
+    assert done.returncode == 130, (done.stdout, done.stderr)
+    assert done.stderr == ""
     assert list(output.iterdir()) == []
     assert not any(child.is_running() for child in children)
     assert left(shared) == []

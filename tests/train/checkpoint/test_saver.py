@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,10 +10,11 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+import warm
 from small_model import ALONE, assert_same, make, step, whole_tensors
 
 from lmim_fast.errors import LmimError
-from lmim_fast.faults import VARIABLE, Fault, injected
+from lmim_fast.faults import VARIABLE, Fault, arm_from_environment, injected
 from lmim_fast.train.checkpoint import content, folders, removal, saver
 from lmim_fast.train.checkpoint.saver import Saver
 
@@ -189,24 +188,13 @@ def test_auto_is_whole_in_a_world_of_one_and_depends_on_memory_elsewhere(tmp_pat
     assert 2**20 < saver._available_bytes() <= psutil.virtual_memory().total
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {folder!r})
-from small_model import make, step
-from lmim_fast import faults
-from lmim_fast.train.checkpoint.saver import Saver
-from lmim_fast.train.world import World
-
-torch.set_num_threads(1)
-faults.arm_from_environment()
-model, optimizer = make()
-with Saver(Path(sys.argv[1]), World(0, 1, torch.device("cpu")), keep=1, layout=sys.argv[2]) as saves:
-    for number in (1, 2):
-        step(model, optimizer)
-        saves.save({{"step": number}}, model, optimizer)
-"""
+def _killed(folder, layout):
+    arm_from_environment()
+    model, optimizer = make()
+    with Saver(folder, ALONE, keep=1, layout=layout) as saves:
+        for number in (1, 2):
+            step(model, optimizer)
+            saves.save({"step": number}, model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -223,13 +211,8 @@ with Saver(Path(sys.argv[1]), World(0, 1, torch.device("cpu")), keep=1, layout=s
 def test_r06_kill_9_leaves_whole_checkpoints_and_no_half_one_with_a_finished_name(
     tmp_path, layout, fault, left
 ):
-    code = KILLED.format(folder=str(Path(__file__).parent))
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), layout],
-        env={**os.environ, VARIABLE: f"{fault}=kill"},
-        capture_output=True,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    done = warm.Program(_killed, tmp_path, layout, environment={VARIABLE: f"{fault}=kill"}).wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert names(tmp_path) == left
     for path in folders.finished(tmp_path):
         folders.read(path)
@@ -243,7 +226,7 @@ def resident_bytes():
 
 @pytest.mark.parametrize("layout", ["whole", "sharded"])
 def test_50_saves_leave_files_threads_and_memory_flat(tmp_path, layout):
-    model, optimizer = make(width=50_000)  # 6 MB with moments and averages: a copy that leaks shows
+    model, optimizer = make(width=15_000)  # 2 MB with moments and averages: a copy that leaks shows
     step(model, optimizer)
     seen = []
     with Saver(tmp_path, ALONE, keep=2, layout=layout) as saves:
