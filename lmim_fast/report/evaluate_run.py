@@ -64,6 +64,8 @@ def run_evaluate(config: EvaluateConfig) -> Path:
             for test_set in test_sets:
                 with world.together():
                     store = RecordStore([test_set.path])
+                    data = store.fingerprint()
+                refuse_different(world.gather({"data": data}))
                 stores[test_set.name] = stack.enter_context(contextlib.closing(store))
                 results.append(_evaluate(config, model, test_set, store, world))
             with world.together():

@@ -176,3 +176,16 @@ def test_two_processes_report_a_set_without_labels_in_one_line(tmp_path, model):
     errors = [line for line in launched.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "bare: no record has a label" in errors[0]
+
+
+def test_r24_a_process_that_has_another_copy_of_a_set_is_refused(tmp_path, model):
+    for rank in (0, 1):
+        write_set(tmp_path / str(rank), 3 + rank)
+    launched = launch(model, f"IC15={tmp_path}/{{}}")
+    assert launched.returncode != 0
+    (error,) = (line for line in launched.stderr.splitlines() if line.startswith("error: "))
+    told = (
+        "rank 1 differs from rank 0: the data has 3 records, there 4; 0 holds other records there; start all"
+    )
+    assert told in error
+    assert not (model / "evaluation" / "evaluation.json").exists()
