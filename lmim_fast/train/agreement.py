@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmim_fast import faults
-from lmim_fast.config.io import config_hash, differences, to_dict
+from lmim_fast.config.io import differences, to_dict
 from lmim_fast.errors import UsageError, shared_on_this_machine
 
 # Where data is mounted, how many threads read it and where a rank computes is each machine's own: contents
 # and kinds of device are compared.
 _MACHINES_OWN = re.compile(
-    r"config\.((data|val|eval_data)\[\d+\]|loader\.(threads|skip)|device)|config_hash|data\..*\.name"
+    r"config\.((data|val|eval_data)\[\d+\]|loader\.(threads|skip)|device)|data\..*\.name"
 )
 _EXPLAINS_THE_REST = ("command", "config.objective")
 _DATABASE = re.compile(r"data\.databases\[(\d+)\]\.\w+")
@@ -36,7 +36,6 @@ def start_of(command: str, config: Any, versions: dict[str, str]) -> dict[str, A
     return {
         "command": command,
         "config": to_dict(config),
-        "config_hash": config_hash(config),
         "versions": versions,
         "environment": switches,
     }
